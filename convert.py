@@ -1,0 +1,3131 @@
+#!/usr/bin/env python3
+"""PT2ONNX: a PyTorch model in, a verified ONNX model out.
+
+In:   a complete model (torch.save(model)), TorchScript (torch.jit.save), an exported program (torch.export.save), or
+      weights (a state dict or safetensors file) together with --model-class. Files are told apart by their content.
+Out:  one .onnx file (plus NAME.onnx.data from 2 GB on) that ONNX Runtime computes as PyTorch does, at shapes it was
+      not traced with, at the opset that was asked for; or one [ERROR] line, an exit code and nothing written.
+
+The file is laid out in the order in which a model travels through it: arguments - detect - load - model from weights -
+inputs - export - verify - write - the converters - main. Nothing named by an input file is executed (see "load").
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import functools
+import hashlib
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import stat
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:  # heavy: imported where they are needed, after the arguments and the input have been looked at
+    import numpy as np
+    import onnx_ir as ir
+    import torch
+    from torch import Tensor, nn
+
+__version__ = "0.1.0"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# constants, errors and the log
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_OPSET = 14
+MIN_OPSET = 7  # torch.onnx._constants.ONNX_MIN_OPSET
+TORCHSCRIPT_MAX_OPSET = 20  # torch.onnx._constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET
+DYNAMO_MIN_OPSET = 18  # below it the exporter writes 18 all the same
+MAX_OPSET = 25  # the newest one that onnxscript 0.7's version converter reaches
+SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf itself ends at 2**31 - 1
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+MODES = ("auto", "pytorch", "huggingface", "state_dict")
+
+
+class ExitStatus(IntEnum):
+    """Exit codes; the README and --help list them."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    INPUT = 3
+    REFUSED = 4
+    EXPORT = 5
+    VERIFY = 6
+    RESOURCES = 7
+
+
+EXIT_CODES = """exit codes:
+  0  done: the ONNX model is written and verified
+  1  a bug in this tool (the only case that shows a traceback: please report it)
+  2  wrong usage: an option, a shape or an output path that cannot work
+  3  the input cannot be read or is not a model
+  4  refused: the file would have to be executed to load it
+  5  no exporter could express the model
+  6  the exported model failed the checker or differs from PyTorch
+  7  out of memory, disk or device
+  130/143  interrupted by Ctrl-C / SIGTERM: nothing is left behind"""
+
+
+class ConversionError(Exception):
+    """A problem that the user can act on: one line that says what is wrong and what to do next."""
+
+    def __init__(self, status: ExitStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def printable(text: object) -> str:
+    """`text` on one line with control characters escaped: names come from files that nobody has vetted."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first non-empty line of an exception, with its type where the text alone says little."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if not text or isinstance(error, (KeyError, AttributeError, IndexError)):
+        text = f"{type(error).__name__}: {text}"
+    return printable(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+class Log:
+    """The lines that a person reads, on standard error, and the only ones unless --verbose."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr
+        self.verbose = False
+
+    def line(self, prefix: str, text: str) -> None:
+        """Write one line; `text` is made printable."""
+        print(f"[{prefix}] {printable(text)}", file=self.stream, flush=True)
+
+    def info(self, text: str) -> None:
+        """What happens and why."""
+        self.line("INFO", text)
+
+    def warn(self, text: str) -> None:
+        """What the user should know although the conversion goes on."""
+        self.line("WARN", text)
+
+    @contextlib.contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """A step that may take long: a spinner on a terminal, a plain line elsewhere; the time is told at the end."""
+        start = time.monotonic()
+        if self.stream.isatty() and not self.verbose:
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+            with Progress(*columns, console=Console(file=self.stream), transient=True) as progress:
+                progress.add_task(printable(text))
+                yield
+            self.info(f"{text}: {time.monotonic() - start:.1f} s")
+        else:
+            self.info(text)
+            yield
+
+    def silence_third_parties(self, *, verbose: bool) -> int:
+        """Keep our lines on the terminal and send everything else nowhere (--verbose: to standard error).
+
+        Libraries print from Python, from C++ and through logging; only the file descriptors catch all of it.
+        Returns a descriptor of the real standard output, which then carries nothing but --json.
+        """
+        self.verbose = verbose
+        standard_output = os.dup(1)
+        if verbose:
+            os.dup2(2, 1)
+            import logging
+
+            logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+        else:
+            self.stream = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+        return standard_output
+
+
+LOG = Log()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class InputShape(NamedTuple):
+    """One --input-shape: `dims`, and where given the input's name and dtype."""
+
+    dims: tuple[int, ...]
+    name: str | None = None
+    dtype: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name + ':' if self.name else ''}{','.join(map(str, self.dims))}" + (
+            f":{self.dtype}" if self.dtype else ""
+        )
+
+
+class DynamicAxis(NamedTuple):
+    """One --dynamic-axes entry: `axis` of the input called `input_name` (of every input where that is None)."""
+
+    axis: int
+    name: str | None
+    input_name: str | None
+
+
+SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_][\w.]*):)?(?P<dims>\d+(?:,\d+)*)(?::(?P<dtype>\w+))?")
+AXIS = re.compile(r"(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?")
+
+
+def shape_argument(text: str) -> InputShape:
+    """`1,3,224,224`, `image:1,3,224,224`, `1,16:int64` or `ids:1,16:int64`."""
+    match = SHAPE.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224 or ids:1,16:int64")
+    dims = tuple(int(number) for number in match["dims"].split(","))
+    if min(dims) < 1 or math.prod(dims) > 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} has a dimension of 0, or over 2**31 elements")
+    if match["dtype"] not in (None, *DTYPES):
+        raise argparse.ArgumentTypeError(f"{text!r} names no dtype of {', '.join(DTYPES)}")
+    return InputShape(dims, match["name"], match["dtype"])
+
+
+def axes_argument(text: str) -> list[DynamicAxis]:
+    """`0,2,3`, `0=batch_size,2=height` or `image:0,2`: axes of every input, or of the one that is named."""
+    name, colon, axes = text.rpartition(":")
+    matches = [AXIS.fullmatch(part) for part in axes.split(",")]
+    if not all(matches) or (colon and not name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of axes such as 0,2,3 or image:0=batch_size,2=height")
+    return [DynamicAxis(int(match["axis"]), match["name"], name or None) for match in matches if match]
+
+
+def opset_argument(text: str) -> int:
+    """An opset that one of the exporters writes."""
+    if not text.isdecimal() or not MIN_OPSET <= int(text) <= MAX_OPSET:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an opset from {MIN_OPSET} to {MAX_OPSET}")
+    return int(text)
+
+
+def tolerance_argument(text: str) -> float:
+    """A finite number of zero or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of zero or more")
+    return value
+
+
+def json_argument(text: str) -> dict[str, Any]:
+    """A JSON object: keyword arguments."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"num_classes\": 10}}'")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the log's prefix, so that a usage error is one [ERROR] line like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report a usage error and exit with 2."""
+        LOG.line("ERROR", f"{message} (--help lists the options)")
+        raise SystemExit(ExitStatus.USAGE)
+
+
+def build_parser() -> Parser:
+    """The command line; the README's option table is checked against it."""
+    parser = Parser(
+        prog="convert.py",
+        description="Turn a PyTorch model into an ONNX model that has been verified to compute the same.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-i", "--input", required=True, metavar="PATH", help="model file or directory")
+    add("-o", "--output", required=True, metavar="PATH", help=".onnx file, or directory (for DIR/model.onnx)")
+    add("-m", "--mode", choices=MODES, default="auto", help="what the input is (default: auto, told by its content)")
+    add(
+        "--input-shape",
+        nargs="+",
+        type=shape_argument,
+        metavar="[NAME:]DIMS[:DTYPE]",
+        help="one shape per input, e.g. 1,3,224,224 or ids:1,16:int64 (default: what the model tells, else 1,3,224,224)",
+    )
+    add("--opset", type=opset_argument, metavar="N", help=f"ONNX opset version (default: {DEFAULT_OPSET}, or the lowest that can express the model)")  # fmt: skip
+    add("--task", metavar="NAME", help="what the model is for, e.g. image-classification; kept in the model's metadata")
+    add("--model-class", metavar="NAME", help="class of bare weights: a torchvision name, or package.module:Class")
+    add("--model-args", type=json_argument, default={}, metavar="JSON", help="keyword arguments for --model-class")
+    add("--checkpoint-key", metavar="KEY", help="entry of the checkpoint that holds the weights, e.g. ema.module")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to load, run and export (default: cpu)")
+    add(
+        "--exporter",
+        choices=("auto", "torchscript", "dynamo"),
+        default="auto",
+        help="use only this exporter (default: auto, try each until one passes verification)",
+    )
+    axes = parser.add_mutually_exclusive_group()
+    axes.add_argument(
+        "--dynamic-axes",
+        nargs="+",
+        type=axes_argument,
+        metavar="[NAME:]AXIS[=LABEL],...",
+        help="axes of free size besides the batch, e.g. 2,3 or image:2=height,3=width (default: the batch alone)",
+    )
+    axes.add_argument("--static", action="store_true", help="no axis of free size, not even the batch")
+    add("--no-verify", action="store_true", help="do not compare with PyTorch (the checker still runs)")
+    add("--atol", type=tolerance_argument, metavar="X", help="absolute tolerance (default: fits dtype and values)")
+    add("--rtol", type=tolerance_argument, metavar="X", help="relative tolerance (default: fits dtype and values)")
+    add("--trust-pickle", action="store_true", help="execute the input's pickle or archive as its maker wrote it")
+    add("--json", action="store_true", help="print one JSON object about the result on standard output")
+    add("-v", "--verbose", action="store_true", help="show everything that the libraries print, and tracebacks")
+    add("--version", action="version", version=f"pt2onnx {__version__}")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse `argv`; `output` becomes the path of the .onnx file. Raises SystemExit(2) and ConversionError."""
+    options = build_parser().parse_args(argv)
+    options.input = Path(options.input)
+    options.output = output_file(options.output, options.input)
+    # Work is done beside the target, so that the last step is a rename, and in a folder that can be removed as a whole.
+    options.staging = options.output.parent / f".{options.output.name}.{os.getpid()}.partial"
+    if options.no_verify and (options.atol is not None or options.rtol is not None):
+        raise ConversionError(ExitStatus.USAGE, "--no-verify leaves nothing for --atol and --rtol to do: drop either")
+    if options.device == "cuda" and not cuda_devices():
+        raise ConversionError(
+            ExitStatus.RESOURCES,
+            "--device cuda: no CUDA device is visible; in a container, install the NVIDIA Container Toolkit on the "
+            "host and pass --gpus all to docker run, or drop --device cuda",
+        )
+    return options
+
+
+def cuda_devices() -> int:
+    """The number of CUDA devices that the driver shows, asked of the driver itself: importing torch takes seconds."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        ok = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    except OSError:
+        return 0
+    return count.value if ok else 0
+
+
+def output_file(text: str, source: Path) -> Path:
+    """The .onnx file that -o means; raises ConversionError where it can never be written."""
+    path = Path(text)
+    if path.is_dir() or text.endswith(os.sep) or not path.suffix:
+        path = path / "model.onnx"
+    elif path.suffix != ".onnx":
+        raise ConversionError(ExitStatus.USAGE, f"-o {text}: name a .onnx file or a directory")
+    if path.exists() and not path.is_file():
+        raise ConversionError(ExitStatus.USAGE, f"-o {text}: {path} exists and is not a regular file")
+    if path.exists() and source.exists() and path.samefile(source):
+        raise ConversionError(ExitStatus.USAGE, f"-o {text}: the output would replace the input; name another file")
+    parent = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
+    if not parent.is_dir():
+        raise ConversionError(ExitStatus.USAGE, f"-o {text}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"-o {text}: {parent} is not writable by uid {os.getuid()}; choose another directory, change its "
+            "permissions, or run the container with --user $(id -u):$(id -g)",
+        )
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# detect: what a path holds, told by its content and without importing anything heavy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Kind(IntEnum):
+    """What an input file is."""
+
+    CHECKPOINT = 0  # torch.save, zip layout (PyTorch 1.6 and newer)
+    LEGACY_CHECKPOINT = 1  # torch.save before 1.6, or a plain pickle
+    TORCHSCRIPT = 2
+    EXPORTED_PROGRAM = 3
+    SAFETENSORS = 4
+    HUGGINGFACE = 5
+
+
+class Source(NamedTuple):
+    """An input, what it is, and how that was told."""
+
+    path: Path
+    kind: Kind
+    why: str
+
+
+# Files that people pass by mistake: how they begin, and what to do about them.
+MISTAKES: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull"),
+    (b"<!DOCTYPE", "an HTML page, probably a download that failed; download the file again"),
+    (b"<!doctype", "an HTML page, probably a download that failed; download the file again"),
+    (b"<html", "an HTML page, probably a download that failed; download the file again"),
+    (b"GGUF", "a GGUF file of llama.cpp; pass the original PyTorch or safetensors model"),
+    (b"\x89HDF\r\n", "an HDF5 file (Keras?), not a PyTorch model"),
+    (b"\x93NUMPY", "a NumPy array, not a PyTorch model"),
+    (b"\x1f\x8b", "gzip-compressed; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"\x08\x03\x12", "an ONNX model already, by the look of it"),
+    (b"\x08\x08\x12", "an ONNX model already, by the look of it"),
+)
+PICKLE_STARTS = (b"\x80", b"}", b"]", b"(", b"c")  # PROTO, or protocol 0's first opcodes
+
+
+def detect(path: Path) -> Source:
+    """Tell what `path` holds from its content; raises ConversionError (INPUT) with advice for anything else."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return detect_directory(path)
+        if not stat.S_ISREG(mode):
+            raise ConversionError(ExitStatus.INPUT, f"{path} is not a regular file; pass a model file or a directory")
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise ConversionError(ExitStatus.INPUT, f"cannot read {path}: {error.strerror}; check -i") from None
+    if not head:
+        raise ConversionError(ExitStatus.INPUT, f"{path} is empty; copy or download it again")
+    if head.startswith(b"PK\x03\x04"):
+        return detect_zip(path)
+    for start, what in MISTAKES:
+        if head.startswith(start):
+            raise ConversionError(ExitStatus.INPUT, f"{path} is {what}")
+    if len(head) > 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**48:
+        return Source(path, Kind.SAFETENSORS, "it begins with a safetensors header")
+    if head[257:262] == b"ustar":
+        raise ConversionError(
+            ExitStatus.INPUT, f"{path} is a tar archive (PyTorch before 0.1.10?); open it there and save it again"
+        )
+    if head.startswith(PICKLE_STARTS) and not head.isascii():
+        return Source(path, Kind.LEGACY_CHECKPOINT, "it begins as a pickle")
+    what = "a text file" if head.isascii() else "no format that PyTorch writes"
+    raise ConversionError(ExitStatus.INPUT, f"{path} is {what}; pass a .pt, TorchScript, .pt2 or safetensors file")
+
+
+def detect_zip(path: Path) -> Source:
+    """Tell the zip layouts of PyTorch apart by the records that only one of them has."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        message = f"{path} is a damaged or truncated archive ({first_line(error)}); copy or download it again"
+        raise ConversionError(ExitStatus.INPUT, message) from None
+    if any(name.startswith((".data/extern", ".data/python")) for name in names):
+        raise ConversionError(
+            ExitStatus.REFUSED,
+            f"{path} is a torch.package archive: it carries Python source that would have to be executed; "
+            "save the model itself with torch.save or torch.export.save",
+        )
+    if "constants.pkl" in names:
+        return Source(path, Kind.TORCHSCRIPT, "the archive has constants.pkl, as torch.jit.save writes")
+    if "archive_format" in names:
+        return Source(path, Kind.EXPORTED_PROGRAM, "the archive has archive_format, as torch.export.save writes")
+    if "serialized_exported_program.json" in names or "version" in names and "data.pkl" not in names:
+        raise ConversionError(
+            ExitStatus.INPUT, f"{path} has an old .pt2 layout; save it again with PyTorch 2.8 or newer"
+        )
+    if "data.pkl" in names:
+        return Source(path, Kind.CHECKPOINT, "the archive has data.pkl, as torch.save writes")
+    raise ConversionError(ExitStatus.INPUT, f"{path} is a zip archive, but none that PyTorch writes")
+
+
+def detect_directory(path: Path) -> Source:
+    """A Hugging Face folder, or advice on which file to pass."""
+    names = sorted(entry.name for entry in path.iterdir())
+    if "config.json" in names:
+        return Source(path, Kind.HUGGINGFACE, "the directory has config.json")
+    models = [name for name in names if name.endswith((".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors"))]
+    if models:
+        raise ConversionError(
+            ExitStatus.INPUT,
+            f"{path} is a directory without config.json; pass one of its files: {', '.join(models[:5])}"
+            + (f" and {len(models) - 5} more" if len(models) > 5 else ""),
+        )
+    what = "holds no model file" if names else "is an empty directory"
+    raise ConversionError(ExitStatus.INPUT, f"{path} {what}; check -i and, in a container, what is mounted there")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load: open a file without executing anything that it says
+#
+# A pickle is a program for a machine that can call any function. Ours runs that program with nothing to call: every
+# name resolves to an inert Token, the few rebuilding functions that real checkpoints use are re-implemented in
+# REBUILDERS, and objects are only made of classes that known libraries define, without running their code.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Modules whose nn.Module subclasses, enums, named tuples and dataclasses a pickle may hold.
+CLASS_MODULES = ("torch.nn.modules", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
+ENUM_MODULES = ("torchvision.transforms.functional",)
+# Lazy modules run their initialisation at the first call; their state is a class swap.
+DENIED_MODULES = ("torch.nn.modules.lazy",)
+# Plain data: objects whose attributes the models read.
+DATA_CLASSES = frozenset(
+    {
+        f"torchvision.models.detection._utils.{name}"
+        for name in ("BalancedPositiveNegativeSampler", "BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher")
+    }  # fmt: skip
+    | {
+        "timm.models._features.FeatureInfo",
+        "timm.models._pretrained.PretrainedCfg",
+        "timm.models._pretrained.DefaultCfg",
+    }  # fmt: skip
+    | {"types.SimpleNamespace", "argparse.Namespace"}
+)
+RECONSTRUCTOR = "copyreg._reconstructor"  # protocol 0 and 1's way of making an object
+# Classes that a pickle names but never instantiates.
+VALUE_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
+# Pure functions that models keep as attributes; we store them and never call them while loading.
+FUNCTIONS = frozenset(
+    f"{module}.{name}"
+    for module, names in (
+        ("torch.nn.functional", "relu relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh "
+         "sigmoid tanh softplus softsign logsigmoid softmax log_softmax glu normalize layer_norm interpolate max_pool2d "
+         "avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d dropout scaled_dot_product_attention linear pad"),
+        ("torch._C._nn", "gelu silu mish elu leaky_relu hardswish hardsigmoid hardtanh relu6 softplus linear"),
+        ("torch", "relu tanh sigmoid sin cos selu exp abs square softmax erf"),
+        ("timm.layers.activations", "gelu swish mish sigmoid tanh hard_sigmoid hard_swish quick_gelu gelu_tanh"),
+        ("torchvision.ops.boxes", "box_iou generalized_box_iou"),
+        ("torchvision.models.optical_flow.raft", "_pass_through_h"),
+    )
+    for name in names.split()
+)  # fmt: skip
+# Library implementations of __setstate__ that were read: they only fill in attributes of older versions.
+AUDITED_SETSTATE = frozenset(
+    f"torch.nn.modules.{name}"
+    for name in (
+        "module.Module", "activation.LogSoftmax", "activation.MultiheadAttention", "activation.Softmax",
+        "activation.Softmin", "batchnorm._NormBase", "conv._ConvNd", "pooling.AvgPool3d", "rnn.RNNBase",
+        "transformer.TransformerDecoderLayer", "transformer.TransformerEncoderLayer", "upsampling.Upsample",
+    )
+) | {"timm.layers.ml_decoder.TransformerDecoderLayerOptimal"}  # fmt: skip
+# Hooks whose code is torch's own and that the forward pass needs.
+HOOK_CLASSES = frozenset({"torch.nn.utils.weight_norm.WeightNorm", "torch.nn.utils.spectral_norm.SpectralNorm"})
+# Objects that only load_state_dict() would use, and wrappers that only training needs.
+IGNORED_CLASSES = frozenset(
+    {
+        "torch.nn.modules.module._WrappedHook",
+        "torch.nn.utils.spectral_norm.SpectralNormStateDictHook",
+        "torch.nn.utils.spectral_norm.SpectralNormLoadStateDictPreHook",
+    }
+)
+WRAPPER_CLASSES = frozenset(
+    {"torch.nn.parallel.data_parallel.DataParallel", "torch.nn.parallel.distributed.DistributedDataParallel"}
+)
+LOADING_HOOKS = frozenset(
+    {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+)
+CALLED_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"})
+NEVER_ATTRIBUTES = frozenset(
+    {"_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl", "forward", "eval", "train", "apply"}
+)
+MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
+MAX_EXAMPLE_BYTES = 1 << 32
+MAX_MODULE_PATHS = 200_000  # eval() visits every path, so a DAG of shared modules would never end
+MAX_MODULE_DEPTH = 400
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
+
+
+class RefusedFileError(ConversionError):
+    """The file holds what could run code when it is opened in the ordinary way."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ExitStatus.REFUSED, message)
+
+
+class DamagedFileError(ConversionError):
+    """The file contradicts itself or ends too early."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ExitStatus.INPUT, message)
+
+
+class Token(NamedTuple):
+    """What a global name of a pickle resolves to: never callable. `value` is the class or function, if it may be kept."""
+
+    name: str
+    value: Any = None
+
+
+def import_library(module: str) -> Any:  # noqa: ANN401
+    """Import `module`, whose package must be installed in site-packages: never from beside the input or the shell's folder."""
+    if module not in sys.modules:
+        package = module.partition(".")[0]
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise DamagedFileError(f"the file needs the Python package {package}, which is not installed here")
+        import torch
+
+        site = Path(torch.__file__).resolve().parents[1]
+        if not spec.origin or site not in Path(spec.origin).resolve().parents:
+            raise RefusedFileError(f"the package {package} would be imported from outside site-packages")
+    return importlib.import_module(module)
+
+
+def belongs(module: str, prefixes: Iterable[str]) -> bool:
+    """Whether `module` is one of `prefixes` or lies below one."""
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def qualified_name(cls: type) -> str:
+    """`package.module.Class`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def allowed_class(module: str, name: str) -> type | None:
+    """The library class `module.name` if a pickle may hold instances or members of it, else None."""
+    import enum
+
+    from torch import fx, jit, nn
+
+    full_name = f"{module}.{name}"
+    if not (belongs(module, CLASS_MODULES + ENUM_MODULES) or full_name in DATA_CLASSES | HOOK_CLASSES):
+        return None
+    cls = vars(import_library(module)).get(name)
+    if cls is None:
+        raise DamagedFileError(f"the installed {module.partition('.')[0]} has no {full_name}; install the version that saved the file, or save its state dict")  # fmt: skip
+    if not isinstance(cls, type) or belongs(cls.__module__, DENIED_MODULES):
+        return None
+    if full_name in DATA_CLASSES | HOOK_CLASSES:
+        return cls
+    if issubclass(cls, enum.Enum):
+        return cls
+    if not belongs(cls.__module__, CLASS_MODULES):  # re-exported from elsewhere
+        return None
+    if issubclass(cls, nn.Module):
+        special = issubclass(cls, (jit.ScriptModule, fx.GraphModule)) or hasattr(cls, "__del__")
+        own_reduce = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
+        setstate = next(base for base in cls.__mro__ if "__setstate__" in vars(base))
+        return None if special or own_reduce or qualified_name(setstate) not in AUDITED_SETSTATE else cls
+    is_record = hasattr(cls, "_fields") or hasattr(cls, "__dataclass_fields__")
+    return cls if is_record and "__setstate__" not in vars(cls) and not hasattr(cls, "__del__") else None
+
+
+class NumpyDtype:
+    """A numpy dtype under construction."""
+
+    CODE = re.compile(r"[<>|=]?([fiu][1248]|b1|f2|c8|c16)")
+
+    def __init__(self, code: object, *_: object) -> None:
+        if not isinstance(code, str) or not self.CODE.fullmatch(code):
+            raise RefusedFileError("the file holds a numpy array of Python objects")
+        self.code, self.order = code.lstrip("<>|="), "<"
+
+    def build(self, state: object) -> None:
+        """Take the byte order from a dtype's pickle state; nothing else of it matters for plain numbers."""
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+            raise DamagedFileError("a numpy dtype has a damaged state")
+        self.order = state[1]
+
+    def value(self) -> np.dtype[Any]:
+        """The dtype."""
+        import numpy as np
+
+        return np.dtype((self.order if self.order in "<>" else "") + self.code)
+
+
+class NumpyArray:
+    """A numpy array under construction: its state is checked before numpy sees it."""
+
+    def __init__(self, *_: object) -> None:
+        self.array: Any = None
+
+    def build(self, state: object) -> None:
+        """Read (version, shape, dtype, is_fortran, raw bytes)."""
+        import numpy as np
+
+        if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], NumpyDtype):
+            raise DamagedFileError("a numpy array has a damaged state")
+        _, shape, dtype, fortran, raw = state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+        if not isinstance(raw, bytes) or not sizes or math.prod(shape) * dtype.value().itemsize != len(raw):
+            raise DamagedFileError("a numpy array is larger than its data")
+        self.array = np.frombuffer(raw, dtype.value()).reshape(shape, order="F" if fortran else "C").copy()
+
+    def value(self) -> Any:  # noqa: ANN401
+        """The array."""
+        return self.array
+
+
+def rebuild_numpy_scalar(dtype: NumpyDtype, raw: bytes | str) -> Any:  # noqa: ANN401
+    """numpy.core.multiarray.scalar."""
+    array = NumpyArray()
+    array.build((1, (), dtype, False, raw))
+    return array.value()[()]
+
+
+def rebuild_tensor(storage: object, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
+    """torch._utils._rebuild_tensor_v2 with the bounds checked: `offset`, `size` and `stride` are in elements."""
+    import torch
+
+    if not (isinstance(storage, tuple) and len(storage) == 2 and isinstance(storage[0], torch.UntypedStorage)):
+        raise DamagedFileError("a tensor has no storage")
+    untyped, dtype = storage
+    numbers = (*size, *stride, offset)
+    if len(size) != len(stride) or len(size) > 64 or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
+        raise DamagedFileError("a tensor has a damaged size or stride")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset - 1
+    if last >= untyped.nbytes() // dtype.itemsize:
+        raise DamagedFileError(f"a tensor of size {tuple(size)} does not fit into its storage")
+    return torch.empty(0, dtype=dtype).set_(untyped, offset, tuple(size), tuple(stride))
+
+
+def rebuild_parameter(data: object, requires_grad: object, *_: object) -> nn.Parameter:
+    """torch._utils._rebuild_parameter; gradients are of no use here."""
+    import torch
+
+    if not isinstance(data, torch.Tensor) or not isinstance(requires_grad, bool):
+        raise DamagedFileError("a parameter has no tensor")
+    return torch.nn.Parameter(data, requires_grad=False)
+
+
+def rebuild_from_type(function: Token, cls: Token, arguments: tuple[Any, ...], *_: object) -> Tensor:
+    """torch._tensor._rebuild_from_type_v2, for plain tensors and parameters that carry Python attributes (dropped)."""
+    rebuilders = {"torch._utils._rebuild_tensor_v2": rebuild_tensor, "torch._utils._rebuild_parameter": rebuild_parameter}  # fmt: skip
+    if cls.name not in VALUE_CLASSES or function.name not in rebuilders:
+        raise RefusedFileError(f"the file holds a tensor of the class {cls.name}")
+    return rebuilders[function.name](*arguments)
+
+
+def rebuild_storage(data: bytes) -> object:
+    """torch.storage._load_from_bytes: a small torch.save file inside a plain pickle, read by the same rules."""
+    if not isinstance(data, bytes):
+        raise DamagedFileError("an embedded storage has no bytes")
+    storage = read_legacy(io.BytesIO(data), len(data))
+    if not (isinstance(storage, tuple) and len(storage) == 2):
+        raise RefusedFileError("torch.storage._load_from_bytes does not hold a storage")
+    return storage
+
+
+def rebuild_attribute(target: object, name: str) -> object:
+    """builtins.getattr, for the two uses that models have: a member of an enum, and a bound forward method."""
+    import enum
+    import types
+
+    from torch import nn
+
+    if isinstance(target, Token) and isinstance(target.value, type) and issubclass(target.value, enum.Enum):
+        return target.value.__members__[name]
+    if isinstance(target, nn.Module) and name.lstrip("_").startswith("forward"):
+        function = next((vars(cls)[name] for cls in type(target).__mro__ if name in vars(cls)), None)
+        if isinstance(function, types.FunctionType):
+            return types.MethodType(function, target)
+    raise RefusedFileError(f"the file asks for the attribute {name!r} of an object")
+
+
+def rebuild_partial(function: Token) -> functools.partial[Any]:
+    """functools.partial over a listed function or library layer; BUILD adds the arguments."""
+    if not callable(function.value):
+        raise RefusedFileError(f"the file asks for functools.partial of {function.name}")
+    return functools.partial(function.value)
+
+
+def rebuild_defaultdict(factory: Token | None = None) -> dict[Any, Any]:
+    """collections.defaultdict over a built-in container."""
+    import collections
+
+    factories = {f"builtins.{kind.__name__}": kind for kind in (list, dict, set, int, float)}
+    return collections.defaultdict(factories[factory.name] if factory else None)
+
+
+def rebuild_bytes(text: str, encoding: str) -> bytes:
+    """_codecs.encode, as protocol 2 writes bytes."""
+    if encoding not in ("latin1", "latin-1"):
+        raise RefusedFileError(f"the file asks for the codec {encoding!r}")
+    return text.encode("latin1")
+
+
+def rebuild_size(sizes: Iterable[int] = ()) -> torch.Size:
+    """torch.Size."""
+    import torch
+
+    return torch.Size([int(size) for size in sizes])
+
+
+def rebuild_device(*_: object) -> torch.device:
+    """torch.device: always the CPU, whichever GPU the file was saved on."""
+    import torch
+
+    return torch.device("cpu")
+
+
+def ordered(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
+    """collections.OrderedDict."""
+    import collections
+
+    return collections.OrderedDict((hashable(key), plain(value)) for key, value in items)
+
+
+# Everything that a pickle may call, each re-implemented above or harmless by itself.
+REBUILDERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": ordered,
+    "collections.defaultdict": rebuild_defaultdict,
+    "builtins.set": lambda items=(): {hashable(item) for item in items},
+    "builtins.frozenset": lambda items=(): frozenset(hashable(item) for item in items),
+    "builtins.getattr": rebuild_attribute,
+    "builtins.complex": lambda real, imaginary: complex(float(real), float(imaginary)),
+    "builtins.slice": lambda *parts: slice(*(None if part is None else int(part) for part in parts)),
+    "builtins.range": lambda *parts: range(*(int(part) for part in parts)),
+    "_codecs.encode": rebuild_bytes,
+    "functools.partial": rebuild_partial,
+    "torch.Size": rebuild_size,
+    "torch.device": rebuild_device,
+    "torch._utils._rebuild_tensor": rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_parameter": rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
+    "torch._tensor._rebuild_from_type_v2": rebuild_from_type,
+    "torch.storage._load_from_bytes": rebuild_storage,
+    "torch.jit._pickle.restore_type_tag": lambda value, _: value,
+    "numpy.dtype": NumpyDtype,
+    "numpy.core.multiarray.scalar": rebuild_numpy_scalar,
+    "numpy._core.multiarray.scalar": rebuild_numpy_scalar,
+    "numpy.core.multiarray._reconstruct": NumpyArray,
+    "numpy._core.multiarray._reconstruct": NumpyArray,
+    "pathlib.PosixPath": lambda *parts: "/".join(map(str, parts)),
+    "pathlib.WindowsPath": lambda *parts: "/".join(map(str, parts)),
+}
+BUILTIN_TYPES = {f"builtins.{kind.__name__}": kind for kind in (list, dict, tuple, int, float, bool, str, object)}
+
+
+def hashable(key: Any, depth: int = 0) -> Any:  # noqa: ANN401
+    """`key` if it is plain data: hashing anything else would run its class's code."""
+    import enum
+
+    import torch
+
+    if type(key) in (str, int, float, bool, bytes, type(None)) or isinstance(key, (torch.dtype, enum.Enum)):
+        return key
+    if type(key) in (tuple, frozenset) and depth < 3 and all(hashable(item, depth + 1) is item for item in key):
+        return key
+    raise RefusedFileError(f"the file uses a {type(key).__name__} as a dictionary key")
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401
+    """What a container may hold: finished values and listed classes or functions, never a bare Token."""
+    if isinstance(value, Token):
+        if value.name in BUILTIN_TYPES:
+            return BUILTIN_TYPES[value.name]
+        if value.value is None:
+            raise RefusedFileError(f"the file uses {value.name} as a value")
+        return value.value
+    if isinstance(value, (NumpyDtype, NumpyArray)):
+        return value.value()
+    if isinstance(value, Wrapper):
+        return value.module()
+    if type(value) is tuple and any(isinstance(item, (Token, NumpyDtype, NumpyArray, Wrapper)) for item in value):
+        return tuple(plain(item) for item in value)
+    return value
+
+
+class Ignored:
+    """Stands for an object that the forward pass does not need."""
+
+
+class Wrapper:
+    """Stands for DataParallel and the like: only the module inside is wanted."""
+
+    state: Mapping[str, Any] = {}
+
+    def module(self) -> Any:  # noqa: ANN401
+        """The wrapped module."""
+        return self.state["_modules"]["module"]
+
+
+class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: SLF001  (the C version cannot be overridden)
+    """Python's own unpickler with every opcode that can call, import or assign replaced by ours.
+
+    `read_storage(persistent_id)` returns (UntypedStorage, dtype). Names that are not allowed are collected in
+    `refused`, so that one run tells all of them; from the first one on nothing is built any more.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]  # noqa: RUF012, SLF001
+
+    def __init__(self, file: io.BufferedIOBase, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
+        super().__init__(file, fix_imports=True, encoding="latin1")
+        self.persistent_load = read_storage
+        self.refused: dict[str, str] = {}
+
+    def load(self) -> Any:  # noqa: ANN401
+        """Run the pickle; raises RefusedFileError naming every global that is not allowed, or DamagedFileError."""
+        try:
+            result = plain(super().load())
+        except ConversionError:
+            if not self.refused:
+                raise
+        except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, RecursionError,
+                OverflowError, ArithmeticError) as error:  # fmt: skip
+            if not self.refused:
+                raise DamagedFileError(
+                    f"the pickle is damaged ({first_line(error)}); copy or download it again"
+                ) from None
+        if self.refused:
+            names = list(self.refused)
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise RefusedFileError(
+                f"it refers to {', '.join(names[:8])}{more}, outside the known model libraries, so opening it would run "
+                "code that comes with it; save a state dict instead, or pass --trust-pickle if you trust its maker"
+            )
+        return result
+
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+        """Resolve a global name to a Token (or to a dtype, which is data)."""
+        import torch
+
+        if self.proto < 3:  # what Python 2 called it
+            module, name = pickle._compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # type: ignore[attr-defined]  # noqa: E501, SLF001
+            module = pickle._compat_pickle.IMPORT_MAPPING.get(module, module)  # type: ignore[attr-defined]  # noqa: SLF001
+        if belongs(module, ("timm.models.layers",)):  # where timm kept them before 0.9
+            module = module.replace("timm.models.layers", "timm.layers", 1)
+        full_name = f"{module}.{name}"
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        known = (
+            REBUILDERS.keys()
+            | BUILTIN_TYPES.keys()
+            | VALUE_CLASSES
+            | IGNORED_CLASSES
+            | WRAPPER_CLASSES
+            | {RECONSTRUCTOR}
+        )
+        if full_name in known or self.is_storage(module, name):
+            return Token(full_name)
+        if name.isidentifier() and not name.startswith("__"):
+            if full_name in FUNCTIONS:
+                return Token(full_name, getattr(import_library(module), name))
+            cls = allowed_class(module, name)
+            if cls is not None:
+                return Token(full_name, cls)
+        self.refused[full_name] = ""
+        return Token(full_name)
+
+    @staticmethod
+    def is_storage(module: str, name: str) -> bool:
+        """Whether the name is one of torch's storage types, which only say a dtype."""
+        return module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
+
+    def get_extension(self, code: int) -> NoReturn:
+        """copyreg's extension registry: PyTorch never writes it."""
+        raise RefusedFileError(f"the pickle uses extension code {code}")
+
+    def run_reduce(self) -> None:
+        """REDUCE: call a re-implemented function, or pick an enum's member."""
+        import enum
+
+        arguments = self.stack.pop()
+        function = self.stack[-1]
+        if not isinstance(function, Token) or type(arguments) is not tuple:
+            raise RefusedFileError(f"the pickle calls a {type(function).__name__}")
+        if self.refused:
+            return
+        cls = function.value
+        if function.name in REBUILDERS:
+            self.stack[-1] = REBUILDERS[function.name](*arguments)
+        elif isinstance(cls, type) and issubclass(cls, enum.Enum) and len(arguments) == 1:
+            self.stack[-1] = cls._value2member_map_[hashable(arguments[0])]
+        elif function.name == RECONSTRUCTOR:
+            self.stack[-1] = self.new_object(arguments[0], ())
+        elif isinstance(cls, type) and not arguments and qualified_name(cls) in DATA_CLASSES:
+            self.stack[-1] = self.new_object(function, ())
+        else:
+            raise RefusedFileError(f"the pickle calls {function.name}")
+
+    def run_newobj(self) -> None:
+        """NEWOBJ: make an empty object."""
+        arguments = self.stack.pop()
+        self.stack[-1] = self.new_object(self.stack[-1], arguments)
+
+    def run_newobj_ex(self) -> None:
+        """NEWOBJ_EX: the same with keyword arguments, of which no model has any."""
+        keywords = self.stack.pop()
+        if keywords:
+            raise RefusedFileError("the pickle makes an object with keyword arguments")
+        self.run_newobj()
+
+    def new_object(self, token: object, arguments: object) -> Any:  # noqa: ANN401
+        """An instance of an allowed class by `object.__new__`; never its own `__new__` or `__init__`."""
+        if not isinstance(token, Token) or type(arguments) is not tuple:
+            raise RefusedFileError("the pickle makes an object of something that is not a class")
+        if token.name in WRAPPER_CLASSES:
+            return Wrapper()
+        if token.name in IGNORED_CLASSES:
+            return Ignored()
+        if token.name in ("collections.OrderedDict", "torch.Size"):
+            return REBUILDERS[token.name](*arguments)
+        cls = token.value
+        if self.refused:
+            return token
+        if isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields"):
+            return tuple.__new__(cls, arguments)
+        if not isinstance(cls, type) or arguments:
+            raise RefusedFileError(f"the pickle makes an object of {token.name}")
+        return object.__new__(cls) if token.name != "types.SimpleNamespace" else cls()
+
+    def run_build(self) -> None:
+        """BUILD: give an object its state, after checking it."""
+        import torch
+
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if self.refused or isinstance(target, (Ignored, torch.Tensor)):
+            return
+        if isinstance(target, torch.nn.Module):
+            set_module_state(target, state)
+        elif isinstance(target, Wrapper):
+            target.state = state
+        elif isinstance(target, (NumpyDtype, NumpyArray)):
+            target.build(state)
+        elif isinstance(target, functools.partial):
+            set_partial_state(target, state)
+        elif hasattr(target, "items"):  # a state dict's _metadata
+            return
+        elif isinstance(target, Token):
+            raise RefusedFileError(f"the pickle sets attributes of {target.name}")
+        else:
+            set_data_state(target, state)
+
+    def run_setitems(self) -> None:
+        """SETITEMS."""
+        self.put(self.pop_mark())
+
+    def run_setitem(self) -> None:
+        """SETITEM."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self.put([key, value])
+
+    def run_dict(self) -> None:
+        """DICT."""
+        items = self.pop_mark()
+        self.append({})
+        self.put(items)
+
+    def put(self, items: list[Any]) -> None:
+        """Store [key, value, key, value, ...] into the dictionary on the stack."""
+        target = self.stack[-1]
+        if self.refused:
+            return
+        if not isinstance(target, dict):
+            raise RefusedFileError(f"the pickle sets items of a {type(target).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[hashable(key)] = plain(value)
+
+    def run_append(self) -> None:
+        """APPEND."""
+        self.extend([self.stack.pop()])
+
+    def run_appends(self) -> None:
+        """APPENDS."""
+        self.extend(self.pop_mark())
+
+    def extend(self, items: list[Any]) -> None:
+        """Add items to the list on the stack."""
+        target = self.stack[-1]
+        if self.refused:
+            return
+        if type(target) is not list:
+            raise RefusedFileError(f"the pickle appends to a {type(target).__name__}")
+        target.extend(plain(item) for item in items)
+
+    def run_additems(self) -> None:
+        """ADDITEMS."""
+        items = self.pop_mark()
+        if type(self.stack[-1]) is not set:
+            raise RefusedFileError("the pickle adds items to something that is not a set")
+        self.stack[-1].update(hashable(item) for item in items)
+
+    def run_frozenset(self) -> None:
+        """FROZENSET."""
+        self.append(frozenset(hashable(item) for item in self.pop_mark()))
+
+    def refuse_opcode(self) -> NoReturn:
+        """Opcodes that PyTorch never writes."""
+        raise RefusedFileError("the pickle has an opcode that PyTorch never writes")
+
+
+InertUnpickler.dispatch.update(
+    {
+        opcode[0]: handler
+        for handler, *opcodes in (
+            (InertUnpickler.run_reduce, pickle.REDUCE),
+            (InertUnpickler.run_newobj, pickle.NEWOBJ),
+            (InertUnpickler.run_newobj_ex, pickle.NEWOBJ_EX),
+            (InertUnpickler.run_build, pickle.BUILD),
+            (InertUnpickler.run_setitems, pickle.SETITEMS),
+            (InertUnpickler.run_setitem, pickle.SETITEM),
+            (InertUnpickler.run_dict, pickle.DICT),
+            (InertUnpickler.run_append, pickle.APPEND),
+            (InertUnpickler.run_appends, pickle.APPENDS),
+            (InertUnpickler.run_additems, pickle.ADDITEMS),
+            (InertUnpickler.run_frozenset, pickle.FROZENSET),
+            (InertUnpickler.refuse_opcode, pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4,
+             pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+        )
+        for opcode in opcodes
+    }
+)  # fmt: skip
+
+
+def set_module_state(module: nn.Module, state: object) -> None:
+    """Give `module` its `__dict__`, if that holds modules, tensors and data and nothing that would run with the model."""
+    import torch
+    from torch import nn
+
+    cls = type(module)
+    name = qualified_name(cls)
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise DamagedFileError(f"the state of a {name} is damaged")
+    for key, value in state.items():
+        if key.startswith("__") or (key in NEVER_ATTRIBUTES and value is not None):
+            raise RefusedFileError(f"a {name} carries its own {key}")
+        if key in LOADING_HOOKS:
+            state[key] = ordered()
+        elif key in CALLED_HOOKS and any(qualified_name(type(hook)) not in HOOK_CLASSES for hook in value.values()):
+            raise RefusedFileError(f"a {name} carries a hook that would run with the model")
+        elif callable(value) and replaces_method(module, key, value):
+            raise RefusedFileError(f"a {name} carries its own {key}, in place of the class's method")
+    for key, kind in (("_parameters", torch.Tensor), ("_buffers", torch.Tensor), ("_modules", nn.Module)):
+        entries = state.setdefault(key, {})
+        if not isinstance(entries, dict) or not all(
+            isinstance(entry, str) and (value is None or isinstance(value, kind)) for entry, value in entries.items()
+        ):
+            raise DamagedFileError(f"{key} of a {name} holds something else")
+    cls.__setstate__(module, state)  # an audited library implementation: see allowed_class
+
+
+def replaces_method(module: nn.Module, key: str, value: object) -> bool:
+    """Whether the attribute `key` hides a method of the class behind a callable that is not one of its own methods."""
+    import types
+
+    cls = type(module)
+    methods = (types.FunctionType, staticmethod, classmethod, property)
+    if not isinstance(next((vars(base)[key] for base in cls.__mro__ if key in vars(base)), None), methods):
+        return False
+    own = isinstance(value, types.MethodType) and value.__self__ is module
+    return not own
+
+
+def set_data_state(target: object, state: object) -> None:
+    """Give a plain data object its attributes."""
+    name = qualified_name(type(target))
+    if name not in DATA_CLASSES | HOOK_CLASSES and not hasattr(target, "__dataclass_fields__"):
+        raise RefusedFileError(f"the pickle sets attributes of a {name}")
+    attributes = state[1] if isinstance(state, tuple) and len(state) == 2 and state[0] is None else state
+    if not isinstance(attributes, dict) or any(not isinstance(key, str) or key.startswith("__") for key in attributes):
+        raise RefusedFileError(f"the state of a {name} is not plain")
+    for key, value in attributes.items():
+        object.__setattr__(target, key, plain(value))
+
+
+def set_partial_state(target: functools.partial[Any], state: object) -> None:
+    """Give functools.partial its arguments; the function stays the one that was allowed."""
+    if not isinstance(state, tuple) or len(state) != 4 or plain(state[0]) is not target.func:
+        raise RefusedFileError("the pickle changes the function of a functools.partial")
+    _, arguments, keywords, attributes = state
+    if attributes or not isinstance(arguments, tuple) or not isinstance(keywords, dict):
+        raise DamagedFileError("a functools.partial has a damaged state")
+    target.__setstate__((target.func, tuple(map(plain, arguments)), keywords, None))
+
+
+def check_module_graph(root: nn.Module) -> None:
+    """Refuse module graphs on which eval() would never end: cycles, and DAGs with too many paths."""
+    paths: dict[int, int] = {}
+    active: set[int] = set()
+
+    def count(module: nn.Module, depth: int) -> int:
+        if id(module) in active or depth > MAX_MODULE_DEPTH:
+            raise DamagedFileError("its modules contain each other, or are nested too deeply")
+        if id(module) not in paths:
+            active.add(id(module))
+            paths[id(module)] = 1 + sum(count(child, depth + 1) for child in module.children())
+            active.discard(id(module))
+        if paths[id(module)] > MAX_MODULE_PATHS:
+            raise DamagedFileError("its modules are shared so often that walking them would never end")
+        return paths[id(module)]
+
+    count(root, 0)
+
+
+def open_archive(path: Path) -> tuple[Any, list[str]]:
+    """torch's own zip reader and its record names: zipfile disagrees with it on duplicate and mismatched entries."""
+    import torch
+
+    try:
+        reader = torch._C.PyTorchFileReader(str(path))  # noqa: SLF001
+        records = reader.get_all_records()
+        total = sum(reader.get_record_size(name) for name in records)
+    except RuntimeError as error:
+        raise DamagedFileError(f"it is a damaged or truncated archive ({first_line(error)})") from None
+    if len(set(records)) != len(records):
+        raise DamagedFileError("the archive has two records of one name")
+    size = path.stat().st_size
+    if total > max(20 * size, size + (256 << 20)):  # TorchScript's code is compressed, weights are not
+        raise DamagedFileError("the archive expands to far more than its own size")
+    if reader.has_record("byteorder") and reader.get_record("byteorder") != b"little":
+        raise DamagedFileError("it was saved on a big-endian machine; save it again on a little-endian one")
+    return reader, records
+
+
+def read_archive(path: Path) -> Any:  # noqa: ANN401
+    """The object in a zip checkpoint, read inertly; storages are read from the records data/KEY."""
+    import torch
+
+    reader, _ = open_archive(path)
+    storages: dict[str, torch.UntypedStorage] = {}
+
+    def read_storage(record_id: tuple[Any, ...]) -> tuple[torch.UntypedStorage, torch.dtype]:
+        key, dtype, nbytes = parse_storage_id(record_id)
+        name = f"data/{key}"
+        if name not in storages:
+            if not re.fullmatch(r"\d{1,9}", key) or not reader.has_record(name):
+                raise DamagedFileError(f"tensor data {name} is missing; the file is truncated or damaged")
+            if reader.get_record_size(name) != nbytes:
+                raise DamagedFileError(f"tensor data {name} has {reader.get_record_size(name)} bytes, not {nbytes}")
+            storages[name] = (
+                reader.get_storage_from_record(name, nbytes, torch.UntypedStorage)._typed_storage()._untyped_storage
+            )  # noqa: E501, SLF001
+        if storages[name].nbytes() < nbytes:
+            raise DamagedFileError(f"tensor data {name} is used with two sizes")
+        return storages[name], dtype
+
+    if reader.get_record_size("data.pkl") > MAX_PICKLE_BYTES:
+        raise DamagedFileError("its pickle is larger than that of any known model")
+    try:
+        return InertUnpickler(io.BytesIO(reader.get_record("data.pkl")), read_storage).load()
+    except RuntimeError as error:  # a record with a wrong checksum
+        raise DamagedFileError(f"the archive is damaged ({first_line(error)})") from None
+
+
+def parse_storage_id(record_id: object) -> tuple[str, torch.dtype, int]:
+    """(key, dtype, size in bytes) of ("storage", storage type, key, location, number of elements, ...)."""
+    import torch
+
+    if not isinstance(record_id, tuple) or len(record_id) < 5 or record_id[0] not in ("storage", b"storage"):
+        raise DamagedFileError("a tensor refers to something that is not a storage")
+    token, key, _, elements = record_id[1:5]
+    if not isinstance(token, Token) or type(elements) is not int or not 0 <= elements < 2**48:
+        raise DamagedFileError("a storage has a damaged record")
+    name = token.name.rpartition(".")[2]
+    untyped = name == "UntypedStorage"
+    dtype = torch.uint8 if untyped else torch.storage._get_dtype_from_pickle_storage_type(name)  # noqa: SLF001
+    return str(key), dtype, elements * dtype.itemsize
+
+
+def read_legacy(file: io.BufferedIOBase, size: int) -> Any:  # noqa: ANN401
+    """The object in a pre-1.6 checkpoint or a plain pickle of `size` bytes.
+
+    The layout is torch.serialization._legacy_save's: magic number, protocol, system, object, storage keys, and then
+    for each key the number of elements as int64 and the raw elements.
+    """
+    import torch
+
+    storages: dict[str, tuple[torch.UntypedStorage, torch.dtype]] = {}
+
+    def read_storage(record_id: tuple[Any, ...]) -> Any:  # noqa: ANN401
+        if record_id[:1] == ("module",) and len(record_id) > 1:  # (.., class, source file, source text): only the class
+            return record_id[1]
+        key, dtype, nbytes = parse_storage_id(record_id)
+        if nbytes + sum(storage.nbytes() for storage, _ in storages.values() if key not in storages) > size:
+            raise DamagedFileError("its tensors are declared larger than the file")
+        if len(record_id) > 5 and record_id[5] is not None:
+            raise DamagedFileError("it holds storage views of PyTorch 0.x; open it there and save it again")
+        if key not in storages:
+            storages[key] = (torch.UntypedStorage(nbytes), dtype)
+        return storages[key][0], dtype
+
+    def load() -> Any:  # noqa: ANN401
+        return InertUnpickler(file, read_storage).load()
+
+    content = load()
+    if type(content) is not int or content != LEGACY_MAGIC:
+        return content
+    load(), load()  # protocol version, system information
+    content, keys = load(), load()
+    if not isinstance(keys, list) or set(map(str, keys)) != set(storages):
+        raise DamagedFileError("its list of storages is damaged")
+    for key in keys:
+        storage, dtype = storages[str(key)]
+        count = file.read(8)
+        raw = file.read(storage.nbytes())
+        if len(count) < 8 or struct.unpack("<q", count)[0] * dtype.itemsize != len(raw) or len(raw) < storage.nbytes():
+            raise DamagedFileError("the file is truncated; copy or download it again")
+        if raw:
+            storage.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8).untyped_storage())
+    return content
+
+
+# TorchScript and .pt2 archives are programs too: torch.jit.load runs the archive's __setstate__, some operators read
+# and write files, and torch.export.load evaluates expressions from the file. They are vetted before they are opened.
+DENIED_OPERATORS = frozenset(
+    {"from_file", "save", "load", "_load", "rpc_sync", "rpc_async", "rpc_remote", "remote", "set_data", "breakpoint"}
+)
+OPERATOR_NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized", "prepacked"})
+SETSTATE_CALLS = re.compile(
+    r"torch\.\w+|ops\.(quantized|prepacked)\.\w+|unchecked_cast|annotate|uninitialized|int|float|bool|len|getattr"
+)
+
+
+def vet_torchscript(path: Path) -> None:
+    """Refuse TorchScript whose code touches files, the network or unknown extensions; the code is parsed, not run."""
+    import ast
+
+    reader, records = open_archive(path)
+    found: set[str] = set()
+    for record in records:
+        if not (record.startswith("code/") and record.endswith(".py")):
+            continue
+        try:
+            tree = ast.parse(reader.get_record(record).decode())
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise DamagedFileError(f"{record} is not TorchScript code") from None
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                root, *rest = ast.unparse(node).split(".")
+                known = root != "ops" or rest[0] in OPERATOR_NAMESPACES
+                if not known or (root in ("torch", "ops") and node.attr in DENIED_OPERATORS):
+                    found.add(".".join([root, *rest]))
+            elif isinstance(node, ast.FunctionDef) and node.name == "__setstate__":
+                calls = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+                found.update(f"{call} in __setstate__" for call in calls if not SETSTATE_CALLS.fullmatch(call))
+    if found:
+        raise RefusedFileError(
+            f"its TorchScript code uses {', '.join(sorted(found)[:8])}; pass --trust-pickle if you trust its maker"
+        )
+
+
+GRAPH_TARGET = re.compile(r"torch\.ops\.(aten|prims|torchvision|quantized|higher_order)\.(\w+)(\.\w+)?")
+PYTHON_TARGETS = frozenset(
+    f"{module}.{name}"
+    for module, names in (
+        ("_operator", "add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge and_ or_ xor not_ getitem"),
+        ("math", "ceil floor trunc sqrt"),
+        ("torch", "sym_int sym_float sym_not sym_max sym_min sym_ite sym_sqrt _sym_sqrt _check"),
+    )
+    for name in names.split()
+)
+SYMBOLIC_CALLS = frozenset(
+    "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Lt Le Gt Ge And Or Not Piecewise FloorDiv "
+    "ModularIndexing CleanDiv CeilDiv PythonMod CeilToInt FloorToInt TruncToInt IntTrueDiv FloatTrueDiv PowByNatural "
+    "FloatPow ToFloat Where Identity Relational".split()
+)
+SYMBOL = re.compile(r"[a-z]{1,3}\d+|int_oo|oo|zoo|nan|-?\d+")
+
+
+def is_symbolic_expression(text: object) -> bool:
+    """Whether `text` is an expression over sizes and nothing else: torch.export.load passes it to sympy, which evaluates it."""
+    import ast
+
+    if not isinstance(text, str) or len(text) > 4000:
+        return False
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    shapes = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.keyword, ast.Load, ast.operator, ast.unaryop,
+              ast.cmpop, ast.Tuple)  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            good = isinstance(node.func, ast.Name) and node.func.id in SYMBOLIC_CALLS
+        elif isinstance(node, ast.Name):
+            good = node.id in SYMBOLIC_CALLS or SYMBOL.fullmatch(node.id) is not None
+        elif isinstance(node, ast.Constant):
+            good = type(node.value) in (int, float, bool) or SYMBOL.fullmatch(str(node.value)) is not None
+        else:
+            good = isinstance(node, shapes)
+        if not good:
+            return False
+    return True
+
+
+def is_plain_tree(text: object) -> bool:
+    """Whether a serialised pytree spec names only built-in containers."""
+    names = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.Size", None}
+
+    def check(node: Any) -> bool:  # noqa: ANN401
+        return isinstance(node, dict) and node.get("type") in names and all(map(check, node.get("children_spec", [])))
+
+    try:
+        _, tree = json.loads(text if isinstance(text, str) else "")
+    except (ValueError, TypeError):
+        return False
+    return check(tree)
+
+
+def vet_program(node: object, found: set[str]) -> None:
+    """Walk the JSON of an exported program; add every part that would run as code to `found`, and drop its notes."""
+    if isinstance(node, list):
+        for item in node:
+            vet_program(item, found)
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if key == "expr_str" and not is_symbolic_expression(value):
+            found.add(f"the expression {str(value)[:60]!r}")
+        elif key == "target" and isinstance(value, str) and "inputs" in node:
+            match = GRAPH_TARGET.fullmatch(value)
+            if value not in PYTHON_TARGETS and (match is None or match[2] in DENIED_OPERATORS):
+                found.add(f"the operator {value[:60]}")
+        elif key in ("in_spec", "out_spec") and not is_plain_tree(value):
+            found.add("an argument or result of a custom class")
+        elif key == "metadata" and "inputs" in node:
+            node[key] = {}
+        else:
+            vet_program(value, found)
+
+
+def rewrite_exported_program(path: Path) -> io.BytesIO:
+    """The .pt2 archive at `path` with only what torch.export.load may see: no guards, pickles, libraries or notes."""
+    reader, records = open_archive(path)
+    found = {
+        name
+        for name in records
+        if name.startswith("data/aotinductor/") or name.endswith((".so", ".o", ".cubin", ".cpp", ".py"))
+    }
+    programs = [name for name in records if name.startswith("models/")]
+    if programs != ["models/model.json"] or reader.get_record("archive_format") != b"pt2":
+        raise DamagedFileError("it does not hold exactly one exported program of PyTorch 2.8 or newer")
+    try:
+        for kind in ("weights", "constants"):
+            name = f"data/{kind}/model_{kind}_config.json"
+            entries = json.loads(reader.get_record(name))["config"] if name in records else {}
+            for key, entry in entries.items():
+                if entry.get("use_pickle") or not re.fullmatch(r"(weight|tensor)_\d+", entry["path_name"]):
+                    found.add(f"a pickled {kind[:-1]} ({key})")
+        program = json.loads(reader.get_record("models/model.json"))
+        program["guards_code"] = []
+        vet_program(program, found)
+        found.update(f"the range of {key}" for key in program.get("range_constraints", {}) if not SYMBOL.fullmatch(key))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedFileError(f"its program is damaged ({first_line(error)})") from None
+    if found:
+        raise RefusedFileError(
+            f"it holds {', '.join(sorted(found)[:8])}, which torch.export.load would run as code; pass --trust-pickle if you trust its maker"
+        )
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(rewritten, "w") as archive:
+        for name in records:
+            if name == "models/model.json":
+                archive.writestr(f"model/{name}", json.dumps(program))
+            elif name.startswith("data/sample_inputs/"):  # a pickle; torch.export.load takes an empty one for none
+                archive.writestr(f"model/{name}", b"")
+            elif not name.startswith((".data/serialization_id", "extra/")):
+                archive.writestr(f"model/{name}", reader.get_record(name))
+    rewritten.seek(0)
+    return rewritten
+
+
+class Loaded(NamedTuple):
+    """What came out of a file: a module, a ScriptModule, an ExportedProgram or a checkpoint's dictionary."""
+
+    content: Any
+    what: str
+    examples: tuple[InputShape, ...] = ()  # the inputs that the file records
+    free: tuple[Mapping[int, str], ...] = ()  # for each of them: its axes of free size, and the program's symbols
+
+
+def load(source: Source, *, trust: bool) -> Loaded:
+    """Open `source` on the CPU; raises ConversionError that names the file. `trust` runs whatever the file says."""
+    loaders = {
+        Kind.CHECKPOINT: load_checkpoint,
+        Kind.LEGACY_CHECKPOINT: load_checkpoint,
+        Kind.SAFETENSORS: load_safetensors,
+        Kind.TORCHSCRIPT: load_torchscript,
+        Kind.EXPORTED_PROGRAM: load_exported_program,
+    }
+    try:
+        return loaders[source.kind](source, trust=trust)
+    except (RefusedFileError, DamagedFileError) as error:
+        raise ConversionError(error.status, f"{source.path}: {error}") from None
+
+
+def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
+    """A complete module, or a dictionary that holds weights."""
+    import torch
+
+    if trust:
+        LOG.warn(f"--trust-pickle: {source.path} is executed as it is opened")
+        try:
+            content = torch.load(source.path, map_location="cpu", weights_only=False)
+        except Exception as error:  # whatever the file's own code raises
+            raise DamagedFileError(f"it cannot be opened ({first_line(error)})") from error
+    elif source.kind is Kind.CHECKPOINT:
+        content = read_archive(source.path)
+    else:
+        with source.path.open("rb") as file:
+            content = read_legacy(file, source.path.stat().st_size)
+    if isinstance(content, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        content = content.module
+    if isinstance(content, torch.nn.Module):
+        check_module_graph(content)
+        return Loaded(content, f"a complete model ({qualified_name(type(content))})")
+    if isinstance(content, Mapping):
+        return Loaded(content, "weights without a model (a state dict)")
+    raise DamagedFileError(f"it holds a {type(content).__name__}, neither a model nor a state dict")
+
+
+def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
+    """The tensors of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return Loaded(load_file(source.path), "weights without a model (safetensors)")
+    except (SafetensorError, ValueError) as error:
+        raise DamagedFileError(
+            f"its safetensors header or data is damaged ({first_line(error)}); copy or download it again"
+        ) from None
+
+
+def load_torchscript(source: Source, *, trust: bool) -> Loaded:
+    """A ScriptModule, and the inputs that it was traced with where the archive has them."""
+    import torch
+
+    if trust:
+        LOG.warn(f"--trust-pickle: the code in {source.path} is not vetted")
+    else:
+        vet_torchscript(source.path)
+    try:
+        module = torch.jit.load(str(source.path), map_location="cpu")
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise DamagedFileError(f"torch.jit.load cannot open it ({first_line(error)})") from None
+    return Loaded(module, f"TorchScript ({module.original_name})", traced_inputs(source.path))
+
+
+def traced_inputs(path: Path) -> tuple[InputShape, ...]:
+    """The shapes that a TorchScript archive was traced with; empty for a scripted one.
+
+    torch.jit.save records the tensors without their data, so the storages made here are never filled.
+    """
+    import torch
+
+    reader, records = open_archive(path)
+    if "traced_inputs.pkl" not in records:
+        return ()
+
+    def empty_storage(record_id: tuple[Any, ...]) -> tuple[torch.UntypedStorage, torch.dtype]:
+        _, dtype, nbytes = parse_storage_id(record_id)
+        if nbytes > MAX_EXAMPLE_BYTES:
+            raise DamagedFileError("its recorded inputs are larger than any model's")
+        return torch.UntypedStorage(nbytes), dtype
+
+    recorded = InertUnpickler(io.BytesIO(reader.get_record("traced_inputs.pkl")), empty_storage).load()
+    examples = recorded.get("forward", []) if isinstance(recorded, dict) else []
+    if not all(isinstance(example, torch.Tensor) for example in examples):
+        return ()
+    return tuple(InputShape(tuple(x.shape), None, str(x.dtype).removeprefix("torch.")) for x in examples)
+
+
+def load_exported_program(source: Source, *, trust: bool) -> Loaded:
+    """An ExportedProgram with its inputs' shapes and free axes."""
+    import torch
+
+    if trust:
+        LOG.warn(f"--trust-pickle: {source.path} is opened without vetting it")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "0" if trust else "1"
+    file = source.path if trust else rewrite_exported_program(source.path)
+    try:
+        program = torch.export.load(file)
+        values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+        examples = [(name, values[name]) for name in program.graph_signature.user_inputs]
+        sizes = [[getattr(getattr(size, "node", size), "hint", size) for size in value.shape] for _, value in examples]
+        shapes = tuple(
+            InputShape(tuple(map(int, dims)), None, str(value.dtype).removeprefix("torch."))
+            for (_, value), dims in zip(examples, sizes, strict=True)
+        )
+        free = tuple({axis: str(n) for axis, n in enumerate(v.shape) if not isinstance(n, int)} for _, v in examples)
+        return Loaded(program, "an exported program", shapes, free)
+    except Exception as error:  # torch.export raises whatever its deserialiser met
+        raise DamagedFileError(f"torch.export.load cannot open it ({first_line(error)})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a model from weights: find the weights in a checkpoint, build the class, and let the shapes tell its arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Where training scripts put the weights, the averaged ones first: they are what their authors evaluate.
+WEIGHT_KEYS = ("ema_state_dict", "ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "network",
+               "params_ema", "params", "weights", "generator", "student", "teacher", "module")  # fmt: skip
+# Counters of profilers and of weight averaging that lie among the weights.
+COUNTERS = ("total_ops", "total_params", "n_averaged")
+
+
+def is_state_dict(value: object) -> bool:
+    """Whether `value` maps names to tensors."""
+    import torch
+
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) for key in value)
+        and all(isinstance(item, torch.Tensor) for item in value.values())
+    )
+
+
+def find_weights(content: Any, key: str | None) -> tuple[Any, str]:  # noqa: ANN401
+    """The module or state dict inside a checkpoint, and its key ("" where the checkpoint is the state dict itself).
+
+    `key` is --checkpoint-key: a key, or keys joined by dots. Raises ConversionError that lists the keys there are.
+    """
+    from torch import nn
+
+    def usable(value: object) -> bool:
+        return isinstance(value, nn.Module) or is_state_dict(value)
+
+    def candidates(value: object, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+        if usable(value):
+            yield path, value
+        elif isinstance(value, Mapping) and depth < 3:
+            names = [name for name in WEIGHT_KEYS if name in value] if key is None else list(value)
+            for name in names:
+                yield from candidates(value[name], f"{path}.{name}" if path else str(name), depth + 1)
+
+    found = dict(candidates(content, "", 0))
+    if key is not None and key in found:
+        return found[key], key
+    if key is None and found:
+        first, *others = found
+        if others:
+            LOG.info(f"weights: taken from {first!r}; the file also has {', '.join(others[:4])} (--checkpoint-key)")
+        return found[first], first
+    keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else "none"
+    wanted = f"--checkpoint-key {key}: no weights there" if key else "no weights found in the checkpoint"
+    raise ConversionError(
+        ExitStatus.USAGE if key else ExitStatus.INPUT, f"{wanted}; it has the keys {keys}; pass --checkpoint-key"
+    )
+
+
+def resolve_model_class(name: str) -> Callable[..., nn.Module]:
+    """The class or builder function that --model-class names; raises ConversionError (USAGE) with near misses."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            target = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConversionError(
+                ExitStatus.USAGE,
+                f"--model-class {name}: {first_line(error)}; install its package, or put its folder on PYTHONPATH",
+            ) from None
+    else:
+        import difflib
+        import inspect
+
+        from torchvision.models import get_model_builder, list_models
+
+        try:
+            target = get_model_builder(name)
+        except ValueError:
+            near = difflib.get_close_matches(name.lower(), list_models(), n=4, cutoff=0.4)
+            raise ConversionError(
+                ExitStatus.USAGE,
+                f"--model-class {name}: torchvision has no such model"
+                + (f" (near: {', '.join(near)})" if near else "")
+                + "; a class of another package is written package.module:Class",
+            ) from None
+        backbone = "weights_backbone" in inspect.signature(target).parameters
+        return functools.partial(target, weights=None, **({"weights_backbone": None} if backbone else {}))
+    if not callable(target):
+        raise ConversionError(ExitStatus.USAGE, f"--model-class {name}: that is a {type(target).__name__}, not a class")
+    return target
+
+
+def accepts(function: Callable[..., Any], argument: str) -> bool:
+    """Whether `function` names the keyword `argument` in its signature, or takes any."""
+    import inspect
+
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def build_without_initialising(build: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    """`build(**arguments)` without filling the weights at random: that takes seconds, and the file has all of them."""
+    from torch.overrides import TorchFunctionMode
+
+    class SkipInitialisation(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401, ARG002
+            if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_|erfinv_", function.__name__):
+                return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+            return function(*args, **(kwargs or {}))
+
+    with SkipInitialisation():
+        return build(**arguments)
+
+
+class Fit(NamedTuple):
+    """How a class's parameters and a file's tensors differ."""
+
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+
+    def __bool__(self) -> bool:
+        return not (self.missing or self.unexpected or self.reshaped)
+
+
+def compare_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Fit:
+    """Compare names and shapes of `model`'s state dict and `weights`."""
+    expected = model.state_dict()
+    return Fit(
+        [name for name in expected if name not in weights],
+        [name for name in weights if name not in expected],
+        [name for name in expected if name in weights and expected[name].shape != weights[name].shape],
+    )
+
+
+def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`weights` without wrappers' prefixes and counters, and with the batch counters that PyTorch before 0.4.1 lacked.
+
+    A prefix goes when every name has it and the class has none that begins so: DataParallel's `module.`,
+    torch.compile's `_orig_mod.`, Lightning's `model.`.
+    """
+    import torch
+
+    expected = model.state_dict()
+    weights = {name: tensor for name, tensor in weights.items() if name.rpartition(".")[2] not in COUNTERS}
+    while weights and not weights.keys() & expected.keys():
+        prefix = next(iter(weights)).partition(".")[0] + "."
+        if not all(name.startswith(prefix) for name in weights) or any(name.startswith(prefix) for name in expected):
+            break
+        LOG.info(f"weights: every name begins with {prefix!r}, which the class does not have: taken off")
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    for name in expected.keys() - weights.keys():
+        if name.endswith("num_batches_tracked"):  # counts training steps; the forward pass in eval mode ignores it
+            weights[name] = torch.zeros_like(expected[name])
+    return weights
+
+
+def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+    """Keyword arguments that the tensors' shapes suggest: output size, input channels, auxiliary heads."""
+    expected = model.state_dict()
+    classes: dict[int, None] = {}
+    channels: dict[int, None] = {}
+    for name in expected.keys() & weights.keys():
+        have, want = weights[name].shape, expected[name].shape
+        if len(have) == len(want) and have != want and have:
+            if have[0] != want[0]:  # heads repeat the classes per anchor or per box side: 4 * 91, 6 * 91
+                defaults = (want[0], 1000, 400, 91, 21)
+                classes.update(dict.fromkeys(have[0] * n // want[0] for n in defaults if have[0] * n % want[0] == 0))
+            if len(have) > 3 and have[1] != want[1]:
+                channels[have[1]] = None
+    heads: list[dict[str, Any]] = [{}, {"aux_logits": False}, {"aux_logits": True}, {"aux_loss": True}]
+    sizes = [{}, *({"num_classes": number} for number in classes)]
+    inputs = [{}, *({key: number} for number in channels for key in ("in_chans", "in_channels"))]
+    for head, size, planes in itertools.product(heads, sizes, inputs):
+        yield {**head, **size, **planes}
+
+
+def model_from_weights(name: str, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The class `name` with `tensors` loaded, every one of them; arguments not `given` are told by the shapes.
+
+    Raises ConversionError (USAGE) that lists what is missing, unexpected or of another shape.
+    """
+    build = resolve_model_class(name)
+    model = attempt_build(build, given, name)
+    weights = clean_weights(tensors, model)
+    fit = compare_weights(model, weights)
+    if not fit:
+        for guess in argument_guesses(model, weights):
+            if not guess or guess.keys() & given.keys() or not all(accepts(build, key) for key in guess):
+                continue
+            with contextlib.suppress(ConversionError):
+                other = attempt_build(build, {**given, **guess}, name)
+                if compare_weights(other, weights):
+                    LOG.info(f"weights: their shapes tell {', '.join(f'{k}={v}' for k, v in guess.items())}")
+                    model, fit = other, compare_weights(other, weights)
+                    break
+    if not fit:
+        raise ConversionError(ExitStatus.USAGE, describe_misfit(name, model, weights, fit))
+    types = {key: value.dtype for key, value in model.state_dict().items()}
+    model.load_state_dict({key: value.to(types[key]) for key, value in weights.items()}, strict=True, assign=True)
+    return model
+
+
+def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any], name: str) -> nn.Module:
+    """Build the class; raises ConversionError (USAGE) where its constructor fails."""
+    from torch import nn
+
+    try:
+        model = build_without_initialising(build, arguments)
+    except Exception as error:  # whatever the user's constructor raises
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"--model-class {name}: it cannot be built ({first_line(error)}); pass what its constructor needs with --model-args",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ConversionError(
+            ExitStatus.USAGE, f"--model-class {name}: it made a {type(model).__name__}, not a torch.nn.Module"
+        )
+    return model
+
+
+def describe_misfit(name: str, model: nn.Module, weights: Mapping[str, Tensor], fit: Fit) -> str:
+    """One line: the first few names of each kind, and how many more."""
+    expected = model.state_dict()
+    shapes = [
+        f"{key} is {shape_text(weights[key].shape)}, not {shape_text(expected[key].shape)}" for key in fit.reshaped
+    ]
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''})"
+        for what, names in (("missing", fit.missing), ("unexpected", fit.unexpected), ("of another shape", shapes))
+        if names
+    ]
+    return f"the weights do not fit --model-class {name}: {'; '.join(parts)}; pass the class they were saved from, or its arguments with --model-args"
+
+
+def shape_text(sizes: Iterable[int]) -> str:
+    """`1x3x224x224`."""
+    return "x".join(map(str, sizes)) or "scalar"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inputs: what the model is called with, and which axes are free
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Sizes to try, most usual first, where the first layer tells channels but a later layer decides the size.
+IMAGE_SIZES = (224, 256, 128, 64, 32, 28, 299, 512, 112, 96, 48, 24, 20, 16, 12, 8, 84, 105, 160, 192, 240, 320, 384, 448)  # fmt: skip
+SIGNAL_LENGTHS = (16000, 8000, 4096, 2048, 1024, 512, 256, 128, 100, 64, 50, 32, 16, 8)
+VOLUMES = ((16, 112, 112), (16, 224, 224), (8, 112, 112), (32, 224, 224), (64, 64, 64), (32, 32, 32), (16, 16, 16))
+SEQUENCE_LENGTH = 16
+AXIS_NAMES = {  # by rank: the names of the axes after the batch
+    2: {1: "sequence_length"},
+    3: {1: "channels", 2: "time"},
+    4: {1: "channels", 2: "height", 3: "width"},
+    5: {1: "channels", 2: "depth", 3: "height", 4: "width"},
+}
+BATCH = "batch_size"
+# Names that a single input keeps: the ecosystem's. Any other single input is called `input`.
+USUAL_NAMES = {"input_ids", "pixel_values", "input_values", "input_features"}
+
+
+class InputSpec(NamedTuple):
+    """One input of the model: `dims` as the user or the model gives them, `axes` the free ones and their names."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: torch.dtype
+    axes: Mapping[int, str] = {}
+
+    def resized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with every free axis at the size that `sizes` gives its name."""
+        return tuple(sizes.get(self.axes.get(axis, ""), size) for axis, size in enumerate(self.dims))
+
+
+class Guess(NamedTuple):
+    """Shapes that the model tells, one per input; `batch_axis` is -1 where there is none."""
+
+    shapes: list[InputShape]
+    reason: str
+    batch_axis: int = 0
+
+
+def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
+    """Names of forward's tensor parameters in order, and how many of them it cannot do without."""
+    import inspect
+
+    import torch
+
+    if isinstance(model, torch.jit.ScriptModule):
+        arguments = model.forward.schema.arguments[1:]
+        return [argument.name for argument in arguments], sum(
+            not argument.has_default_value() for argument in arguments
+        )
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in several]
+    return [p.name for p in parameters], sum(p.default is inspect.Parameter.empty for p in parameters)
+
+
+def first_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The type name and module of the first layer with weights (ScriptModules keep the original name)."""
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            name = getattr(module, "original_name", type(module).__name__)
+            if name in LAYER_SHAPES:
+                return name, module
+    return None
+
+
+def image_shapes(layer: Any) -> Iterator[tuple[int, ...]]:  # noqa: ANN401
+    """Shapes for a Conv2d: channels from the weight (times the groups), square images."""
+    planes = layer.weight.shape[1] * getattr(layer, "groups", 1)
+    return ((1, planes, size, size) for size in IMAGE_SIZES)
+
+
+def recurrent_shapes(layer: Any) -> Iterator[tuple[int, ...]]:  # noqa: ANN401
+    """Shapes for an LSTM, GRU or RNN; the batch is the second axis unless batch_first."""
+    features = layer.weight_ih_l0.shape[1]
+    first = getattr(layer, "batch_first", False)
+    yield (1, SEQUENCE_LENGTH, features) if first else (SEQUENCE_LENGTH, 1, features)
+
+
+def flat_shapes(layer: Any) -> Iterator[tuple[int, ...]]:  # noqa: ANN401
+    """Shapes for a Linear layer: rows of features, then sequences of them."""
+    features = layer.weight.shape[1]
+    yield from ((1, features), (1, SEQUENCE_LENGTH, features))
+
+
+# The first layer's type tells the shapes to try, in this order.
+LAYER_SHAPES: dict[str, Callable[[Any], Iterable[tuple[int, ...]]]] = {
+    "Conv2d": image_shapes,
+    "Conv2dSame": image_shapes,
+    "ScaledStdConv2d": image_shapes,
+    "StdConv2d": image_shapes,
+    "ConvTranspose2d": lambda layer: ((1, layer.weight.shape[0], size, size) for size in (1, 4, 7, 8, 16, 32, 64)),
+    "Conv1d": lambda layer: ((1, layer.weight.shape[1], size) for size in SIGNAL_LENGTHS),
+    "Conv3d": lambda layer: ((1, layer.weight.shape[1], *volume) for volume in VOLUMES),
+    "Linear": flat_shapes,
+    "Embedding": lambda _: ((1, SEQUENCE_LENGTH),),
+    "EmbeddingBag": lambda _: ((1, SEQUENCE_LENGTH),),
+    "LSTM": recurrent_shapes,
+    "GRU": recurrent_shapes,
+    "RNN": recurrent_shapes,
+    "MultiheadAttention": lambda layer: ((1, SEQUENCE_LENGTH, layer.out_proj.weight.shape[0]),),
+    "BatchNorm1d": lambda layer: ((1, layer.weight.shape[0]), (1, layer.weight.shape[0], 128)),
+    "BatchNorm2d": lambda layer: ((1, layer.weight.shape[0], size, size) for size in IMAGE_SIZES),
+    "LayerNorm": lambda layer: ((1, *layer.weight.shape), (1, SEQUENCE_LENGTH, *layer.weight.shape)),
+}
+
+
+def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:  # noqa: ANN401
+    """torchvision's published weights for this model, whose metadata tell size and preprocessing; None where unknown.
+
+    With no `class_name` (a complete model), the weights whose recorded number of parameters is the model's.
+    """
+    from enum import Enum
+
+    module = sys.modules.get(type(model).__module__)
+    if not type(model).__module__.startswith("torchvision.models.") or module is None:
+        return None
+    if class_name is not None and ":" not in class_name:
+        from torchvision.models import get_model_weights
+
+        return next(iter(reversed(list(get_model_weights(class_name)))), None)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    enums = [value for name, value in vars(module).items() if name.endswith("_Weights") and issubclass(value, Enum)]
+    return next((item for enum in enums for item in enum if item.meta.get("num_params") == parameters), None)
+
+
+def preprocessing(model: nn.Module, class_name: str | None) -> dict[str, Any]:
+    """Size (pixels), mean and std of the images the model was made for, where its library says so; else empty."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and "input_size" in config:
+        known = {"size": config["input_size"], "mean": config.get("mean"), "std": config.get("std")}
+        return {**known, "source": "timm pretrained_cfg"}
+    weights = torchvision_weights(model, class_name)
+    if weights is None:
+        return {}
+    transforms = weights.transforms()
+    size = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None)
+    known = {"size": size, "mean": getattr(transforms, "mean", None), "std": getattr(transforms, "std", None)}
+    return {**{key: value for key, value in known.items() if value is not None}, "source": f"torchvision {weights}"}
+
+
+def library_guess(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
+    """Shapes from the library's metadata and from the model's own image_size."""
+    layer = first_layer(model)
+    sizes = known.get("size") or getattr(model, "image_size", None) or getattr(model, "img_size", None)
+    if sizes is None or layer is None or not layer[0].endswith("Conv2d") or not isinstance(sizes, (int, list, tuple)):
+        return
+    height, width = (
+        (sizes, sizes) if isinstance(sizes, int) else (sizes[0], sizes[0]) if len(sizes) == 1 else sizes[-2:]
+    )
+    planes = next(iter(image_shapes(layer[1])))[1]
+    yield Guess([InputShape((1, planes, int(height), int(width)))], known.get("source") or "the model's image size")
+
+
+def input_guesses(model: nn.Module, loaded: Loaded, known: Mapping[str, Any]) -> Iterator[Guess]:
+    """What the model tells about its inputs, the surest first; the spec's 1,3,224,224 last."""
+    if loaded.examples:
+        yield Guess(list(loaded.examples), "the inputs recorded in the file")
+        return
+    yield from library_guess(model, known)
+    layer = first_layer(model)
+    if layer is not None:
+        name, module = layer
+        integer = "int64" if name.startswith("Embedding") else None
+        recurrent = name in ("LSTM", "GRU", "RNN") and not getattr(module, "batch_first", False)
+        for dims in LAYER_SHAPES[name](module):
+            yield Guess([InputShape(tuple(dims), None, integer)], f"the first layer, a {name}", 1 if recurrent else 0)
+    yield Guess([InputShape((1, 3, 224, 224))], "nothing in the model: the default")
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating-point weight: its inputs have the same."""
+    import torch
+
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
+def name_inputs(model: nn.Module, shapes: Sequence[InputShape], dtype: torch.dtype) -> list[InputSpec]:
+    """Give every shape a name (the user's, else `input`, else forward's) and a dtype."""
+    import torch
+
+    names, _ = forward_parameters(model)
+    if len(shapes) == 1 and not set(names[:1]) & USUAL_NAMES:
+        names = ["input"]
+    names += [f"input_{index}" for index in range(len(names), len(shapes))]
+    return [
+        InputSpec(shape.name or name, shape.dims, getattr(torch, shape.dtype) if shape.dtype else dtype)
+        for shape, name in zip(shapes, names, strict=False)
+    ]
+
+
+def free_axes(
+    specs: Sequence[InputSpec], loaded: Loaded, options: argparse.Namespace, batch_axis: int
+) -> list[InputSpec]:
+    """Mark the batch and --dynamic-axes as free, or the axes that an exported program leaves free.
+
+    Axes of one name have one size, in every input. Raises ConversionError (USAGE) for an axis that is not there.
+    """
+    wanted = list(itertools.chain.from_iterable(options.dynamic_axes or ()))
+    for axis in wanted:
+        check_axis(axis, specs)
+    if loaded.free and not wanted and not options.static:
+        return program_axes(specs, loaded.free)
+    result = []
+    for spec in specs:
+        axes: dict[int, str] = {}
+        has_batch = batch_axis < len(spec.dims) and spec.dims[batch_axis] == specs[0].dims[batch_axis]
+        if has_batch and not options.static:
+            axes[batch_axis] = BATCH
+        for axis, label, input_name in wanted:
+            if input_name in (None, spec.name):
+                axes[axis] = label or (BATCH if axis == batch_axis else axis_name(spec, axis))
+        result.append(spec._replace(axes=dict(sorted(axes.items()))))
+    return result
+
+
+def check_axis(wanted: DynamicAxis, specs: Sequence[InputSpec]) -> None:
+    """Raise ConversionError (USAGE) where no input has the axis."""
+    if wanted.input_name is not None and wanted.input_name not in {spec.name for spec in specs}:
+        names = ", ".join(spec.name for spec in specs)
+        raise ConversionError(
+            ExitStatus.USAGE, f"--dynamic-axes: there is no input {wanted.input_name}; there is {names}"
+        )
+    for spec in specs:
+        if wanted.input_name in (None, spec.name) and wanted.axis >= len(spec.dims):
+            shape = shape_text(spec.dims)
+            raise ConversionError(
+                ExitStatus.USAGE, f"--dynamic-axes: {spec.name} is {shape} and has no axis {wanted.axis}"
+            )
+
+
+def axis_name(spec: InputSpec, axis: int) -> str:
+    """The usual name of an axis that is not the batch."""
+    return AXIS_NAMES.get(len(spec.dims), {}).get(axis, f"dim_{axis}")
+
+
+def program_axes(specs: Sequence[InputSpec], free: Sequence[Mapping[int, str]]) -> list[InputSpec]:
+    """Name the free axes of an exported program; a symbol that stands at several places gets one name."""
+    names: dict[str, str] = {}
+    for spec, symbols in zip(specs, free, strict=True):
+        for axis, symbol in symbols.items():
+            name = BATCH if axis == 0 else axis_name(spec, axis)
+            names.setdefault(symbol, f"{spec.name}_{name}" if name in names.values() else name)
+    return [
+        spec._replace(axes={axis: names[symbol] for axis, symbol in symbols.items()})
+        for spec, symbols in zip(specs, free, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the reference: PyTorch's own answers at several shapes, taken before any exporter has touched the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+Arrays = dict[str, Any]  # name -> numpy array
+
+
+class Case(NamedTuple):
+    """Inputs of one shape and PyTorch's outputs for them."""
+
+    label: str
+    inputs: Arrays
+    outputs: Arrays
+
+
+class Plan(NamedTuple):
+    """What to export and what to compare it with: `traced` are the sizes of the free axes in the example inputs."""
+
+    model: nn.Module
+    specs: list[InputSpec]
+    outputs: list[str]
+    traced: dict[str, int]
+    cases: list[Case]
+
+
+class RejectedInputError(Exception):
+    """The model raised when it was called; the cause is the original exception."""
+
+
+def flatten_outputs(value: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """Every tensor of nested outputs under a stable name: `output`, `logits`, `boxes`, `output_1`, `aux_0`."""
+    import torch
+
+    found: dict[str, Tensor] = {}
+
+    def walk(item: Any, path: tuple[str, ...]) -> None:  # noqa: ANN401
+        if isinstance(item, torch.Tensor):
+            text = "_".join(path)
+            name = text if text and not text[0].isdigit() else f"output_{text}".rstrip("_")
+            found[re.sub(r"\W", "_", name)] = item
+        elif isinstance(item, Mapping):
+            for key, entry in item.items():
+                walk(entry, (*path, str(key)))
+        elif hasattr(item, "_fields"):
+            for key, entry in zip(item._fields, item, strict=True):
+                walk(entry, (*path, key))
+        elif hasattr(item, "__dataclass_fields__"):
+            for key in item.__dataclass_fields__:
+                walk(getattr(item, key), (*path, key))
+        elif isinstance(item, (list, tuple)):
+            for index, entry in enumerate(item):
+                walk(entry, path if len(item) == 1 else (*path, str(index)))
+
+    walk(value, ())
+    return found
+
+
+def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """`model` as the exporters like it: tensors in by position, a flat tuple of tensors out, no gradients."""
+    from torch import nn
+
+    parameters, _ = forward_parameters(model)
+    by_name = len(names) > 1 and set(names) <= set(parameters)
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            result = self.inner(**dict(zip(names, inputs, strict=True))) if by_name else self.inner(*inputs)
+            return tuple(flatten_outputs(result).values())
+
+    return Flat()
+
+
+def make_inputs(
+    specs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int, highest: int, device: str
+) -> list[Tensor]:
+    """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for spec in specs:
+        shape = spec.resized(sizes)
+        if spec.dtype.is_floating_point:
+            values = (
+                torch.randn(shape, generator=generator) if seed % 3 != 1 else torch.rand(shape, generator=generator)
+            )
+            values = (values - 1 if seed % 3 == 2 else values).to(spec.dtype)
+        elif spec.dtype is torch.bool:
+            values = torch.rand(shape, generator=generator) < 0.5
+        else:
+            values = torch.randint(0, min(highest, torch.iinfo(spec.dtype).max), shape, generator=generator).to(
+                spec.dtype
+            )
+        result.append(values.to(device))
+    return result
+
+
+def highest_index(model: nn.Module) -> int:
+    """Integer inputs stay below this: the number of rows of the smallest embedding, or 2 where there is none."""
+    from torch import nn
+
+    rows = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    return min(rows, default=2)
+
+
+def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The model's outputs by name; raises RejectedInputError with what the model said."""
+    import torch
+
+    parameters, _ = forward_parameters(model)
+    by_name = len(names) > 1 and set(names) <= set(parameters)
+    try:
+        with torch.no_grad():
+            result = model(**dict(zip(names, inputs, strict=True))) if by_name else model(*inputs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model may raise anything
+        if "can't allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+        raise RejectedInputError(first_line(error)) from error
+    outputs = flatten_outputs(result)
+    taken = set(names) & outputs.keys()
+    return {f"{name}_out" if name in taken else name: tensor for name, tensor in outputs.items()}
+
+
+class Reference:
+    """Calls the model at chosen sizes and keeps its answers as cases."""
+
+    def __init__(self, model: nn.Module, specs: Sequence[InputSpec], device: str) -> None:
+        self.model, self.specs, self.device = model, list(specs), device
+        self.names = [spec.name for spec in specs]
+        self.highest = highest_index(model)
+
+    def tensors(self, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
+        """Example inputs at `sizes`."""
+        return make_inputs(self.specs, sizes, seed, self.highest, self.device)
+
+    def run(self, sizes: Mapping[str, int], seed: int) -> Case:
+        """PyTorch's answer at `sizes`; raises RejectedInputError where the model does not accept them."""
+        inputs = self.tensors(sizes, seed)
+        outputs = call_model(self.model, inputs, self.names)
+        label = " ".join(
+            f"{spec.name}:{shape_text(tensor.shape)}" for spec, tensor in zip(self.specs, inputs, strict=True)
+        )
+        arrays = {name: to_numpy(tensor) for name, tensor in outputs.items()}
+        return Case(label, dict(zip(self.names, map(to_numpy, inputs), strict=True)), arrays)
+
+
+def to_numpy(tensor: Tensor) -> Any:  # noqa: ANN401
+    """A numpy copy on the CPU; bfloat16, which numpy lacks, as float32."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy(force=True).copy()
+
+
+def check_deterministic(reference: Reference, first: Case, sizes: Mapping[str, int], seed: int) -> None:
+    """Call the model a second time with the same inputs; raises ConversionError (VERIFY) where the answers differ."""
+    import numpy as np
+    import torch
+
+    def same(one: Case, other: Case) -> bool:
+        return one.outputs.keys() == other.outputs.keys() and all(
+            value.shape == other.outputs[name].shape
+            and np.allclose(value, other.outputs[name], 1e-4, 1e-5, equal_nan=True)
+            for name, value in one.outputs.items()
+        )
+
+    if same(first, reference.run(sizes, seed)):
+        return
+    torch.manual_seed(0)
+    third = reference.run(sizes, seed)
+    torch.manual_seed(0)
+    if same(third, reference.run(sizes, seed)):
+        why = "it draws random numbers in eval mode (dropout or noise that is always on?); make that depend on self.training"
+    else:
+        why = "it changes its own state when it is called; make that state an input and an output"
+    raise ConversionError(
+        ExitStatus.VERIFY, f"PyTorch itself gives two answers for the same input, so no ONNX model can be right: {why}"
+    )
+
+
+def check_finite(case: Case) -> None:
+    """Raises ConversionError (VERIFY) where PyTorch's own outputs hold NaN or Inf; warns where they prove little."""
+    import numpy as np
+
+    for name, value in case.outputs.items():
+        if value.size and value.dtype.kind == "f" and not np.isfinite(value).all():
+            kind = "NaN" if np.isnan(value).any() else "infinite values"
+            raise ConversionError(
+                ExitStatus.VERIFY,
+                f"PyTorch's own output {name} holds {kind} for random input {case.label}, so nothing can be compared; "
+                "check the weights, or pass --no-verify to export without proof",
+            )
+
+
+def propose_inputs(
+    model: nn.Module, loaded: Loaded, known: Mapping[str, Any], options: argparse.Namespace
+) -> Iterator[Guess]:
+    """The user's shapes, or what the model tells; raises ConversionError (USAGE) where the number cannot be right."""
+    names, required = forward_parameters(model)
+    if options.input_shape:
+        count, most = len(options.input_shape), len(names) or len(options.input_shape)
+        if not required <= count <= most:
+            wanted = ", ".join(names[:required]) or "none"
+            raise ConversionError(
+                ExitStatus.USAGE, f"--input-shape gives {count} shapes, the model needs {required} ({wanted})"
+            )
+        recurrent = next(iter(input_guesses(model, loaded, known))).batch_axis
+        yield Guess(
+            options.input_shape, "--input-shape", recurrent if len(options.input_shape[0].dims) > recurrent else 0
+        )
+        return
+    if required > 1 and len(loaded.examples) < required:
+        example = " ".join(f"{name}:1,..." for name in names[:required])
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"the model takes {required} inputs ({', '.join(names[:required])}); pass --input-shape {example}",
+        )
+    yield from input_guesses(model, loaded, known)
+
+
+def settle_inputs(
+    model: nn.Module, loaded: Loaded, known: Mapping[str, Any], options: argparse.Namespace
+) -> tuple[Reference, Case]:
+    """The first proposed inputs that the model accepts, and its answer at exactly those sizes."""
+    dtype = float_dtype(model)
+    failure: RejectedInputError | None = None
+    for guess in propose_inputs(model, loaded, known, options):
+        specs = free_axes(name_inputs(model, guess.shapes, dtype), loaded, options, guess.batch_axis)
+        reference = Reference(model, specs, options.device)
+        try:
+            case = reference.run({}, seed=0)
+        except RejectedInputError as error:
+            failure = failure or error
+            continue
+        if not options.input_shape:
+            LOG.info(f"input: {' '.join(map(str, guess.shapes))}, told by {guess.reason} (--input-shape overrides)")
+        check_deterministic(reference, case, {}, seed=0)
+        return reference, case
+    shapes = " ".join(map(str, options.input_shape or ())) or "any shape tried"
+    cause = failure.__cause__ if failure else None
+    if isinstance(cause, AttributeError):
+        raise ConversionError(
+            ExitStatus.INPUT,
+            f"the model cannot run: {failure}; was it saved with another version of its library? Install that version, or save a state dict",
+        ) from cause
+    raise ConversionError(
+        ExitStatus.USAGE,
+        f"the model does not accept {shapes}: {failure}; pass the right --input-shape, e.g. 1,3,224,224",
+    ) from cause
+
+
+def check_outputs(case: Case) -> None:
+    """Raises ConversionError (EXPORT) for a model without tensor outputs; warns of outputs that prove little."""
+    if not case.outputs:
+        raise ConversionError(ExitStatus.EXPORT, "the model returns no tensor; wrap it so that forward returns tensors")
+    for name, value in case.outputs.items():
+        if value.size == 0:
+            LOG.warn(f"output {name} is empty for random input: comparing it proves its shape only")
+        elif value.size > 1 and (value == value.flat[0]).all():
+            LOG.warn(f"output {name} is {value.flat[0]} everywhere: comparing it proves little (is the model trained?)")
+
+
+def other_sizes(size: int, *, larger: bool, turn: int) -> list[int]:
+    """Sizes to try beside `size`; `turn` makes two axes of one input differ, so that swapping them shows."""
+    steps = (32, 64, 16, 8, 2, 1) if turn % 2 == 0 else (64, 32, 16, 8, 2, 1)
+    return [size + step if larger else size - step for step in steps if larger or size > step]
+
+
+def make_plan(model: nn.Module, loaded: Loaded, known: Mapping[str, Any], options: argparse.Namespace) -> Plan:
+    """Settle the inputs, find out which axes really are free, and take PyTorch's answers at several sizes."""
+    reference, given = settle_inputs(model, loaded, known, options)
+    base = {name: spec.dims[axis] for spec in reference.specs for axis, name in spec.axes.items()}
+    small, large = dict(base), dict(base)
+    for turn, name in enumerate(name for name in base if name != BATCH):
+        for sizes, larger in ((small, False), (large, True)):
+            tries = other_sizes(base[name], larger=larger, turn=turn)
+            sizes[name] = accepted_size(reference, base, name, tries, given)
+    batch = base.get(BATCH, 1)
+    cases = []
+    for seed, (sizes, batches) in enumerate(((base, (max(2, batch),)), (small, (1, 4)), (large, (3, 5)))):
+        case = accepted_case(reference, sizes, batches if BATCH in base else (1,), seed, given)
+        if case is None and BATCH in base and not batch_is_explicit(options):
+            LOG.warn(
+                f"the batch axis is fixed at {batch}: the model rejects other batch sizes, or returns other outputs"
+            )
+            return make_plan(model, loaded, known, fixed_batch(options, reference.specs))
+        if case is None:
+            raise ConversionError(
+                ExitStatus.USAGE, f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static"
+            )
+        cases.append(case)
+    check_outputs(given)
+    for case in cases:
+        check_finite(case)
+    return Plan(model, reference.specs, list(given.outputs), base | {BATCH: max(2, batch)}, cases)
+
+
+def accepted_case(
+    reference: Reference, sizes: Mapping[str, int], batches: Iterable[int], seed: int, given: Case
+) -> Case | None:
+    """The answer at `sizes` with the first of `batches` that the model accepts and that gives the outputs of `given`."""
+    for batch in batches:
+        with contextlib.suppress(RejectedInputError):
+            case = reference.run({**sizes, BATCH: batch}, seed)
+            if case.outputs.keys() == given.outputs.keys():
+                return case
+    return None
+
+
+def accepted_size(reference: Reference, base: Mapping[str, int], name: str, tries: Iterable[int], given: Case) -> int:
+    """The first of `tries` that the model accepts for the axis `name`; raises ConversionError (USAGE) where it takes none."""
+    for size in tries:
+        if accepted_case(reference, {**base, name: size}, (base.get(BATCH, 1),), 0, given) is not None:
+            return size
+    if any(size > base[name] for size in tries):
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"--dynamic-axes: the model accepts no other {name} than {base[name]}; leave that axis out",
+        )
+    return base[name]
+
+
+def batch_is_explicit(options: argparse.Namespace) -> bool:
+    """Whether the user named the batch axis: then a batch that cannot vary is an error, not a note."""
+    return any(axis.axis == 0 for axis in itertools.chain.from_iterable(options.dynamic_axes or ()))
+
+
+def fixed_batch(options: argparse.Namespace, specs: Sequence[InputSpec]) -> argparse.Namespace:
+    """The same options with a batch axis that is not free; the other free axes stay."""
+    axes = [[DynamicAxis(axis, name, spec.name) for axis, name in spec.axes.items() if name != BATCH] for spec in specs]
+    shapes = [InputShape(spec.dims, spec.name, str(spec.dtype).removeprefix("torch.")) for spec in specs]
+    return argparse.Namespace(**{**vars(options), "static": True, "dynamic_axes": axes, "input_shape": shapes})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# export: a ladder of exporters, each result accepted only after verification
+#
+# The TorchScript exporter is faster and writes opsets 7 to 20; the torch.export one ("dynamo") knows more operators,
+# at 18 and up. They fail on different models, so the next one is tried when the first one's model is wrong.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Rung(NamedTuple):
+    """One try: an exporter at an opset."""
+
+    exporter: str
+    opset: int
+
+    def __str__(self) -> str:
+        return f"{self.exporter}, opset {self.opset}"
+
+
+class RungError(Exception):
+    """Why a rung did not hold. `exported` tells whether there was a model; `needs` is the opset an operator asks for."""
+
+    def __init__(self, reason: str, *, exported: bool = False, needs: int | None = None) -> None:
+        super().__init__(reason)
+        self.exported, self.needs = exported, needs
+
+
+def export_torchscript(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset: int, folder: Path) -> ir.Model:
+    """Trace and export with torch.onnx's TorchScript exporter; above its newest opset, converted up from there."""
+    import onnx_ir as ir
+    import torch
+
+    path = folder / "export.onnx"
+    if isinstance(plan.model, (torch.jit.ScriptModule, torch.fx.GraphModule)):  # the exporter's own tracing fails on them
+        flat = torch.jit.trace(flat, tuple(inputs), check_trace=False)
+    torch.onnx.export(
+        flat,
+        tuple(inputs),
+        str(path),
+        dynamo=False,
+        opset_version=min(opset, TORCHSCRIPT_MAX_OPSET),
+        input_names=[spec.name for spec in plan.specs],
+        output_names=plan.outputs,
+        dynamic_axes={spec.name: dict(spec.axes) for spec in plan.specs if spec.axes},
+    )
+    model = ir.load(path)
+    if opset > TORCHSCRIPT_MAX_OPSET:
+        from onnxscript.version_converter import convert_version
+
+        convert_version(model, opset, fallback=False)
+    return model
+
+
+def export_dynamo(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
+    """Export through torch.export; a ScriptModule is turned into an exported program first."""
+    import torch
+
+    if isinstance(flat.inner, torch.jit.ScriptModule):
+        from torch._export.converter import TS2EPConverter
+
+        flat = flat_module(
+            TS2EPConverter(flat.inner, tuple(inputs)).convert().module(), [spec.name for spec in plan.specs]
+        )
+    shapes = tuple({axis: torch.export.Dim.AUTO for axis in spec.axes} for spec in plan.specs)
+    program = torch.onnx.export(
+        flat,
+        tuple(inputs),
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=(shapes,),
+        input_names=[spec.name for spec in plan.specs],
+        output_names=plan.outputs,
+        verbose=False,
+    )
+    return program.model
+
+
+EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
+
+
+def plan_rungs(exporter: str, opset: int | None) -> list[Rung]:
+    """The rungs to try, in order. Without an opset: the default one, and the lowest one of the wider exporter."""
+    wanted = [
+        Rung("torchscript", opset or DEFAULT_OPSET),
+        *([Rung("dynamo", opset or DYNAMO_MIN_OPSET)] if (opset or DYNAMO_MIN_OPSET) >= DYNAMO_MIN_OPSET else []),
+    ]
+    if opset is not None and opset > TORCHSCRIPT_MAX_OPSET:
+        wanted.reverse()  # native before converted
+    return [rung for rung in wanted if exporter in ("auto", rung.exporter)]
+
+
+def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: Path) -> ir.Model:
+    """One exporter's model; raises RungError with the first line of what stood in the way."""
+    import torch
+
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
+    flat = flat_module(plan.model, [spec.name for spec in plan.specs])
+    if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
+        flat.eval()
+    try:
+        with torch.no_grad():
+            model = EXPORTERS[rung.exporter](flat, plan, reference_inputs, rung.opset, folder)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RungError(first_line(error)) from error
+    except Exception as error:  # the exporters raise whatever went wrong inside them
+        if "can't allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+        if LOG.verbose:
+            traceback.print_exc(file=LOG.stream)
+        needs = re.search(r"(?:added in version|try opset version) (\d+)", str(error))
+        raise RungError(
+            explain_failure(error, flat, reference_inputs), needs=int(needs[1]) if needs else None
+        ) from error
+    if model.opset_imports.get("") != rung.opset:
+        raise RungError(f"it wrote opset {model.opset_imports.get('')} instead")
+    return model
+
+
+def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> str:
+    """The first line of an exporter's error, with the module and source line of the operator it names."""
+    import torch
+
+    cause = error
+    while cause.__cause__ is not None and type(error).__module__.startswith("torch.onnx._internal.exporter"):
+        cause = cause.__cause__
+        error = cause if isinstance(cause, Exception) else error
+    text = first_line(error)
+    operator = re.search(r"(?:'|of |operator |kind:)((?:aten|prim|torchvision|\w+)::\w+)", str(error))
+    if operator is None:
+        return text
+    with contextlib.suppress(Exception):  # the location is a courtesy
+        graph = torch.jit.trace(flat, tuple(inputs), check_trace=False, strict=False).inlined_graph
+        node = next(iter(graph.findAllNodes(operator[1], recurse=True)))
+        lines = re.findall(r"(\S+\.py\(\d+\): \w+)", node.sourceRange())
+        line = next((line for line in lines if "/torch/" not in line), lines[0] if lines else "")
+        scope = node.scopeName().rpartition("/")[2].replace("__module.inner.", "")
+        where = ", ".join(part for part in (f"module {scope}" if scope else "", os.path.basename(line)) if part)  # noqa: PTH119
+        return f"{text} ({where})" if where else text
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finish: both exporters' graphs end with the same names, axes and metadata, and without traces of this machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir.Model:
+    """Give `model` the product's names, axes and metadata in place; raises RungError where inputs went missing."""
+    import onnx
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    common.ClearMetadataAndDocStringPass()(model)
+    common.IdentityEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    graph = model.graph
+    restore_inputs(graph, plan)
+    if len(graph.outputs) != len(plan.outputs):
+        raise RungError(f"its graph has {len(graph.outputs)} outputs, the model {len(plan.outputs)}")
+    strip_wrapper_names(graph)
+    for value, name in zip(graph.outputs, plan.outputs, strict=True):
+        value.name = name
+    for spec, value in zip(plan.specs, graph.inputs, strict=True):
+        value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
+    for index, value in enumerate(graph.outputs):
+        value.shape = ir.Shape(output_axes(plan, index, value))
+    graph.name = "model"
+    model.ir_version = min(
+        10, max(8, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", model.opset_imports[""])]))
+    )
+    model.producer_name, model.producer_version = "pt2onnx", __version__
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    return model
+
+
+def restore_inputs(graph: ir.Graph, plan: Plan) -> None:
+    """Order the graph's inputs as the model's, and put back those that an exporter dropped.
+
+    A dropped input is harmless only if no output depends on it; verification with other values decides that.
+    """
+    import onnx_ir as ir
+
+    found = {value.name: value for value in graph.inputs}
+    if not set(found) <= {spec.name for spec in plan.specs}:
+        if len(graph.inputs) != len(plan.specs):
+            raise RungError(f"its graph has the inputs {', '.join(map(str, found))}")
+        found = {spec.name: value for spec, value in zip(plan.specs, graph.inputs, strict=True)}
+    for spec in plan.specs:
+        if spec.name not in found:
+            LOG.warn(f"input {spec.name} has no influence on the outputs; it stays in the graph, unused")
+            dtype = str(spec.dtype).removeprefix("torch.").upper()
+            types = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}
+            found[spec.name] = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType[types.get(dtype, dtype)]))
+    graph.inputs[:] = [found[spec.name] for spec in plan.specs]
+    for spec in plan.specs:
+        found[spec.name].name = spec.name
+
+
+def strip_wrapper_names(graph: ir.Graph) -> None:
+    """Give weights and nodes the names that they have in the model, without the wrapper's `inner`."""
+    taken = {value.name for value in graph.initializers.values()} | {value.name for value in graph.inputs}
+    for value in list(graph.initializers.values()):
+        name = str(value.name).removeprefix("inner.")
+        if name not in taken:
+            value.name = name
+    for node in graph.all_nodes():
+        if node.name:
+            node.name = node.name.replace("/inner/", "/", 1)
+
+
+def output_axes(plan: Plan, index: int, value: ir.Value) -> list[int | str]:
+    """Names of an output's axes: those of the inputs' that they follow, or a name of their own where they vary."""
+    name = plan.outputs[index]
+    shapes = [case.outputs[name].shape for case in plan.cases]
+    symbols: dict[str, list[int]] = {}
+    for spec in plan.specs:
+        for axis, symbol in spec.axes.items():
+            symbols[symbol] = [case.inputs[spec.name].shape[axis] for case in plan.cases]
+    result: list[int | str] = []
+    for axis, sizes in enumerate(zip(*shapes, strict=True) if len({len(shape) for shape in shapes}) == 1 else ()):
+        inferred = value.shape[axis] if value.shape is not None and len(value.shape) == len(shapes[0]) else None
+        follows = next((symbol for symbol, seen in symbols.items() if list(sizes) == seen), None)
+        fixed = len(set(sizes)) == 1 and (isinstance(inferred, int) or not symbols)
+        result.append(follows or (sizes[0] if fixed and sizes[0] else f"{name}_dim_{axis}"))
+    return result
+
+
+def write_graph(model: ir.Model, path: Path) -> None:
+    """Serialise to `path`, with the weights in `path`.data where one file cannot hold them; synced to the disk."""
+    import onnx_ir as ir
+
+    weights = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
+    ir.save(model, path, external_data=f"{path.name}.data" if weights > SINGLE_FILE_LIMIT else None)
+    for file in path.parent.glob(f"{path.name}*"):
+        with file.open("rb+") as stream:  # a full disk may only show when the data is really written
+            os.fsync(stream.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify: the checker, then ONNX Runtime against PyTorch's answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Relative and absolute tolerance by dtype, both scaled by the output's largest value: float32 keeps about 7 digits and
+# a deep network loses 2 to 3 of them to another order of summation (ResNet-50: 5e-5 of values around 1).
+TOLERANCES = {"float64": (1e-6, 1e-7), "float32": (1e-3, 1e-4), "float16": (2e-2, 1e-2), "bfloat16": (5e-2, 3e-2)}
+
+
+class Difference(NamedTuple):
+    """How far an output is from PyTorch's."""
+
+    case: str
+    output: str
+    largest: float
+    allowed: float
+    good: bool
+
+
+def compare(case: Case, name: str, actual: Any, plan: Plan, options: argparse.Namespace) -> Difference:  # noqa: ANN401
+    """Compare one output with PyTorch's; raises RungError for another shape or type. NaN and Inf never pass."""
+    import numpy as np
+
+    expected = case.outputs[name]
+    if actual.shape != expected.shape:
+        raise RungError(
+            f"output {name} has the shape {shape_text(actual.shape)} for {case.label}, PyTorch's has {shape_text(expected.shape)}",
+            exported=True,
+        )
+    if expected.size == 0:
+        return Difference(case.label, name, 0.0, 0.0, good=True)
+    if expected.dtype.kind not in "fc":
+        wrong = int(np.count_nonzero(actual != expected))
+        return Difference(case.label, name, float(wrong), 0.0, good=wrong == 0)
+    relative, absolute = TOLERANCES[str(float_dtype(plan.model)).removeprefix("torch.")]
+    scale = float(np.abs(expected).max())
+    rtol = relative if options.rtol is None else options.rtol
+    atol = absolute * scale + np.finfo(np.float32).tiny if options.atol is None else options.atol
+    difference = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+    with np.errstate(invalid="ignore"):
+        good = bool(np.isfinite(actual).all() and (difference <= atol + rtol * np.abs(expected)).all())
+    largest = float(np.nan_to_num(difference, nan=math.inf).max())
+    return Difference(case.label, name, largest, float(atol + rtol * scale), good)
+
+
+def check_graph(path: Path) -> None:
+    """onnx.checker with shape inference, by path so that any size is accepted; raises RungError."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # ValidationError, InferenceError, RuntimeError by version
+        raise RungError(f"onnx.checker: {first_line(error)}", exported=True) from error
+
+
+def open_session(path: Path, device: str) -> Any:  # noqa: ANN401
+    """An ONNX Runtime session, on the GPU where asked for and possible; raises RungError."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    providers = ["CPUExecutionProvider"]
+    if device == "cuda":
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, "CUDAExecutionProvider")
+        else:
+            LOG.info("verify: this ONNX Runtime has no CUDA provider, so it runs on the CPU")
+    try:
+        return onnxruntime.InferenceSession(str(path), settings, providers=providers)
+    except Exception as error:
+        raise RungError(f"ONNX Runtime cannot load it: {first_line(error)}", exported=True) from error
+
+
+def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Difference]:
+    """Every output at every case's sizes against PyTorch; raises RungError with the worst difference."""
+    session = open_session(path, options.device)
+    names = [output.name for output in session.get_outputs()]
+    differences: list[Difference] = []
+    for case in plan.cases:
+        try:
+            results = session.run(None, case.inputs)
+        except Exception as error:
+            raise RungError(f"ONNX Runtime fails for {case.label}: {first_line(error)}", exported=True) from error
+        differences += [compare(case, name, result, plan, options) for name, result in zip(names, results, strict=True)]
+    bad = [difference for difference in differences if not difference.good]
+    if bad:
+        worst = max(bad, key=lambda difference: difference.largest - difference.allowed)
+        raise RungError(
+            f"output {worst.output} differs from PyTorch's by {worst.largest:.3g} for {worst.case} "
+            f"(allowed: {worst.allowed:.3g})",
+            exported=True,
+        )
+    return differences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# climb the ladder, and put the result in its place
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """An accepted model in the staging folder."""
+
+    rung: Rung
+    path: Path
+    differences: list[Difference]
+
+
+def try_rung(
+    rung: Rung, plan: Plan, inputs: list[Tensor], metadata: Mapping[str, str], options: argparse.Namespace
+) -> Result:
+    """Export, finish, write, check and verify one rung; raises RungError."""
+    shutil.rmtree(options.staging, ignore_errors=True)
+    work = options.staging / "work"
+    work.mkdir(parents=True)
+    with LOG.step(f"export: {rung}"):
+        exported = export_rung(rung, plan, inputs, work)
+    path = options.staging / options.output.name
+    with LOG.step("check: onnx.checker"):
+        write_graph(
+            finish_graph(exported, plan, {**metadata, "exporter": f"{rung.exporter} of torch {torch_version()}"}), path
+        )
+        del exported
+        shutil.rmtree(work)
+        check_graph(path)
+    if options.no_verify:
+        return Result(rung, path, [])
+    with LOG.step(
+        f"verify: ONNX Runtime against PyTorch at {'; '.join(dict.fromkeys(case.label for case in plan.cases))}"
+    ):
+        return Result(rung, path, verify(path, plan, options))
+
+
+def torch_version() -> str:
+    """The version without the build's suffix."""
+    import torch
+
+    return str(torch.__version__).partition("+")[0]
+
+
+def climb(
+    rungs: Sequence[Rung], attempt: Callable[[Rung], Result]
+) -> tuple[Result | None, list[tuple[Rung, RungError]]]:
+    """Try the rungs in order, and after an operator that asks for a higher opset that one; return the first that holds."""
+    waiting, failures = list(rungs), []
+    while waiting:
+        rung = waiting.pop(0)
+        try:
+            return attempt(rung), failures
+        except RungError as error:
+            failures.append((rung, error))
+            LOG.info(f"{rung}: {error}")
+            if error.needs is not None and error.needs > rung.opset:
+                waiting.insert(0, Rung(rung.exporter, error.needs))
+    return None, failures
+
+
+def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse.Namespace) -> Result:
+    """The first rung that holds, at the opset that was asked for; raises ConversionError (EXPORT or VERIFY)."""
+    if options.no_verify:
+        LOG.warn("--no-verify: nothing proves that the exported model computes the same")
+    reference = Reference(plan.model, plan.specs, options.device)
+    inputs = reference.tensors(plan.traced, seed=0)
+
+    def attempt(rung: Rung) -> Result:
+        return try_rung(rung, plan, inputs, metadata, options)
+
+    def attempt_exactly(rung: Rung) -> Result:
+        if rung.opset != options.opset:
+            raise RungError("not the opset asked for")
+        return attempt(rung)
+
+    rungs = plan_rungs(options.exporter, options.opset)
+    if not rungs:
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"--exporter dynamo writes opset {DYNAMO_MIN_OPSET} and up; pass --opset {DYNAMO_MIN_OPSET} or another exporter",
+        )
+    result, failures = climb(rungs, attempt if options.opset is None else attempt_exactly)
+    if result is not None:
+        if options.opset is None and result.rung.opset != DEFAULT_OPSET:
+            why = (
+                "; ".join(f"{rung}: {error}" for rung, error in failures)
+                or f"the {result.rung.exporter} exporter starts there"
+            )
+            LOG.warn(f"opset {result.rung.opset} instead of {DEFAULT_OPSET}: {why}")
+        return result
+    advice = "try another --exporter, or replace the operator in the model"
+    if options.opset is not None:
+        LOG.info(f"opset {options.opset} cannot be had; looking for the lowest one that can")
+        other, _ = climb([r for r in plan_rungs(options.exporter, None) if r.opset != options.opset], attempt)
+        advice = (
+            f"opset {other.rung.opset} works: pass --opset {other.rung.opset}"
+            if other
+            else "no other opset works either"
+        )
+    reasons = "; ".join(f"{rung}: {error}" for rung, error in failures if str(error) != "not the opset asked for")
+    status = ExitStatus.VERIFY if any(error.exported for _, error in failures) else ExitStatus.EXPORT
+    raise ConversionError(status, f"no exporter holds ({reasons}); {advice}")
+
+
+def move_into_place(result: Result, output: Path) -> list[Path]:
+    """Rename the files of `result` to their final names, the weights first; returns where they are."""
+    files = sorted(result.path.parent.iterdir(), key=lambda file: file == result.path)
+    placed = [output.with_name(file.name) for file in files]
+    for file, target in zip(files, placed, strict=True):
+        file.replace(target)
+    folder = os.open(output.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+    result.path.parent.rmdir()
+    return placed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the converters: one for each kind of input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def convert_pytorch_model(
+    loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
+) -> tuple[Plan, Result]:
+    """Convert a complete model, a ScriptModule or an ExportedProgram."""
+    import torch
+
+    model = loaded.content
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    if not isinstance(model, torch.nn.Module):
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"{options.input} holds {loaded.what}, not a model; pass --mode state_dict and --model-class",
+        )
+    return convert_module(model, loaded, options, metadata)
+
+
+def convert_state_dict_model(
+    loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
+) -> tuple[Plan, Result]:
+    """Convert weights with the class that --model-class names."""
+    weights, key = find_weights(loaded.content, options.checkpoint_key)
+    if key:
+        LOG.info(f"weights: from the entry {key!r} of the checkpoint")
+    if not isinstance(weights, Mapping):
+        return convert_module(weights, loaded, options, metadata)
+    if not options.model_class:
+        names = list(weights)
+        some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in names[:2])
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"{options.input} holds weights only ({len(names)} tensors: {some}, ...), so the class that they belong to "
+            "is needed; pass --model-class with a torchvision name or package.module:Class",
+        )
+    with LOG.step(f"build: {options.model_class}"):
+        model = model_from_weights(options.model_class, options.model_args, weights)
+    return convert_module(model, loaded, options, metadata)
+
+
+def convert_huggingface_model(options: argparse.Namespace) -> NoReturn:
+    """Hugging Face folders are not converted by this version; the error says what works instead."""
+    raise ConversionError(
+        ExitStatus.USAGE,
+        f"{options.input}: this version does not convert Hugging Face models; save the model with torch.export.save or "
+        "torch.jit.save and pass that file",
+    )
+
+
+def convert_module(
+    model: nn.Module, loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
+) -> tuple[Plan, Result]:
+    """Reference, export and verification of a module in memory."""
+    import torch
+
+    if not isinstance(model, torch.fx.GraphModule):
+        model.eval()
+    if float_dtype(model) is torch.bfloat16:
+        LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
+        model.float()
+    for parameter in model.parameters():  # ScriptModule has no requires_grad_()
+        parameter.requires_grad_(False)  # noqa: FBT003
+    model.to(options.device)
+    known = preprocessing(model, options.model_class)
+    with LOG.step("reference: PyTorch's answers"):
+        plan = make_plan(model, loaded, known, options)
+    facts = {**metadata, **({"task": options.task} if options.task else {})}
+    if known:
+        facts["preprocessing"] = json.dumps(known, default=str, sort_keys=True)
+    return plan, export_and_verify(plan, facts, options)
+
+
+def choose_mode(source: Source, loaded: Loaded, options: argparse.Namespace) -> str:
+    """The mode that takes what was loaded, told with the reason; raises ConversionError where --mode contradicts it."""
+    natural = "state_dict" if isinstance(loaded.content, Mapping) else "pytorch"
+    if options.mode not in ("auto", natural):
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"--mode {options.mode}: {source.path} holds {loaded.what}; pass --mode {natural}, or none",
+        )
+    if natural == "pytorch" and (options.model_class or options.checkpoint_key):
+        unused = "--model-class" if options.model_class else "--checkpoint-key"
+        raise ConversionError(
+            ExitStatus.USAGE, f"{unused} is for weights, but {source.path} holds {loaded.what}: leave it out"
+        )
+    LOG.info(f"mode: {natural}; {source.path.name} holds {loaded.what}: {source.why}")
+    return natural
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """Convert `source` as `options` say; returns the report that --json prints. Raises ConversionError."""
+    start = time.monotonic()
+    if source.kind is Kind.HUGGINGFACE or options.mode == "huggingface":
+        convert_huggingface_model(options)
+    digest = file_digest(source.path)
+    with LOG.step(f"load: {source.path}"):
+        loaded = load(source, trust=options.trust_pickle)
+    mode = choose_mode(source, loaded, options)
+    metadata = {"source_sha256": digest, "mode": mode}
+    converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
+    plan, result = converters[mode](loaded, options, metadata)
+    files = move_into_place(result, options.output)
+    return {
+        "status": "ok",
+        "output": str(options.output),
+        "files": {str(file): file.stat().st_size for file in files},
+        "mode": mode,
+        "exporter": result.rung.exporter,
+        "opset": result.rung.opset,
+        "inputs": {
+            spec.name: [spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)] for spec in plan.specs
+        },
+        "outputs": plan.outputs,
+        "verified": [difference._asdict() for difference in result.differences],
+        "seconds": round(time.monotonic() - start, 2),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# main: a light process that watches the one that works
+#
+# The worker may be ended at any moment, by a signal, by the kernel for its memory, or by a crash in a library. Only
+# another process can then still speak, remove the staging folder and choose the exit code.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe_success(report: Mapping[str, Any]) -> str:
+    """The last line of a run that went well."""
+    size = sum(report["files"].values()) / 1e6
+    differences = report["verified"]
+    proof = "not verified"
+    if differences:
+        shapes = len({difference["case"] for difference in differences})
+        worst = max(difference["largest"] for difference in differences)
+        proof = f"verified at {shapes} shape{'s' if shapes > 1 else ''}, largest difference {worst:.2g}"
+    return f"{report['output']} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
+
+
+def memory_limit() -> str:
+    """The memory that this process may use: its cgroup's limit where there is one, else the machine's."""
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limit = int(Path(file).read_text(encoding="ascii"))
+            if limit < 2**60:
+                return f"the container's limit is {limit / 1e9:.1f} GB"
+    return f"this machine has {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+
+
+def as_conversion_error(error: BaseException) -> ConversionError | None:
+    """The user's view of an exception: None for a bug of ours."""
+    if isinstance(error, ConversionError):
+        return error
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ConversionError(
+            ExitStatus.RESOURCES,
+            f"out of memory ({first_line(error)}); {memory_limit()}: give it more, or pass a smaller --input-shape",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ConversionError(
+            ExitStatus.RESOURCES, f"cannot write: {error.strerror}; free some space there, or choose another -o"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ConversionError(
+            ExitStatus.USAGE, f"cannot write {error.filename}: {error.strerror} (uid {os.getuid()}); choose another -o"
+        )
+    return None
+
+
+def report_failure(error: ConversionError, options: argparse.Namespace, standard_output: int) -> int:
+    """Print the [ERROR] line, and the JSON object where asked for; returns the exit code."""
+    LOG.line("ERROR", str(error))
+    if options.json:
+        report = {"status": "error", "exit_code": int(error.status), "message": printable(error)}
+        os.write(standard_output, (json.dumps(report) + "\n").encode())
+    return int(error.status)
+
+
+def work(source: Source, options: argparse.Namespace) -> int:
+    """The worker's life: convert, report, and return the exit code."""
+    standard_output = LOG.silence_third_parties(verbose=options.verbose)
+    own_folder = str(Path(__file__).resolve().parent)
+    sys.path[:] = [entry for entry in sys.path if entry and os.path.realpath(entry) != own_folder]
+    try:
+        report = convert(source, options)
+    except Exception as error:  # the one place where errors become exit codes
+        known = as_conversion_error(error)
+        if known is None or options.verbose:
+            traceback.print_exc(file=LOG.stream)
+        bug = f"a bug in pt2onnx {__version__} ({first_line(error)}); please report it with the traceback above"
+        return report_failure(known or ConversionError(ExitStatus.BUG, bug), options, standard_output)
+    LOG.line("SUCCESS", describe_success(report))
+    if options.json:
+        os.write(standard_output, (json.dumps(report) + "\n").encode())
+    return ExitStatus.OK
+
+
+def supervise(source: Source, options: argparse.Namespace) -> int:
+    """Run the worker in a child process; whatever ends it, leave no debris and return the exit code."""
+    interrupted: list[int] = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    options.missing_folders = [folder for folder in options.output.absolute().parents if not folder.exists()]
+    worker = os.fork()
+    if worker == 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the parent
+        os._exit(work(source, options))
+
+    def stop(number: int, _: object) -> None:
+        interrupted.append(number)
+        os.kill(worker, signal.SIGKILL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    _, status = os.waitpid(worker, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code != ExitStatus.OK:
+        remove_debris(options)
+    if interrupted:
+        LOG.line("ERROR", f"interrupted by {signal.Signals(interrupted[0]).name}: nothing was written; run it again")
+        return 128 + interrupted[0]
+    if code == -signal.SIGKILL:
+        error = ConversionError(
+            ExitStatus.RESOURCES, f"killed, most likely for using too much memory; {memory_limit()}: give it more"
+        )
+        return report_failure(error, options, 1)
+    if code < 0:
+        error = ConversionError(
+            ExitStatus.BUG,
+            f"a library crashed ({signal.Signals(-code).name}); run again with --verbose, and try another --exporter",
+        )
+        return report_failure(error, options, 1)
+    return code
+
+
+def remove_debris(options: argparse.Namespace) -> None:
+    """Remove the staging folder and the output folders that this run made."""
+    shutil.rmtree(options.staging, ignore_errors=True)
+    for folder in options.missing_folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, detect and convert; returns the exit code. Usage errors raise SystemExit(2)."""
+    try:
+        options = parse_arguments(argv)
+        source = detect(options.input)
+    except ConversionError as error:
+        return report_failure(error, argparse.Namespace(json="--json" in (argv or sys.argv)), 1)
+    return supervise(source, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
