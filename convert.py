@@ -32,8 +32,6 @@ import signal
 import stat
 import struct
 import sys
-import tempfile
-import threading
 import time
 import traceback
 import zipfile
@@ -454,7 +452,7 @@ def detect_zip(path: Path) -> Source:
         return Source(path, Kind.TORCHSCRIPT, "the archive has constants.pkl, as torch.jit.save writes")
     if "archive_format" in names:
         return Source(path, Kind.EXPORTED_PROGRAM, "the archive has archive_format, as torch.export.save writes")
-    if "serialized_exported_program.json" in names or "version" in names and "data.pkl" not in names:
+    if "serialized_exported_program.json" in names or ("version" in names and "data.pkl" not in names):
         raise ConversionError(
             ExitStatus.INPUT, f"{path} has an old .pt2 layout; save it again with PyTorch 2.8 or newer"
         )
@@ -907,7 +905,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         import torch
 
         if self.proto < 3:  # what Python 2 called it
-            module, name = pickle._compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # type: ignore[attr-defined]  # noqa: E501, SLF001
+            module, name = pickle._compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # type: ignore[attr-defined]  # noqa: SLF001
             module = pickle._compat_pickle.IMPORT_MAPPING.get(module, module)  # type: ignore[attr-defined]  # noqa: SLF001
         if belongs(module, ("timm.models.layers",)):  # where timm kept them before 0.9
             module = module.replace("timm.models.layers", "timm.layers", 1)
@@ -940,7 +938,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         return module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
 
     def get_extension(self, code: int) -> NoReturn:
-        """copyreg's extension registry: PyTorch never writes it."""
+        """Copyreg's extension registry: PyTorch never writes it."""
         raise RefusedFileError(f"the pickle uses extension code {code}")
 
     def run_reduce(self) -> None:
@@ -1181,7 +1179,7 @@ def check_module_graph(root: nn.Module) -> None:
 
 
 def open_archive(path: Path) -> tuple[Any, list[str]]:
-    """torch's own zip reader and its record names: zipfile disagrees with it on duplicate and mismatched entries."""
+    """Torch's own zip reader and its record names: zipfile disagrees with it on duplicate and mismatched entries."""
     import torch
 
     try:
@@ -1217,7 +1215,7 @@ def read_archive(path: Path) -> Any:  # noqa: ANN401
                 raise DamagedFileError(f"tensor data {name} has {reader.get_record_size(name)} bytes, not {nbytes}")
             storages[name] = (
                 reader.get_storage_from_record(name, nbytes, torch.UntypedStorage)._typed_storage()._untyped_storage
-            )  # noqa: E501, SLF001
+            )
         if storages[name].nbytes() < nbytes:
             raise DamagedFileError(f"tensor data {name} is used with two sizes")
         return storages[name], dtype
@@ -1338,9 +1336,45 @@ PYTHON_TARGETS = frozenset(
     for name in names.split()
 )
 SYMBOLIC_CALLS = frozenset(
-    "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Lt Le Gt Ge And Or Not Piecewise FloorDiv "
-    "ModularIndexing CleanDiv CeilDiv PythonMod CeilToInt FloorToInt TruncToInt IntTrueDiv FloatTrueDiv PowByNatural "
-    "FloatPow ToFloat Where Identity Relational".split()
+    [
+        "Symbol",
+        "Integer",
+        "Float",
+        "Rational",
+        "Add",
+        "Mul",
+        "Pow",
+        "Mod",
+        "Max",
+        "Min",
+        "Abs",
+        "Eq",
+        "Ne",
+        "Lt",
+        "Le",
+        "Gt",
+        "Ge",
+        "And",
+        "Or",
+        "Not",
+        "Piecewise",
+        "FloorDiv",
+        "ModularIndexing",
+        "CleanDiv",
+        "CeilDiv",
+        "PythonMod",
+        "CeilToInt",
+        "FloorToInt",
+        "TruncToInt",
+        "IntTrueDiv",
+        "FloatTrueDiv",
+        "PowByNatural",
+        "FloatPow",
+        "ToFloat",
+        "Where",
+        "Identity",
+        "Relational",
+    ]
 )
 SYMBOL = re.compile(r"[a-z]{1,3}\d+|int_oo|oo|zoo|nan|-?\d+")
 
@@ -1678,7 +1712,7 @@ def build_without_initialising(build: Callable[..., nn.Module], arguments: Mappi
     from torch.overrides import TorchFunctionMode
 
     class SkipInitialisation(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401, ARG002
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
             if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_|erfinv_", function.__name__):
                 return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
             return function(*args, **(kwargs or {}))
@@ -1922,7 +1956,7 @@ LAYER_SHAPES: dict[str, Callable[[Any], Iterable[tuple[int, ...]]]] = {
 
 
 def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:  # noqa: ANN401
-    """torchvision's published weights for this model, whose metadata tell size and preprocessing; None where unknown.
+    """Torchvision's published weights for this model, whose metadata tell size and preprocessing; None where unknown.
 
     With no `class_name` (a complete model), the weights whose recorded number of parameters is the model's.
     """
@@ -2436,7 +2470,9 @@ def export_torchscript(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset:
     import torch
 
     path = folder / "export.onnx"
-    if isinstance(plan.model, (torch.jit.ScriptModule, torch.fx.GraphModule)):  # the exporter's own tracing fails on them
+    if isinstance(
+        plan.model, (torch.jit.ScriptModule, torch.fx.GraphModule)
+    ):  # the exporter's own tracing fails on them
         flat = torch.jit.trace(flat, tuple(inputs), check_trace=False)
     torch.onnx.export(
         flat,
@@ -2466,7 +2502,7 @@ def export_dynamo(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset: int,
         flat = flat_module(
             TS2EPConverter(flat.inner, tuple(inputs)).convert().module(), [spec.name for spec in plan.specs]
         )
-    shapes = tuple({axis: torch.export.Dim.AUTO for axis in spec.axes} for spec in plan.specs)
+    shapes = tuple(dict.fromkeys(spec.axes, torch.export.Dim.AUTO) for spec in plan.specs)
     program = torch.onnx.export(
         flat,
         tuple(inputs),
@@ -2484,14 +2520,13 @@ EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
 
 
 def plan_rungs(exporter: str, opset: int | None) -> list[Rung]:
-    """The rungs to try, in order. Without an opset: the default one, and the lowest one of the wider exporter."""
-    wanted = [
-        Rung("torchscript", opset or DEFAULT_OPSET),
-        *([Rung("dynamo", opset or DYNAMO_MIN_OPSET)] if (opset or DYNAMO_MIN_OPSET) >= DYNAMO_MIN_OPSET else []),
+    """The rungs to try, the fast exporter first. Without an opset: the default one, and the lowest of the wide one."""
+    rungs = [Rung("torchscript", opset or DEFAULT_OPSET), Rung("dynamo", opset or DYNAMO_MIN_OPSET)]
+    return [
+        rung
+        for rung in rungs
+        if exporter in ("auto", rung.exporter) and (rung.exporter != "dynamo" or rung.opset >= DYNAMO_MIN_OPSET)
     ]
-    if opset is not None and opset > TORCHSCRIPT_MAX_OPSET:
-        wanted.reverse()  # native before converted
-    return [rung for rung in wanted if exporter in ("auto", rung.exporter)]
 
 
 def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: Path) -> ir.Model:
