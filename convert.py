@@ -138,7 +138,10 @@ class Log:
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
             columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-            with Progress(*columns, console=Console(file=self.stream), transient=True) as progress:
+            screen = Console(file=self.stream)
+            with Progress(
+                *columns, console=screen, transient=True, redirect_stdout=False, redirect_stderr=False
+            ) as progress:
                 progress.add_task(printable(text))
                 yield
             self.info(f"{text}: {time.monotonic() - start:.1f} s")
@@ -2028,7 +2031,7 @@ def input_guesses(model: nn.Module, loaded: Loaded, known: Mapping[str, Any]) ->
         integer = "int64" if name.startswith("Embedding") else None
         recurrent = name in ("LSTM", "GRU", "RNN") and not getattr(module, "batch_first", False)
         for dims in LAYER_SHAPES[name](module):
-            yield Guess([InputShape(tuple(dims), None, integer)], f"the first layer, a {name}", 1 if recurrent else 0)
+            yield Guess([InputShape(tuple(dims), None, integer)], f"the first layer ({name})", 1 if recurrent else 0)
     yield Guess([InputShape((1, 3, 224, 224))], "nothing in the model: the default")
 
 
@@ -2325,9 +2328,11 @@ def propose_inputs(
                 ExitStatus.USAGE, f"--input-shape gives {count} shapes, the model needs {required} ({wanted})"
             )
         recurrent = next(iter(input_guesses(model, loaded, known))).batch_axis
-        yield Guess(
-            options.input_shape, "--input-shape", recurrent if len(options.input_shape[0].dims) > recurrent else 0
-        )
+        batch_axis = recurrent if len(options.input_shape[0].dims) > recurrent else 0
+        yield Guess(options.input_shape, "--input-shape", batch_axis)
+        if any(shape.dtype is None for shape in options.input_shape):  # token ids, given without their dtype
+            shapes = [shape._replace(dtype=shape.dtype or "int64") for shape in options.input_shape]
+            yield Guess(shapes, "--input-shape, with int64 numbers", batch_axis)
         return
     if required > 1 and len(loaded.examples) < required:
         example = " ".join(f"{name}:1,..." for name in names[:required])

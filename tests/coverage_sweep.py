@@ -427,6 +427,13 @@ def load_product(path: Path) -> Any:  # noqa: ANN401  (a module)
     product = importlib.util.module_from_spec(specification)
     sys.modules["convert"] = product
     specification.loader.exec_module(product)
+
+    def become_worker(arguments: list[str]) -> None:
+        """As the product's, without the new program, whose imports take longer than most conversions."""
+        os.environ[product.WORKER_VARIABLE] = str(os.getppid())
+        os._exit(product.main(arguments))
+
+    product.become_worker = become_worker
     return product
 
 
