@@ -910,8 +910,9 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         except ConversionError:
             if not self.refused:
                 raise
-        except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, RecursionError,
-                OverflowError, ArithmeticError) as error:  # fmt: skip
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged program can make the machine fail anywhere
             if not self.refused:
                 raise DamagedFileError(
                     f"the pickle is damaged ({first_line(error)}); copy or download it again"
@@ -2613,7 +2614,7 @@ def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> 
         node = next(iter(graph.findAllNodes(operator[1], recurse=True)))
         lines = re.findall(r"(\S+\.py\(\d+\): \w+)", node.sourceRange())
         line = next((line for line in lines if "/torch/" not in line), lines[0] if lines else "")
-        scope = node.scopeName().rpartition("/")[2].replace("__module.inner.", "")
+        scope = node.scopeName().rpartition("/")[2].removeprefix("__module.inner").lstrip(".")
         where = ", ".join(part for part in (f"module {scope}" if scope else "", os.path.basename(line)) if part)  # noqa: PTH119
         return f"{text} ({where})" if where else text
     return text
@@ -2723,11 +2724,9 @@ def write_graph(model: ir.Model, path: Path) -> None:
 # verify: the checker, then ONNX Runtime against PyTorch's answers
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Relative and absolute tolerance by dtype, both scaled by the output's largest value: float32 keeps about 7 digits and
-# a deep network loses 2 to 3 of them to another order of summation (ResNet-50: 5e-5 of values around 1).
-TOLERANCES = {"float64": (1e-6, 1e-7), "float32": (1e-3, 1e-4), "float16": (2e-2, 1e-2), "bfloat16": (5e-2, 3e-2)}
-
-
+# Relative and absolute tolerance by dtype, the absolute one scaled by the output's largest value: float32 keeps about 7
+# digits and a deep network loses 2 of them to another order of summation (ResNet-50: 5e-5 of values around 3).
+TOLERANCES = {"float64": (1e-7, 1e-8), "float32": (1e-4, 2e-5), "float16": (2e-2, 1e-2), "bfloat16": (5e-2, 3e-2)}
 KERNEL_ERROR = 1e-6  # ONNX Runtime's float32 sigmoid, exp and erf are polynomials with an absolute error of a few 1e-7
 SCORE_TIE = 1e-3  # scores that rounding may swap
 MAX_ROW = 256  # numbers in a row that is compared to find its partner: boxes, labels and keypoints, not masks
@@ -2798,6 +2797,8 @@ def align_detections(expected: Arrays, actual: Arrays) -> Arrays:
 
     scores = detection_scores(expected)
     if scores is None or any(actual[name].shape != expected[name].shape for name in expected):
+        return actual
+    if not (np.abs(actual[scores] - expected[scores]) <= SCORE_TIE).all():  # not even the scores fall in the same way
         return actual
     rows = [name for name in expected if expected[name].shape[:1] == expected[scores].shape]
     small = [name for name in rows if expected[name][0:1].size <= MAX_ROW]
@@ -2898,7 +2899,7 @@ def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Array
     """PyTorch's float64 answer for `case`; None where the model has no other dtype than its own."""
     import torch
 
-    if float_dtype(plan.model) is not torch.float32 or isinstance(plan.model, torch.fx.GraphModule):
+    if float_dtype(plan.model) is not torch.float32:
         return None
     names = [spec.name for spec in plan.specs]
     inputs = [torch.from_numpy(case.inputs[name]).to(options.device) for name in names]
@@ -2971,7 +2972,8 @@ def climb(
             failures.append((rung, error))
             LOG.info(f"{rung}: {error}")
             if error.needs is not None and error.needs > rung.opset:
-                waiting.insert(0, Rung(rung.exporter, error.needs))
+                waiting.append(Rung(rung.exporter, error.needs))
+                waiting.sort(key=lambda waits: waits.opset)  # the lowest that holds
     return None, failures
 
 

@@ -1,0 +1,242 @@
+"""The verification itself: what it must catch, and what it must not cry wolf about."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import CONVERT, check_error, lines, run_cli
+from onnx import numpy_helper
+from torch import nn
+
+import convert as product
+
+OPTIONS = argparse.Namespace(atol=None, rtol=None, device="cpu", dynamic_axes=None, static=False, input_shape=None)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Plan, Path]:
+    """A small network with two outputs, its plan, and its right export."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Sigmoid())
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.head(self.body(x).mean((2, 3)))
+            return {"logits": y, "scores": y.softmax(1)}
+
+    torch.manual_seed(0)
+    options = argparse.Namespace(**{**vars(OPTIONS), "input_shape": [product.InputShape((1, 3, 16, 16))]})
+    plan = product.make_plan(Net().eval(), product.Loaded(None, "a test"), {}, options)
+    flat = product.flat_module(plan.model, ["input"]).eval()
+    inputs = product.Reference(plan.model, plan.specs, "cpu").tensors(plan.traced, 0)
+    model = product.finish_graph(product.export_torchscript(flat, plan, inputs, 14, folder), plan, {})
+    product.write_graph(model, folder / "right.onnx")
+    return plan, folder / "right.onnx"
+
+
+def change_weight(factor: float, number: int) -> Callable[[onnx.ModelProto], None]:
+    """Change one number of one weight."""
+
+    def change(model: onnx.ModelProto) -> None:
+        tensors = [tensor for tensor in model.graph.initializer if len(tensor.dims) >= 1 and np.prod(tensor.dims) > 3]
+        tensor = tensors[number % len(tensors)]
+        values = numpy_helper.to_array(tensor).copy()
+        values.flat[values.size // 2] += factor * np.abs(values).max()
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    return change
+
+
+def swap_outputs(model: onnx.ModelProto) -> None:
+    """Let two outputs change names."""
+    names = {model.graph.output[0].name: model.graph.output[1].name}
+    names |= {new: old for old, new in names.items()}
+    for node in model.graph.node:
+        node.output[:] = [names.get(name, name) for name in node.output]
+        node.input[:] = [names.get(name, name) for name in node.input]
+
+
+def softmax_over_the_batch(model: onnx.ModelProto) -> None:
+    """Change an attribute."""
+    node = next(node for node in model.graph.node if node.op_type == "Softmax")
+    node.attribute[0].i = 0
+
+
+def to_nan(model: onnx.ModelProto) -> None:
+    """Divide by zero somewhere."""
+    tensor = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 1)
+    tensor.CopyFrom(numpy_helper.from_array(np.full(tensor.dims, np.nan, np.float32), tensor.name))
+
+
+MUTATIONS: dict[str, Callable[[onnx.ModelProto], None]] = {
+    **{f"weight-{number}-{factor}": change_weight(factor, number) for number in range(6) for factor in (0.1, -3.0)},
+    "swapped-outputs": swap_outputs,
+    "softmax-axis": softmax_over_the_batch,
+    "nan": to_nan,
+}
+
+
+def test_the_right_model_passes(exported: tuple[product.Plan, Path]) -> None:
+    """Two outputs at three sizes, within the tolerance."""
+    plan, path = exported
+    found = product.verify(path, plan, OPTIONS)
+    assert {(item.case, item.output) for item in found} == {
+        (f"input:{batch}x3x16x16", name) for batch in (1, 2, 3) for name in ("logits", "scores")
+    }
+    assert all(item.largest <= item.allowed for item in found)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutated_model_fails(name: str, exported: tuple[product.Plan, Path], tmp_path: Path) -> None:
+    """One number, one attribute or one name changed after the export."""
+    plan, path = exported
+    model = onnx.load(path)
+    before = model.SerializeToString()
+    MUTATIONS[name](model)
+    assert model.SerializeToString() != before
+    onnx.save(model, tmp_path / "wrong.onnx")
+    with pytest.raises(product.RungError, match=r"differs from PyTorch's|cannot load"):
+        product.verify(tmp_path / "wrong.onnx", plan, OPTIONS)
+
+
+def test_a_wrong_exporter_ends_in_exit_code_6(models: Path, tmp_path: Path) -> None:
+    """End to end: an exporter that errs in one weight writes nothing."""
+    text = CONVERT.read_text(encoding="utf-8")
+    wrong = text.replace(
+        "    with torch.no_grad():\n            model = EXPORTERS",
+        "    with torch.no_grad():\n            next(flat.parameters()).data[0] += 0.1\n            model = EXPORTERS",
+    )
+    assert wrong != text
+    (tmp_path / "convert.py").write_text(wrong)
+    target = tmp_path / "out" / "m.onnx"
+    command = [sys.executable, str(tmp_path / "convert.py"), "-i", str(models / "flat.pt"), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr
+    assert "output output differs from PyTorch's by" in done.stderr
+    assert not target.parent.exists()
+
+
+USER_CODE = """
+import torch
+from torch import nn
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+class Random(Base):
+    def forward(self, x):
+        return nn.functional.dropout(self.layer(x), 0.5, training=True)
+class Counter(Base):
+    calls = 0.0
+    def forward(self, x):
+        self.calls = self.calls + 1.0
+        return self.layer(x) * self.calls
+class Memory(Base):
+    state = None
+    def forward(self, x):
+        y = self.layer(x) + (0 if self.state is None or self.state.shape != x.shape else self.state)
+        self.state = y.detach()
+        return y
+class NaN(Base):
+    def forward(self, x):
+        return torch.log(self.layer(x) - 100)
+class Inf(Base):
+    def forward(self, x):
+        return self.layer(x) / torch.zeros(4)
+class Constant(Base):
+    def forward(self, x):
+        return self.layer(x) * 0
+class Nothing(Base):
+    def forward(self, x):
+        return {"size": 3, "none": None}
+"""
+CLEAR = {
+    "Random": (6, "two answers for the same input", "it draws random numbers in eval mode"),
+    "Counter": (6, "two answers for the same input", "it changes its own state"),
+    "Memory": (6, "two answers for the same input", "it changes its own state"),
+    "NaN": (6, "PyTorch's own output output holds NaN", "--no-verify"),
+    "Inf": (6, "PyTorch's own output output holds", "--no-verify"),
+    "Nothing": (5, "returns no tensor", "wrap it"),
+}
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a user's module, and weights for all of its classes."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "user.py").write_text(USER_CODE)
+    torch.manual_seed(0)
+    torch.save({f"layer.{key}": value for key, value in nn.Linear(4, 4).state_dict().items()}, folder / "w.pth")
+    return folder
+
+
+@pytest.mark.parametrize("name", CLEAR)
+def test_models_that_cannot_be_proved(name: str, user: Path, tmp_path: Path) -> None:
+    """Randomness, state, NaN, Inf and no output: refused with the reason."""
+    code, *words = CLEAR[name]
+    environment = {**os.environ, "PYTHONPATH": str(user)}
+    arguments = ("-i", str(user / "w.pth"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,4")
+    check_error(run_cli(*arguments, "--model-class", f"user:{name}", env=environment), code, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_constant_output_warns(user: Path, tmp_path: Path) -> None:
+    """An output that is zero everywhere proves little, and the log says so."""
+    environment = {**os.environ, "PYTHONPATH": str(user)}
+    arguments = ("-i", str(user / "w.pth"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,4")
+    result = run_cli(*arguments, "--model-class", "user:Constant", env=environment)
+    assert result.code == 0, result.err
+    assert any("proves little" in line for line in lines(result, "WARN"))
+
+
+def test_tolerances_and_no_verify(models: Path, tmp_path: Path) -> None:
+    """--atol and --rtol override; without verification there is a [WARN]."""
+    arguments = ("-i", str(models / "image.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,32,32")
+    result = run_cli(*arguments, "--atol", "0", "--rtol", "0")
+    check_error(result, 6, "torchscript, opset 14: output output differs", "dynamo, opset 18: output output differs")
+    loose = run_cli(*arguments, "--no-verify")
+    assert loose.code == 0
+    assert any(line.startswith("--no-verify") for line in lines(loose, "WARN"))
+    assert "not verified" in lines(loose, "SUCCESS")[0]
+
+
+def test_rounding_is_judged_by_float64(tmp_path: Path) -> None:
+    """A model that amplifies rounding passes with a [WARN]; one that turns it into noise does not."""
+    for factor, code in ((4.0, 0), (9.0, 6)):
+        torch.manual_seed(0)
+        deep = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(30)]).eval()
+        for layer in deep:
+            layer[0].weight.data *= factor
+        torch.save(deep, tmp_path / "deep.pt")
+        result = run_cli("-i", str(tmp_path / "deep.pt"), "-o", str(tmp_path / "m.onnx"))
+        assert result.code == code, result.err
+        assert any("amplifies rounding" in line for line in lines(result, "WARN")) == (code == 0)
+
+
+def test_detections_of_equal_score_may_change_places() -> None:
+    """Only rows whose scores are nearly equal are put in PyTorch's order; a wrong row stays wrong."""
+    expected = {
+        "boxes": np.array([[0, 0, 4, 4], [9, 9, 12, 12], [1, 1, 2, 2]], np.float32),
+        "scores": np.array([0.9, 0.90001, 0.5], np.float32)[[1, 0, 2]],
+        "labels": np.array([1, 2, 3]),
+    }
+    swapped = {name: value[[1, 0, 2]] for name, value in expected.items()}
+    swapped["scores"] = expected["scores"]
+    aligned = product.align_detections(expected, swapped)
+    np.testing.assert_array_equal(aligned["boxes"], expected["boxes"])
+    np.testing.assert_array_equal(aligned["labels"], expected["labels"])
+    far = {name: value[[2, 1, 0]] for name, value in expected.items()}  # not in the order of the scores
+    assert product.align_detections(expected, far) is far
