@@ -601,7 +601,7 @@ class Token(NamedTuple):
     value: Any = None
 
 
-def import_library(module: str) -> Any:  # noqa: ANN401
+def import_library(module: str) -> Any:
     """Import `module` from site-packages only: never from beside the input or from the shell's folder."""
     if module not in sys.modules:
         package = module.partition(".")[0]
@@ -699,12 +699,12 @@ class NumpyArray:
             raise DamagedFileError("a numpy array is larger than its data")
         self.array = np.frombuffer(raw, dtype.value()).reshape(shape, order="F" if fortran else "C").copy()
 
-    def value(self) -> Any:  # noqa: ANN401
+    def value(self) -> Any:
         """The array."""
         return self.array
 
 
-def rebuild_numpy_scalar(dtype: NumpyDtype, raw: bytes | str) -> Any:  # noqa: ANN401
+def rebuild_numpy_scalar(dtype: NumpyDtype, raw: bytes | str) -> Any:
     """numpy.core.multiarray.scalar."""
     array = NumpyArray()
     array.build((1, (), dtype, False, raw))
@@ -845,7 +845,7 @@ REBUILDERS: dict[str, Callable[..., Any]] = {
 BUILTIN_TYPES = {f"builtins.{kind.__name__}": kind for kind in (list, dict, tuple, int, float, bool, str, object)}
 
 
-def hashable(key: Any, depth: int = 0) -> Any:  # noqa: ANN401
+def hashable(key: Any, depth: int = 0) -> Any:
     """`key` if it is plain data: hashing anything else would run its class's code."""
     import enum
 
@@ -858,7 +858,7 @@ def hashable(key: Any, depth: int = 0) -> Any:  # noqa: ANN401
     raise RefusedFileError(f"the file uses a {type(key).__name__} as a dictionary key")
 
 
-def plain(value: Any) -> Any:  # noqa: ANN401
+def plain(value: Any) -> Any:
     """What a container may hold: finished values and listed classes or functions, never a bare Token."""
     if isinstance(value, Token):
         if value.name in BUILTIN_TYPES:
@@ -884,7 +884,7 @@ class Wrapper:
 
     state: Mapping[str, Any] = {}
 
-    def module(self) -> Any:  # noqa: ANN401
+    def module(self) -> Any:
         """The wrapped module."""
         return self.state["_modules"]["module"]
 
@@ -903,7 +903,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         self.persistent_load = read_storage
         self.refused: dict[str, str] = {}
 
-    def load(self) -> Any:  # noqa: ANN401
+    def load(self) -> Any:
         """Run the pickle; raises RefusedFileError naming every global that is not allowed, or DamagedFileError."""
         try:
             result = plain(super().load())
@@ -926,7 +926,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             )
         return result
 
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+    def find_class(self, module: str, name: str) -> Any:
         """Resolve a global name to a Token (or to a dtype, which is data)."""
         import torch
 
@@ -1001,7 +1001,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             raise RefusedFileError("the pickle makes an object with keyword arguments")
         self.run_newobj()
 
-    def new_object(self, token: object, arguments: object) -> Any:  # noqa: ANN401
+    def new_object(self, token: object, arguments: object) -> Any:
         """An instance of an allowed class by `object.__new__`; never its own `__new__` or `__init__`."""
         if not isinstance(token, Token) or type(arguments) is not tuple:
             raise RefusedFileError("the pickle makes an object of something that is not a class")
@@ -1224,7 +1224,7 @@ def open_archive(path: Path) -> tuple[Any, list[str]]:
     return reader, records
 
 
-def read_archive(path: Path) -> Any:  # noqa: ANN401
+def read_archive(path: Path) -> Any:
     """The object in a zip checkpoint, read inertly; storages are read from the records data/KEY."""
     import torch
 
@@ -1268,7 +1268,7 @@ def parse_storage_id(record_id: object) -> tuple[str, torch.dtype, int]:
     return str(key), dtype, elements * dtype.itemsize
 
 
-def read_legacy(file: io.BufferedIOBase, size: int) -> Any:  # noqa: ANN401
+def read_legacy(file: io.BufferedIOBase, size: int) -> Any:
     """The object in a pre-1.6 checkpoint or a plain pickle of `size` bytes.
 
     The layout is torch.serialization._legacy_save's: magic number, protocol, system, object, storage keys, and then
@@ -1278,7 +1278,7 @@ def read_legacy(file: io.BufferedIOBase, size: int) -> Any:  # noqa: ANN401
 
     storages: dict[str, tuple[torch.UntypedStorage, torch.dtype]] = {}
 
-    def read_storage(record_id: tuple[Any, ...]) -> Any:  # noqa: ANN401
+    def read_storage(record_id: tuple[Any, ...]) -> Any:
         if record_id[:1] == ("module",) and len(record_id) > 1:  # (.., class, source file, source text): only the class
             return record_id[1]
         key, dtype, nbytes = parse_storage_id(record_id)
@@ -1290,7 +1290,7 @@ def read_legacy(file: io.BufferedIOBase, size: int) -> Any:  # noqa: ANN401
             storages[key] = (torch.UntypedStorage(nbytes), dtype)
         return storages[key][0], dtype
 
-    def load() -> Any:  # noqa: ANN401
+    def load() -> Any:
         return InertUnpickler(file, read_storage).load()
 
     content = load()
@@ -1434,7 +1434,7 @@ def is_plain_tree(text: object) -> bool:
     """Whether a serialised pytree spec names only built-in containers."""
     names = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.Size", None}
 
-    def check(node: Any) -> bool:  # noqa: ANN401
+    def check(node: Any) -> bool:
         return isinstance(node, dict) and node.get("type") in names and all(map(check, node.get("children_spec", [])))
 
     try:
@@ -1655,7 +1655,7 @@ def is_state_dict(value: object) -> bool:
     )
 
 
-def find_weights(content: Any, key: str | None) -> tuple[Any, str]:  # noqa: ANN401
+def find_weights(content: Any, key: str | None) -> tuple[Any, str]:
     """The module or state dict inside a checkpoint, and its key ("" where the checkpoint is the state dict itself).
 
     `key` is --checkpoint-key: a key, or keys joined by dots. Raises ConversionError that lists the keys there are.
@@ -1738,7 +1738,7 @@ def build_without_initialising(build: Callable[..., nn.Module], arguments: Mappi
     from torch.overrides import TorchFunctionMode
 
     class SkipInitialisation(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_|erfinv_", function.__name__):
                 return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
             return function(*args, **(kwargs or {}))
@@ -1893,6 +1893,8 @@ AXIS_NAMES = {  # by rank: the names of the axes after the batch
     5: {1: "channels", 2: "depth", 3: "height", 4: "width"},
 }
 BATCH = "batch_size"
+ODD_CASES = 6
+FIRST_ODD_CASE = 3  # after the traced, the smaller and the larger one
 # Names that a single input keeps: the ecosystem's. Any other single input is called `input`.
 USUAL_NAMES = {"input_ids", "pixel_values", "input_values", "input_features"}
 
@@ -1951,20 +1953,20 @@ def first_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
-def image_shapes(layer: Any) -> Iterator[tuple[int, ...]]:  # noqa: ANN401
+def image_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
     """Shapes for a Conv2d: channels from the weight (times the groups), square images."""
     planes = layer.weight.shape[1] * getattr(layer, "groups", 1)
     return ((1, planes, size, size) for size in IMAGE_SIZES)
 
 
-def recurrent_shapes(layer: Any) -> Iterator[tuple[int, ...]]:  # noqa: ANN401
+def recurrent_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
     """Shapes for an LSTM, GRU or RNN; the batch is the second axis unless batch_first."""
     features = layer.weight_ih_l0.shape[1]
     first = getattr(layer, "batch_first", False)
     yield (1, SEQUENCE_LENGTH, features) if first else (SEQUENCE_LENGTH, 1, features)
 
 
-def flat_shapes(layer: Any) -> Iterator[tuple[int, ...]]:  # noqa: ANN401
+def flat_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
     """Shapes for a Linear layer: rows of features, then sequences of them."""
     features = layer.weight.shape[1]
     yield from ((1, features), (1, SEQUENCE_LENGTH, features))
@@ -1989,7 +1991,7 @@ LAYER_SHAPES: dict[str, Callable[[Any], Iterable[tuple[int, ...]]]] = {
 }
 
 
-def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:  # noqa: ANN401
+def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:
     """Torchvision's published weights for this model, whose metadata tell size and preprocessing; None where unknown.
 
     With no `class_name` (a complete model), the weights whose recorded number of parameters is the model's.
@@ -2161,13 +2163,13 @@ class RejectedInputError(Exception):
     """The model raised when it was called; the cause is the original exception."""
 
 
-def flatten_outputs(value: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def flatten_outputs(value: Any) -> dict[str, Tensor]:
     """Every tensor of nested outputs under a stable name: `output`, `logits`, `boxes`, `output_1`, `aux_0`."""
     import torch
 
     found: dict[str, Tensor] = {}
 
-    def walk(item: Any, path: tuple[str, ...]) -> None:  # noqa: ANN401
+    def walk(item: Any, path: tuple[str, ...]) -> None:
         if isinstance(item, torch.Tensor):
             text = "_".join(path)
             name = text if text and not text[0].isdigit() else f"output_{text}".rstrip("_")
@@ -2284,7 +2286,7 @@ class Reference:
         return Case(label, dict(zip(self.names, map(to_numpy, inputs), strict=True)), arrays)
 
 
-def to_numpy(tensor: Tensor) -> Any:  # noqa: ANN401
+def to_numpy(tensor: Tensor) -> Any:
     """A numpy copy on the CPU; bfloat16, which numpy lacks, as float32."""
     import torch
 
@@ -2420,8 +2422,16 @@ def make_plan(model: nn.Module, loaded: Loaded, known: Mapping[str, Any], option
             sizes[name] = accepted_size(reference, base, name, tries, given)
     batch = base.get(BATCH, 1)
     cases = []
-    for seed, (sizes, batches) in enumerate(((base, (max(2, batch),)), (small, (1, 4)), (large, (3, 5)))):
+    shapes = [
+        (base, (max(2, batch),)),
+        (small, (1, 4)),
+        (large, (3, 5)),
+        *((sizes, (batch,)) for sizes in odd_sizes(base)),
+    ]
+    for seed, (sizes, batches) in enumerate(shapes):
         case = accepted_case(reference, sizes, batches if BATCH in base else (1,), seed, given)
+        if case is None and seed >= FIRST_ODD_CASE:  # a model that wants multiples of something
+            continue
         if case is None and BATCH in base and not batch_is_explicit(options):
             LOG.warn(
                 f"the batch axis is fixed at {batch}: the model rejects other batch sizes, or returns other outputs"
@@ -2436,6 +2446,16 @@ def make_plan(model: nn.Module, loaded: Loaded, known: Mapping[str, Any], option
     for case in cases:
         check_finite(case)
     return Plan(model, reference.specs, list(given.outputs), base | {BATCH: max(2, batch)}, cases)
+
+
+def odd_sizes(base: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """More sizes for the free axes besides the batch, seeded and uneven: rounding hits some sizes and spares others."""
+    import random
+
+    chance = random.Random(0)  # noqa: S311  (not for secrets)
+    names = [name for name in base if name != BATCH]
+    for _ in range(ODD_CASES if names else 0):
+        yield {**base, **{name: chance.randint(max(1, base[name] // 2), base[name]) for name in names}}
 
 
 def accepted_case(
@@ -2511,16 +2531,17 @@ def export_torchscript(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset:
         plan.model, (torch.jit.ScriptModule, torch.fx.GraphModule)
     ):  # the exporter's own tracing fails on them
         flat = torch.jit.trace(flat, tuple(inputs), check_trace=False)
-    torch.onnx.export(
-        flat,
-        tuple(inputs),
-        str(path),
-        dynamo=False,
-        opset_version=min(opset, TORCHSCRIPT_MAX_OPSET),
-        input_names=[spec.name for spec in plan.specs],
-        output_names=plan.outputs,
-        dynamic_axes={spec.name: dict(spec.axes) for spec in plan.specs if spec.axes},
-    )
+    with exact_detection_sizes():
+        torch.onnx.export(
+            flat,
+            tuple(inputs),
+            str(path),
+            dynamo=False,
+            opset_version=min(opset, TORCHSCRIPT_MAX_OPSET),
+            input_names=[spec.name for spec in plan.specs],
+            output_names=plan.outputs,
+            dynamic_axes={spec.name: dict(spec.axes) for spec in plan.specs if spec.axes},
+        )
     model = ir.load(path)
     if opset > TORCHSCRIPT_MAX_OPSET:
         from onnxscript.version_converter import convert_version
@@ -2551,6 +2572,38 @@ def export_dynamo(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset: int,
         verbose=False,
     )
     return program.model
+
+
+@contextlib.contextmanager
+def exact_detection_sizes() -> Iterator[None]:
+    """Let torchvision's detectors resize, while they are traced, to the size that they resize to otherwise.
+
+    Their tracing branch computes the scale in float32 (torchvision 0.29, detection/transform.py), so that one in
+    eight image sizes comes out a pixel smaller than in PyTorch; this one divides in float64 as their ordinary branch does.
+    """
+    transform = sys.modules.get("torchvision.models.detection.transform")
+    if transform is None:
+        yield
+        return
+    import torch
+
+    def resize(image: Tensor, smallest: int, largest: int, target: Any = None, fixed_size: Any = None) -> Any:
+        if fixed_size is not None:
+            return original(image, smallest, largest, target, fixed_size)
+        shape = torch.onnx.operators.shape_as_tensor(image)[-2:].to(torch.float64)
+        limits = torch.tensor([smallest, largest], dtype=torch.float64)
+        scale = torch.min(torch.div(limits, torch.stack([shape.min(), shape.max()])))
+        size = torch.floor(shape * scale).to(torch.int64)
+        options = {"mode": "bilinear", "align_corners": False}
+        return torch.nn.functional.interpolate(image[None], size=(size[0], size[1]), **options)[0], target
+
+    name = "_resize_image_and_masks"
+    original = getattr(transform, name)
+    setattr(transform, name, resize)
+    try:
+        yield
+    finally:
+        setattr(transform, name, original)
 
 
 EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
@@ -2744,7 +2797,7 @@ class Difference(NamedTuple):
     problem: str = ""
 
 
-def compare(case: Case, name: str, actual: Any, plan: Plan, options: argparse.Namespace) -> Difference:  # noqa: ANN401
+def compare(case: Case, name: str, actual: Any, plan: Plan, options: argparse.Namespace) -> Difference:
     """Compare one output with PyTorch's. NaN and Inf never pass; integers and booleans must be equal."""
     import numpy as np
 
@@ -2822,7 +2875,7 @@ def check_graph(path: Path) -> None:
         raise RungError(f"onnx.checker: {first_line(error)}", exported=True) from error
 
 
-def open_session(path: Path, device: str) -> Any:  # noqa: ANN401
+def open_session(path: Path, device: str) -> Any:
     """An ONNX Runtime session, on the GPU where asked for and possible; raises RungError."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
@@ -3010,7 +3063,9 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
     advice = "try another --exporter, or replace the operator in the model"
     if options.opset is not None:
         LOG.info(f"opset {options.opset} cannot be had; looking for the lowest one that can")
-        other, _ = climb([r for r in plan_rungs(options.exporter, None) if r.opset != options.opset], attempt)
+        others = [rung for rung in plan_rungs(options.exporter, None) if rung.opset != options.opset]
+        others += [Rung(rung.exporter, error.needs) for rung, error in failures if error.needs is not None]
+        other, _ = climb(sorted(others, key=lambda rung: rung.opset), attempt)
         advice = (
             f"opset {other.rung.opset} works: pass --opset {other.rung.opset}"
             if other
