@@ -2579,7 +2579,7 @@ def exact_detection_sizes() -> Iterator[None]:
     """Let torchvision's detectors resize, while they are traced, to the size that they resize to otherwise.
 
     Their tracing branch computes the scale in float32 (torchvision 0.29, detection/transform.py), so that one in
-    eight image sizes comes out a pixel smaller than in PyTorch; this one divides in float64 as their ordinary branch does.
+    eight image sizes comes out a pixel smaller than in PyTorch; this one uses float64, as their ordinary branch does.
     """
     transform = sys.modules.get("torchvision.models.detection.transform")
     if transform is None:
