@@ -1733,18 +1733,25 @@ def accepts(function: Callable[..., Any], argument: str) -> bool:
     return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-def build_without_initialising(build: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
-    """`build(**arguments)` without filling the weights at random: that takes seconds, and the file has all of them."""
-    from torch.overrides import TorchFunctionMode
+@contextlib.contextmanager
+def without_initialisation() -> Iterator[None]:
+    """Let torch.nn.init's random functions do nothing: filling a large model takes seconds, and the file has all of it.
 
-    class SkipInitialisation(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_|erfinv_", function.__name__):
-                return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-            return function(*args, **(kwargs or {}))
+    Only they are replaced, as a whole: a function that draws until the numbers fit would never end on its parts.
+    """
+    from torch.nn import init
 
-    with SkipInitialisation():
-        return build(**arguments)
+    names = [
+        name for name in dir(init) if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_", name)
+    ]
+    originals = {name: getattr(init, name) for name in names}
+    for name in names:
+        setattr(init, name, lambda tensor, *_, **__: tensor)
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(init, name, function)
 
 
 def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -1838,7 +1845,8 @@ def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any],
     from torch import nn
 
     try:
-        model = build_without_initialising(build, arguments)
+        with without_initialisation():
+            model = build(**arguments)
     except Exception as error:  # whatever the user's constructor raises
         raise ConversionError(
             ExitStatus.USAGE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,20 @@ def test_state_dict_of_seven_classes(prefix: str, tmp_path: Path) -> None:
     assert "their shapes tell num_classes=7" in result.err
     assert axes(tmp_path / "m.onnx")["output"] == ["batch_size", 7]
     same(model, tmp_path / "m.onnx", (1, 3, 224, 224), (2, 3, 224, 224))
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet", "mnasnet0_5", "vit_b_32"])
+def test_weights_are_loaded_as_they_are(name: str) -> None:
+    """Classes that initialise slowly, have auxiliary heads or want module versions: every tensor arrives, at once."""
+    import convert as product
+
+    torch.manual_seed(0)
+    weights = torchvision.models.get_model(name, weights=None).state_dict()
+    start = time.monotonic()
+    loaded = product.model_from_weights(name, {}, weights).state_dict()
+    assert time.monotonic() - start < 20
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[key], weights[key]) for key in weights)
 
 
 def test_segmentation_with_an_auxiliary_head(tmp_path: Path) -> None:
