@@ -64,6 +64,10 @@ DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16"
 MODES = ("auto", "pytorch", "huggingface", "state_dict")
 
 
+# What torch, the C library and the dynamic loader say when memory runs out.
+NO_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|failed to map segment")
+
+
 class ExitStatus(IntEnum):
     """Exit codes; the README and --help list them."""
 
@@ -92,7 +96,7 @@ EXIT_CODES = """exit codes:
 class ConversionError(Exception):
     """A problem that the user can act on: one line that says what is wrong and what to do next."""
 
-    def __init__(self, status: ExitStatus, message: str) -> None:
+    def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
 
@@ -204,6 +208,13 @@ SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_][\w.]*):)?(?P<dims>\d+(?:,\d+)*)(?::(?
 AXIS = re.compile(r"(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?")
 
 
+def path_argument(text: str) -> str:
+    """A path that is not empty, as an unset variable of a script would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return text
+
+
 def shape_argument(text: str) -> InputShape:
     """`1,3,224,224`, `image:1,3,224,224`, `1,16:int64` or `ids:1,16:int64`."""
     match = SHAPE.fullmatch(text)
@@ -256,12 +267,11 @@ def json_argument(text: str) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the log's prefix, so that a usage error is one [ERROR] line like every other error."""
+    """argparse whose usage errors are ConversionErrors: one [ERROR] line like every other."""
 
     def error(self, message: str) -> NoReturn:
-        """Report a usage error and exit with 2."""
-        LOG.line("ERROR", f"{message} (--help lists the options)")
-        raise SystemExit(ExitStatus.USAGE)
+        """Raise a usage error for main to report."""
+        raise ConversionError(ExitStatus.USAGE, f"{message} (--help lists the options)")
 
 
 def build_parser() -> Parser:
@@ -274,8 +284,15 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-i", "--input", required=True, metavar="PATH", help="model file or directory")
-    add("-o", "--output", required=True, metavar="PATH", help=".onnx file, or directory (for DIR/model.onnx)")
+    add("-i", "--input", required=True, type=path_argument, metavar="PATH", help="model file or directory")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        type=path_argument,
+        metavar="PATH",
+        help=".onnx file, or directory (for DIR/model.onnx)",
+    )
     add("-m", "--mode", choices=MODES, default="auto", help="what the input is (default: auto, told by its content)")
     add(
         "--input-shape",
@@ -323,13 +340,13 @@ def build_parser() -> Parser:
 def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     """Parse `argv`; `output` becomes the path of the .onnx file, `staging` the folder in which this `run` works.
 
-    Raises SystemExit(2) and ConversionError.
+    Raises ConversionError.
     """
     options = build_parser().parse_args(argv)
     options.input = Path(options.input)
     options.output = output_file(options.output, options.input)
     # Work is done beside the target, so that the last step is a rename, and in a folder that can be removed as a whole.
-    options.staging = options.output.parent / f".{options.output.name}.{run}.partial"
+    options.staging = options.output.parent / f".pt2onnx.{run}.partial"
     if options.no_verify and (options.atol is not None or options.rtol is not None):
         raise ConversionError(ExitStatus.USAGE, "--no-verify leaves nothing for --atol and --rtol to do: drop either")
     if options.device == "cuda" and not cuda_devices():
@@ -1209,7 +1226,7 @@ def open_archive(path: Path) -> tuple[Any, list[str]]:
     import torch
 
     try:
-        reader = torch._C.PyTorchFileReader(str(path))  # noqa: SLF001
+        reader = torch._C.PyTorchFileReader(path.open("rb"))  # noqa: SLF001
         records = reader.get_all_records()
         total = sum(reader.get_record_size(name) for name in records)
     except RuntimeError as error:
@@ -1579,7 +1596,8 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
     else:
         vet_torchscript(source.path)
     try:
-        module = torch.jit.load(str(source.path), map_location="cpu")
+        with source.path.open("rb") as file:
+            module = torch.jit.load(file, map_location="cpu")
     except (RuntimeError, ValueError, AttributeError) as error:
         raise DamagedFileError(f"torch.jit.load cannot open it ({first_line(error)})") from None
     return Loaded(module, f"TorchScript ({module.original_name})", traced_inputs(source.path))
@@ -2263,7 +2281,7 @@ def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str])
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model may raise anything
-        if "can't allocate memory" in str(error):
+        if NO_MEMORY.search(str(error)):
             raise MemoryError(str(error)) from error
         raise RejectedInputError(first_line(error)) from error
     outputs = flatten_outputs(result)
@@ -2352,7 +2370,8 @@ def propose_inputs(
         if not required <= count <= most:
             wanted = ", ".join(names[:required]) or "none"
             raise ConversionError(
-                ExitStatus.USAGE, f"--input-shape gives {count} shapes, the model needs {required} ({wanted})"
+                ExitStatus.USAGE,
+                f"--input-shape gives {count} shape{'s' * (count != 1)}, the model needs {required} ({wanted})",
             )
         recurrent = next(iter(input_guesses(model, loaded, known))).batch_axis
         batch_axis = recurrent if len(options.input_shape[0].dims) > recurrent else 0
@@ -2645,7 +2664,7 @@ def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: 
             raise
         raise RungError(first_line(error)) from error
     except Exception as error:  # the exporters raise whatever went wrong inside them
-        if "can't allocate memory" in str(error):
+        if NO_MEMORY.search(str(error)):
             raise MemoryError(str(error)) from error
         if LOG.verbose:
             traceback.print_exc(file=LOG.stream)
@@ -3260,23 +3279,23 @@ def memory_limit() -> str:
     return f"this machine has {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
 
 
+BAD_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
 def as_conversion_error(error: BaseException) -> ConversionError | None:
     """The user's view of an exception: None for a bug of ours."""
     if isinstance(error, ConversionError):
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return ConversionError(
-            ExitStatus.RESOURCES,
-            f"out of memory ({first_line(error)}); {memory_limit()}: give it more, or pass a smaller --input-shape",
-        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY.search(str(error)):
+        advice = "give it more, or pass a smaller --input-shape"
+        message = f"out of memory ({first_line(error)}); {memory_limit()}: {advice}"
+        return ConversionError(ExitStatus.RESOURCES, message)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ConversionError(
-            ExitStatus.RESOURCES, f"cannot write: {error.strerror}; free some space there, or choose another -o"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ConversionError(
-            ExitStatus.USAGE, f"cannot write {error.filename}: {error.strerror} (uid {os.getuid()}); choose another -o"
-        )
+        message = f"cannot write: {error.strerror}; free some space there, or choose another -o"
+        return ConversionError(ExitStatus.RESOURCES, message)
+    if isinstance(error, OSError) and error.errno in BAD_PATH:
+        message = f"cannot use {error.filename}: {error.strerror} (uid {os.getuid()}); check -i and -o"
+        return ConversionError(ExitStatus.USAGE, message)
     return None
 
 
@@ -3285,8 +3304,14 @@ def report_failure(error: ConversionError, standard_output: int, *, as_json: boo
     LOG.line("ERROR", str(error))
     if as_json:
         report = {"status": "error", "exit_code": int(error.status), "message": printable(error)}
-        os.write(standard_output, (json.dumps(report) + "\n").encode())
+        print_report(report, standard_output)
     return int(error.status)
+
+
+def print_report(report: Mapping[str, Any], standard_output: int) -> None:
+    """Write the JSON object; a reader that has gone away changes nothing about the conversion."""
+    with contextlib.suppress(OSError):
+        os.write(standard_output, (json.dumps(report) + "\n").encode())
 
 
 def work(source: Source, options: argparse.Namespace) -> int:
@@ -3302,7 +3327,7 @@ def work(source: Source, options: argparse.Namespace) -> int:
         return report_failure(known or ConversionError(ExitStatus.BUG, bug), standard_output, as_json=options.json)
     LOG.line("SUCCESS", describe_success(report))
     if options.json:
-        os.write(standard_output, (json.dumps(report) + "\n").encode())
+        print_report(report, standard_output)
     return ExitStatus.OK
 
 
@@ -3339,8 +3364,9 @@ def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
     if code != ExitStatus.OK:
         remove_debris(options.staging, missing_folders)
     if interrupted:
-        LOG.line("ERROR", f"interrupted by {signal.Signals(interrupted[0]).name}: nothing was written; run it again")
-        return 128 + interrupted[0]
+        name = signal.Signals(interrupted[0]).name
+        error = ConversionError(128 + interrupted[0], f"interrupted by {name}: nothing was written; run it again")
+        return report_failure(error, 1, as_json=options.json)
     if code == -signal.SIGKILL:
         error = ConversionError(
             ExitStatus.RESOURCES, f"killed, most likely for using too much memory; {memory_limit()}: give it more"
@@ -3364,16 +3390,28 @@ def remove_debris(staging: Path, folders: Iterable[Path]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, detect and convert; returns the exit code. Usage errors raise SystemExit(2)."""
+    """Parse, detect and convert; returns the exit code."""
+    for descriptor in range(3):  # a closed one would be taken by the next file that is opened
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            continue
+        os.open(os.devnull, os.O_RDWR)
     arguments = sys.argv[1:] if argv is None else list(argv)
     supervisor = os.environ.pop(WORKER_VARIABLE, None)
+    as_json = "--json" in arguments
     try:
         options = parse_arguments(arguments, supervisor or str(os.getpid()))
         source = detect(options.input)
-    except ConversionError as error:
-        return report_failure(error, 1, as_json="--json" in arguments)
-    if supervisor is None:
-        return supervise(arguments, options)
+        if supervisor is None:
+            return supervise(arguments, options)
+    except (ConversionError, OSError) as error:
+        known = as_conversion_error(error)
+        if known is None:
+            raise
+        return report_failure(known, 1, as_json=as_json)
+    except KeyboardInterrupt:
+        error = ConversionError(128 + signal.SIGINT, "interrupted: nothing was written")
+        return report_failure(error, 1, as_json=as_json)
     os._exit(work(source, options))  # tearing down torch takes a second and frees what the kernel frees anyway
 
 
