@@ -1919,7 +1919,7 @@ AXIS_NAMES = {  # by rank: the names of the axes after the batch
     5: {1: "channels", 2: "depth", 3: "height", 4: "width"},
 }
 BATCH = "batch_size"
-ODD_CASES = 6
+ODD_CASES = 4
 FIRST_ODD_CASE = 3  # after the traced, the smaller and the larger one
 # Names that a single input keeps: the ecosystem's. Any other single input is called `input`.
 USUAL_NAMES = {"input_ids", "pixel_values", "input_values", "input_features"}
