@@ -60,6 +60,7 @@ TORCHSCRIPT_MAX_OPSET = 20  # torch.onnx._constants.ONNX_TORCHSCRIPT_EXPORTER_MA
 DYNAMO_MIN_OPSET = 18  # below it the exporter writes 18 all the same
 MAX_OPSET = 25  # the newest one that onnxscript 0.7's version converter reaches
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf itself ends at 2**31 - 1
+STREAMED_BYTES = 1 << 16  # weights of this size and more are not copied into the serialiser's message first
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 MODES = ("auto", "pytorch", "huggingface", "state_dict")
 
@@ -630,7 +631,31 @@ def import_library(module: str) -> Any:
         site = Path(torch.__file__).resolve().parents[1]
         if not spec.origin or site not in Path(spec.origin).resolve().parents:
             raise RefusedFileError(f"the package {package} would be imported from outside site-packages")
+        if package in ("torchvision", "timm"):
+            import_torchvision()
     return importlib.import_module(module)
+
+
+def import_torchvision() -> None:
+    """Import torchvision, and leave out torch's compiler, which takes as long to import as the rest of torch.
+
+    One file of torchvision 0.29 (ops/roi_align.py) asks torch._dynamo a question, and only if a kernel is missing.
+    """
+    import types
+
+    def is_compile_supported(device_type: str) -> bool:
+        return bool(importlib.import_module("torch._dynamo.utils").is_compile_supported(device_type))
+
+    if "torch._dynamo" not in sys.modules:
+        compiler, utils = types.ModuleType("torch._dynamo"), types.ModuleType("torch._dynamo.utils")
+        vars(utils)["is_compile_supported"] = is_compile_supported
+        stand_ins = {module.__name__: module for module in (compiler, utils)}
+        sys.modules.update(stand_ins)
+        try:
+            importlib.import_module("torchvision")
+        finally:
+            for name in stand_ins:
+                del sys.modules[name]
 
 
 def belongs(module: str, prefixes: Iterable[str]) -> bool:
@@ -1721,12 +1746,11 @@ def resolve_model_class(name: str) -> Callable[..., nn.Module]:
         import difflib
         import inspect
 
-        from torchvision.models import get_model_builder, list_models
-
+        torchvision_models = import_library("torchvision.models")
         try:
-            target = get_model_builder(name)
+            target = torchvision_models.get_model_builder(name)
         except ValueError:
-            near = difflib.get_close_matches(name.lower(), list_models(), n=4, cutoff=0.4)
+            near = difflib.get_close_matches(name.lower(), torchvision_models.list_models(), n=4, cutoff=0.4)
             raise ConversionError(
                 ExitStatus.USAGE,
                 f"--model-class {name}: torchvision has no such model"
@@ -1921,6 +1945,7 @@ AXIS_NAMES = {  # by rank: the names of the axes after the batch
 BATCH = "batch_size"
 ODD_CASES = 4
 FIRST_ODD_CASE = 3  # after the traced, the smaller and the larger one
+GIVEN_SEED = 1  # that of the smaller case, which is the given one where the batch alone is free
 # Names that a single input keeps: the ecosystem's. Any other single input is called `input`.
 USUAL_NAMES = {"input_ids", "pixel_values", "input_values", "input_features"}
 
@@ -2028,9 +2053,7 @@ def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:
     if not type(model).__module__.startswith("torchvision.models.") or module is None:
         return None
     if class_name is not None and ":" not in class_name:
-        from torchvision.models import get_model_weights
-
-        return next(iter(reversed(list(get_model_weights(class_name)))), None)
+        return next(iter(reversed(list(import_library("torchvision.models").get_model_weights(class_name)))), None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     enums = [value for name, value in vars(module).items() if name.endswith("_Weights") and issubclass(value, Enum)]
     return next((item for enum in enums for item in enum if item.meta.get("num_params") == parameters), None)
@@ -2399,13 +2422,13 @@ def settle_inputs(
         specs = free_axes(name_inputs(model, guess.shapes, dtype), loaded, options, guess.batch_axis)
         reference = Reference(model, specs, options.device)
         try:
-            case = reference.run({}, seed=0)
+            case = reference.run({}, GIVEN_SEED)
         except RejectedInputError as error:
             failure = failure or error
             continue
         if not options.input_shape:
             LOG.info(f"input: {' '.join(map(str, guess.shapes))}, told by {guess.reason} (--input-shape overrides)")
-        check_deterministic(reference, case, {}, seed=0)
+        check_deterministic(reference, case, {}, GIVEN_SEED)
         return reference, case
     shapes = " ".join(map(str, options.input_shape or ())) or "any shape tried"
     cause = failure.__cause__ if failure else None
@@ -2456,7 +2479,8 @@ def make_plan(model: nn.Module, loaded: Loaded, known: Mapping[str, Any], option
         *((sizes, (batch,)) for sizes in odd_sizes(base)),
     ]
     for seed, (sizes, batches) in enumerate(shapes):
-        case = accepted_case(reference, sizes, batches if BATCH in base else (1,), seed, given)
+        same = seed == GIVEN_SEED and sizes == base and batch in batches[:1]
+        case = given if same else accepted_case(reference, sizes, batches if BATCH in base else (1,), seed, given)
         if case is None and seed >= FIRST_ODD_CASE:  # a model that wants multiples of something
             continue
         if case is None and BATCH in base and not batch_is_explicit(options):
@@ -2613,11 +2637,12 @@ def exact_detection_sizes() -> Iterator[None]:
         yield
         return
     import torch
+    from torch.onnx import operators
 
     def resize(image: Tensor, smallest: int, largest: int, target: Any = None, fixed_size: Any = None) -> Any:
         if fixed_size is not None:
             return original(image, smallest, largest, target, fixed_size)
-        shape = torch.onnx.operators.shape_as_tensor(image)[-2:].to(torch.float64)
+        shape = operators.shape_as_tensor(image)[-2:].to(torch.float64)
         limits = torch.tensor([smallest, largest], dtype=torch.float64)
         scale = torch.min(torch.div(limits, torch.stack([shape.min(), shape.max()])))
         size = torch.floor(shape * scale).to(torch.int64)
@@ -2791,13 +2816,54 @@ def write_graph(model: ir.Model, path: Path) -> None:
     """Serialise to `path`, with the weights in `path`.data where one file cannot hold them; synced to the disk."""
     import onnx_ir as ir
 
-    weights = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
-    ir.save(model, path, external_data=f"{path.name}.data" if weights > SINGLE_FILE_LIMIT else None)
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if weights > SINGLE_FILE_LIMIT:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        write_single_file(model, path)
     for file in path.parent.glob(f"{path.name}*"):
         with file.open("rb+") as stream:  # a full disk may only show when the data is really written
             os.fsync(stream.fileno())
+
+
+def write_single_file(model: ir.Model, path: Path) -> None:
+    """Serialise `model` with its large weights written straight from where they lie; they are taken out of `model`.
+
+    The serialiser would copy them twice first. A protobuf message is its fields one after the other, so the weights can
+    follow the rest of the graph (https://protobuf.dev/programming-guides/encoding; numbers of the fields: onnx.proto).
+    """
+    import onnx
+    import onnx_ir as ir
+
+    def field(number: int, length: int) -> bytes:
+        return varint(number << 3 | 2) + varint(length)  # 2: bytes, preceded by their number
+
+    large = [value for value in model.graph.initializers.values() if value.const_value.nbytes >= STREAMED_BYTES]
+    for value in large:
+        del model.graph.initializers[value.name]
+    proto = ir.to_proto(model)
+    graph = proto.graph.SerializeToString(deterministic=True)
+    proto.ClearField("graph")
+    tensors = [value.const_value for value in large]
+    heads = []
+    for value, tensor in zip(large, tensors, strict=True):
+        kind = {"name": value.name, "dims": tensor.shape.numpy(), "data_type": tensor.dtype.value}
+        head = onnx.TensorProto(**kind).SerializeToString()
+        head += field(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, tensor.nbytes)
+        heads.append(field(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + tensor.nbytes) + head)
+    size = len(graph) + sum(map(len, heads)) + sum(tensor.nbytes for tensor in tensors)
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString(deterministic=True))
+        file.write(field(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph)
+        for head, tensor in zip(heads, tensors, strict=True):
+            file.write(head)
+            tensor.tofile(file)
+
+
+def varint(number: int) -> bytes:
+    """A number as protobuf writes it: 7 bits a byte, the lowest first, the top bit set on all but the last."""
+    low, rest = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import detection, get_model_builder, get_model_weights, list_models, segmentation
 
 FORK = multiprocessing.get_context("fork")
+LIMIT = 1800  # seconds for one step of one model
 Json = dict[str, Any]
 COLUMNS = {  # what is saved, and the opset that must come out or the free axes; "classification": all but detection
     "classification": ["pickle@14", "state_dict@14", "pickle@25", "state_dict@25"],
@@ -131,7 +132,7 @@ def apart(function: Any, *arguments: Any) -> Json:
     (child := FORK.Process(target=run)).start()
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(600) else {"status": "timeout", "told": "over 600 s"}
+        return receiver.recv() if receiver.poll(LIMIT) else {"status": "timeout", "told": f"over {LIMIT} s"}
     except EOFError:
         return {"status": "sweep", "told": "the sweep's own process was killed: out of memory?"}
     finally:
@@ -209,7 +210,7 @@ HEAD = """# Coverage sweep
 `python tests/coverage_sweep.py`, one conversion at a time on one of {cores} shared cores. {versions}.
 Cells: state, opset (exporter, largest difference relative to the output's largest value, seconds). ok: right on inputs
 of the sweep's own, at batch 1 and 3 where it is free; opset: right, but not the opset expected; wrong: differs from
-PyTorch; failed: the product's exit code; timeout: over 600 s; sweep: the input could not be made. Left out: {left_out};
+PyTorch; failed: the product's exit code; timeout: over {limit} s; sweep: the input could not be made. Left out: {left_out};
 quantize=True packs int8 weights that only PyTorch's kernels take, quantize=False gives what their namesakes compute.
 """
 
@@ -224,7 +225,7 @@ def cell(row: Json) -> str:
 def render(rows: Json) -> str:
     """The text of coverage.md."""
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, timm, onnx, onnxruntime))
-    lines = [HEAD.format(cores=os.cpu_count(), versions=versions, left_out=", ".join(QUANTISED))]
+    lines = [HEAD.format(cores=os.cpu_count(), versions=versions, limit=LIMIT, left_out=", ".join(QUANTISED))]
     tables, notes = [], ["\n## What the product said (failures, other opsets, warnings)\n"]
     lines += [f"| family | models | column | {' | '.join(STATES)} |", "|---" * (len(STATES) + 3) + "|"]
     for family, columns in COLUMNS.items():
