@@ -193,8 +193,7 @@ def run_job(product: Any, family: str, name: str, column: str, folder: Path) -> 
     row = {} if (folder / form).exists() else apart(prepare, family, name, form, folder)
     arguments = ["-i", str(folder / form), "-o", str(folder / "out" / "model.onnx"), "--json"]
     arguments += ["--dynamic-axes", axes] if axes else ["--static"] if family == "detection" else []
-    arguments += ["--opset", opset] if opset == "25" else ["--static"] if (family, axes) == ("detection", "") else []
-    arguments += ["--dynamic-axes", axes] if axes else []
+    arguments += ["--opset", opset] if opset == "25" else []
     arguments += ["--input-shape", *["1,3,224,224"] * 2] if "raft" in name else []  # the product asks for them
     if form == "state_dict":
         arguments += ["--model-class", name, "--model-args", json.dumps(ARGUMENTS.get(name, {}))]
