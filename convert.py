@@ -35,7 +35,7 @@ import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from pathlib import Path
@@ -407,6 +407,7 @@ class Kind(IntEnum):
     EXPORTED_PROGRAM = 3
     SAFETENSORS = 4
     HUGGINGFACE = 5
+    SHARDED_WEIGHTS = 6  # an index file, NAME.safetensors.index.json or NAME.bin.index.json
 
 
 class Source(NamedTuple):
@@ -431,6 +432,7 @@ MISTAKES: tuple[tuple[bytes, str], ...] = (
     (b"\x08\x03\x12", "an ONNX model already, by the look of it"),
     (b"\x08\x08\x12", "an ONNX model already, by the look of it"),
 )
+MAX_INDEX_BYTES = 64 << 20  # of the JSON that says which shard holds which tensor; a model of 10**6 tensors has 100 MB
 PICKLE_STARTS = (b"\x80", b"}", b"]", b"(", b"c")  # PROTO, or protocol 0's first opcodes
 
 
@@ -444,6 +446,7 @@ def detect(path: Path) -> Source:
             raise ConversionError(ExitStatus.INPUT, f"{path} is not a regular file; pass a model file or a directory")
         with path.open("rb") as file:
             head = file.read(512)
+            rest = file.read(MAX_INDEX_BYTES) if head[:1] == b"{" else b""
     except OSError as error:
         raise ConversionError(ExitStatus.INPUT, f"cannot read {path}: {error.strerror}; check -i") from None
     if not head:
@@ -455,6 +458,8 @@ def detect(path: Path) -> Source:
             raise ConversionError(ExitStatus.INPUT, f"{path} is {what}")
     if len(head) > 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**48:
         return Source(path, Kind.SAFETENSORS, "it begins with a safetensors header")
+    if b'"weight_map"' in head + rest and head[:1] == b"{":
+        return Source(path, Kind.SHARDED_WEIGHTS, "it is JSON with a weight_map")
     if head[257:262] == b"ustar":
         raise ConversionError(
             ExitStatus.INPUT, f"{path} is a tar archive (PyTorch before 0.1.10?); open it there and save it again"
@@ -492,11 +497,30 @@ def detect_zip(path: Path) -> Source:
     raise ConversionError(ExitStatus.INPUT, f"{path} is a zip archive, but none that PyTorch writes")
 
 
+# Directories that other programs write: a name (or how it ends) that tells them, what they are and what to do.
+DIRECTORIES: tuple[tuple[str, str], ...] = (
+    ("zero_to_fp32.py", "a DeepSpeed checkpoint; run python zero_to_fp32.py . weights.pth in it and pass weights.pth"),
+    ("_model_states.pt", "a DeepSpeed checkpoint; run zero_to_fp32.py of the folder above and pass the file it writes"),
+    (
+        ".distcp",
+        "a sharded torch.distributed checkpoint; run python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
+    ),
+    ("data.pkl", "an unpacked PyTorch archive; pass the original file"),
+    ("saved_model.pb", "a TensorFlow model, not a PyTorch one"),
+)
+
+
 def detect_directory(path: Path) -> Source:
-    """A Hugging Face folder, or advice on which file to pass."""
+    """A Hugging Face folder, an index of shards, or advice on which file to pass."""
     names = sorted(entry.name for entry in path.iterdir())
     if "config.json" in names:
         return Source(path, Kind.HUGGINGFACE, "the directory has config.json")
+    indices = [name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))]
+    if len(indices) == 1:
+        return detect(path / indices[0])
+    for mark, what in DIRECTORIES:
+        if any(name.endswith(mark) for name in names):
+            raise ConversionError(ExitStatus.INPUT, f"{path} is {what}")
     models = [name for name in names if name.endswith((".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors"))]
     if models:
         raise ConversionError(
@@ -545,7 +569,7 @@ DATA_CLASSES = frozenset(
 )
 RECONSTRUCTOR = "copyreg._reconstructor"  # protocol 0 and 1's way of making an object
 # Classes that a pickle names but never instantiates.
-VALUE_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
+VALUE_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"})
 # Pure functions that models keep as attributes; we store them and never call them while loading.
 FUNCTIONS = frozenset(
     f"{module}.{name}"
@@ -596,6 +620,8 @@ MAX_EXAMPLE_BYTES = 1 << 32
 MAX_MODULE_PATHS = 200_000  # eval() visits every path, so a DAG of shared modules would never end
 MAX_MODULE_DEPTH = 400
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
+ZIP_METHOD_OFFSET = 8  # of the compression method in a local file header (PKWARE APPNOTE 4.3.7)
+STORAGE_ALIGNMENT = 8  # bytes; what the largest dtype needs (torch.save aligns to 64)
 
 
 class RefusedFileError(ConversionError):
@@ -1267,10 +1293,11 @@ def open_archive(path: Path) -> tuple[Any, list[str]]:
 
 
 def read_archive(path: Path) -> Any:
-    """The object in a zip checkpoint, read inertly; storages are read from the records data/KEY."""
+    """The object in a zip checkpoint, read inertly; its tensors lie in the mapped file until somebody reads them."""
     import torch
 
     reader, _ = open_archive(path)
+    mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)  # copied on writing
     storages: dict[str, torch.UntypedStorage] = {}
 
     def read_storage(record_id: tuple[Any, ...]) -> tuple[torch.UntypedStorage, torch.dtype]:
@@ -1281,8 +1308,12 @@ def read_archive(path: Path) -> Any:
                 raise DamagedFileError(f"tensor data {name} is missing; the file is truncated or damaged")
             if reader.get_record_size(name) != nbytes:
                 raise DamagedFileError(f"tensor data {name} has {reader.get_record_size(name)} bytes, not {nbytes}")
-            tensor = reader.get_storage_from_record(name, nbytes, torch.UntypedStorage)
-            storages[name] = tensor.untyped_storage()
+            start = reader.get_record_offset(name)
+            method = mapped[reader.get_record_header_offset(name) + ZIP_METHOD_OFFSET]
+            if method == zipfile.ZIP_STORED and start % STORAGE_ALIGNMENT == 0 and start + nbytes <= mapped.nbytes():
+                storages[name] = mapped[start : start + nbytes]
+            else:
+                storages[name] = reader.get_storage_from_record(name, nbytes, torch.UntypedStorage).untyped_storage()
         if storages[name].nbytes() < nbytes:
             raise DamagedFileError(f"tensor data {name} is used with two sizes")
         return storages[name], dtype
@@ -1291,7 +1322,7 @@ def read_archive(path: Path) -> Any:
         raise DamagedFileError("its pickle is larger than that of any known model")
     try:
         return InertUnpickler(io.BytesIO(reader.get_record("data.pkl")), read_storage).load()
-    except RuntimeError as error:  # a record with a wrong checksum
+    except RuntimeError as error:
         raise DamagedFileError(f"the archive is damaged ({first_line(error)})") from None
 
 
@@ -1565,6 +1596,7 @@ def load(source: Source, *, trust: bool) -> Loaded:
         Kind.CHECKPOINT: load_checkpoint,
         Kind.LEGACY_CHECKPOINT: load_checkpoint,
         Kind.SAFETENSORS: load_safetensors,
+        Kind.SHARDED_WEIGHTS: load_shards,
         Kind.TORCHSCRIPT: load_torchscript,
         Kind.EXPORTED_PROGRAM: load_exported_program,
     }
@@ -1610,6 +1642,37 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
         raise DamagedFileError(
             f"its safetensors header or data is damaged ({first_line(error)}); copy or download it again"
         ) from None
+
+
+def shard_files(index: Path) -> dict[str, set[str]]:
+    """The tensors that each shard should hold, by the shard's name, which must be plain: a file beside the index."""
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedFileError(f"its weight_map is damaged ({first_line(error)})") from None
+    shards: dict[str, set[str]] = {}
+    for tensor, name in entries:
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
+            raise RefusedFileError(f"it points at {name!r}, outside its own folder")
+        if not (index.parent / name).is_file():
+            raise DamagedFileError(f"the shard {name} is missing; copy or download it too")
+        shards.setdefault(name, set()).add(tensor)
+    return shards
+
+
+def load_shards(source: Source, *, trust: bool) -> Loaded:
+    """The tensors of all the shards that an index names, each opened by the rules of its own kind."""
+    tensors: dict[str, Tensor] = {}
+    for name, wanted in shard_files(source.path).items():
+        shard = detect(source.path.parent / name)
+        if shard.kind not in (Kind.SAFETENSORS, Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
+            raise DamagedFileError(f"the shard {name} does not hold weights")
+        content = state_dict_of(load(shard, trust=trust).content) or {}
+        missing = sorted(wanted - content.keys())
+        if missing:
+            raise DamagedFileError(f"the shard {name} lacks {len(missing)} tensors ({', '.join(missing[:3])})")
+        tensors |= content
+    return Loaded(tensors, "weights without a model (sharded)")
 
 
 def load_torchscript(source: Source, *, trust: bool) -> Loaded:
@@ -1680,55 +1743,92 @@ def load_exported_program(source: Source, *, trust: bool) -> Loaded:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Where training scripts put the weights, the averaged ones first: they are what their authors evaluate.
-WEIGHT_KEYS = ("ema_state_dict", "ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "network",
-               "params_ema", "params", "weights", "generator", "student", "teacher", "module")  # fmt: skip
+WEIGHT_KEYS = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "g_ema", "params_ema", "state_dict",
+               "model_state_dict", "model_state", "model", "net", "network", "params", "weights", "generator", "netG",
+               "student", "teacher", "module")  # fmt: skip
+# What lies beside the weights: entries whose tensors are never a model.
+OTHER_STATE = re.compile(r"optim|sched|scaler|rng|loop|callback|metric|hyper", re.IGNORECASE)
 # Counters of profilers and of weight averaging that lie among the weights.
 COUNTERS = ("total_ops", "total_params", "n_averaged")
+# What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
+WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
-def is_state_dict(value: object) -> bool:
-    """Whether `value` maps names to tensors."""
+class Weights(NamedTuple):
+    """A model or its tensors found in a checkpoint: the entry that holds them ("" for the checkpoint itself)."""
+
+    content: Any  # nn.Module or dict[str, Tensor]
+    key: str
+
+
+def state_dict_of(value: object) -> dict[str, Tensor] | None:
+    """The tensors of a mapping from names to tensors, beside which plain values may lie; None for anything else."""
+    import numpy as np
     import torch
 
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(key, str) for key in value)
-        and all(isinstance(item, torch.Tensor) for item in value.values())
-    )
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return None
+    numbers = (torch.Tensor, np.ndarray)
+    tensors = {key: torch.as_tensor(item) for key, item in value.items() if isinstance(item, numbers)}
+    others = [item for item in value.values() if not isinstance(item, numbers)]
+    nested = any(isinstance(item, (Mapping, torch.nn.Module)) for item in others)
+    named_like_weights = any("." in name for name in tensors)
+    return tensors if tensors and (not others or (named_like_weights and not nested)) else None
 
 
-def find_weights(content: Any, key: str | None) -> tuple[Any, str]:
-    """The module or state dict inside a checkpoint, and its key ("" where the checkpoint is the state dict itself).
+def find_weights(content: Any, key: str | None) -> Weights:
+    """The module or state dict inside a checkpoint: the one at `key` (--checkpoint-key), or the likeliest.
 
-    `key` is --checkpoint-key: a key, or keys joined by dots. Raises ConversionError that lists the keys there are.
+    `key` is an entry, entries joined by dots, or what the names of the wanted tensors begin with. Raises
+    ConversionError that lists what there is, where nothing or more than one thing without a usual name is found.
     """
     from torch import nn
 
-    def usable(value: object) -> bool:
-        return isinstance(value, nn.Module) or is_state_dict(value)
-
-    def candidates(value: object, path: str, depth: int) -> Iterator[tuple[str, Any]]:
-        if usable(value):
-            yield path, value
+    def entries(value: object, path: str, depth: int) -> Iterator[Weights]:
+        found = value if isinstance(value, nn.Module) else state_dict_of(value)
+        if found is not None:
+            yield Weights(found, path)
         elif isinstance(value, Mapping) and depth < 3:
-            names = [name for name in WEIGHT_KEYS if name in value] if key is None else list(value)
-            for name in names:
-                yield from candidates(value[name], f"{path}.{name}" if path else str(name), depth + 1)
+            usual = [name for name in WEIGHT_KEYS if name in value]
+            for name in [*usual, *(name for name in value if name not in usual)]:
+                if not OTHER_STATE.search(str(name)) or (key is not None and key.startswith(f"{path}{name}")):
+                    yield from entries(value[name], f"{path}.{name}" if path else str(name), depth + 1)
 
-    found = dict(candidates(content, "", 0))
-    if key is not None and key in found:
-        return found[key], key
-    if key is None and found:
-        first, *others = found
-        if others:
-            LOG.info(f"weights: taken from {first!r}; the file also has {', '.join(others[:4])} (--checkpoint-key)")
-        return found[first], first
-    keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else "none"
-    wanted = f"--checkpoint-key {key}: no weights there" if key else "no weights found in the checkpoint"
-    raise ConversionError(
-        ExitStatus.USAGE if key else ExitStatus.INPUT, f"{wanted}; it has the keys {keys}; pass --checkpoint-key"
-    )
+    found = list(entries(content, "", 0))
+    if key is not None:
+        return entry_at(found, key, content)
+    if not found:
+        raise ConversionError(ExitStatus.INPUT, f"no weights found in the checkpoint; it has {keys_of(content)}")
+    first, *others = found
+    names = ", ".join(item.key for item in others[:4])
+    if others and first.key.partition(".")[0] not in WEIGHT_KEYS:
+        raise ConversionError(
+            ExitStatus.USAGE, f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key"
+        )
+    if first.key:
+        also = f"; it also has {names} (--checkpoint-key)" if others else ""
+        LOG.info(f"weights: from the entry {first.key!r} of the checkpoint{also}")
+    return first
+
+
+def entry_at(found: Iterable[Weights], key: str, content: Any) -> Weights:
+    """The entry of `found` that --checkpoint-key names; raises ConversionError (USAGE) that lists what there is."""
+    for item in found:
+        if item.key == key:
+            return item
+        if isinstance(item.content, Mapping):
+            prefix = f"{key}.".removeprefix(f"{item.key}.")
+            part = {n.removeprefix(prefix): tensor for n, tensor in item.content.items() if n.startswith(prefix)}
+            if part:
+                return Weights(part, key)
+    raise ConversionError(ExitStatus.USAGE, f"--checkpoint-key {key}: no weights there; it has {keys_of(content)}")
+
+
+def keys_of(content: Any) -> str:
+    """The first keys of a checkpoint, for a message."""
+    keys = list(map(str, content)) if isinstance(content, Mapping) else []
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return f"the keys {', '.join(keys[:8])}{more}" if keys else "no keys"
 
 
 def resolve_model_class(name: str) -> Callable[..., nn.Module]:
@@ -1764,15 +1864,16 @@ def resolve_model_class(name: str) -> Callable[..., nn.Module]:
     return target
 
 
-def accepts(function: Callable[..., Any], argument: str) -> bool:
-    """Whether `function` names the keyword `argument` in its signature, or takes any."""
+def accepts(function: Callable[..., Any], argument: str, *, by_name: bool = False) -> bool:
+    """Whether `function` names the keyword `argument` in its signature, or (unless `by_name`) takes any."""
     import inspect
 
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return False
-    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return argument in parameters or (any_keyword and not by_name)
 
 
 @contextlib.contextmanager
@@ -1797,25 +1898,78 @@ def without_initialisation() -> Iterator[None]:
 
 
 def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`weights` without wrappers' prefixes and counters, and with the batch counters that PyTorch before 0.4.1 lacked.
+    """`weights` under the names of `model`: without wrappers' prefixes and counters, and of a larger model its part.
 
-    A prefix goes when every name has it and the class has none that begins so: DataParallel's `module.`,
-    torch.compile's `_orig_mod.`, Lightning's `model.`.
+    The batch counters that PyTorch before 0.4.1 lacked are added. Raises ConversionError (USAGE) where two parts fit.
     """
     import torch
 
     expected = model.state_dict()
-    weights = {name: tensor for name, tensor in weights.items() if name.rpartition(".")[2] not in COUNTERS}
-    while weights and not weights.keys() & expected.keys():
-        prefix = next(iter(weights)).partition(".")[0] + "."
-        if not all(name.startswith(prefix) for name in weights) or any(name.startswith(prefix) for name in expected):
-            break
-        LOG.info(f"weights: every name begins with {prefix!r}, which the class does not have: taken off")
-        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    weights = unwrap_names(weights)
+    prefix = common_prefix(weights, expected) or part_prefix(weights, expected)
+    if prefix:
+        left = [name for name in weights if not name.startswith(prefix)]
+        others = f"; {len(left)} tensors of other parts are left out ({', '.join(left[:3])})" if left else ""
+        LOG.info(f"weights: {prefix!r} is taken off the names{others}")
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     for name in expected.keys() - weights.keys():
         if name.endswith("num_batches_tracked"):  # counts training steps; the forward pass in eval mode ignores it
             weights[name] = torch.zeros_like(expected[name])
     return weights
+
+
+def unwrap_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` without counters and without what wrappers put into names; raises ConversionError for FSDP's shards."""
+    if any(name.endswith("_flat_param") for name in weights):
+        raise ConversionError(
+            ExitStatus.INPUT,
+            "the weights are FSDP's flattened shards; save a full state dict (StateDictType.FULL_STATE_DICT) instead",
+        )
+    result = {
+        ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS): tensor
+        for name, tensor in weights.items()
+        if name.rpartition(".")[2] not in COUNTERS
+    }
+    while result and all(name.startswith("module.") for name in result):  # DataParallel, DDP, AveragedModel
+        result = {name.removeprefix("module."): tensor for name, tensor in result.items()}
+    return result
+
+
+def common_prefix(weights: Collection[str], expected: Collection[str]) -> str:
+    """What every name begins with and none of the class does: Lightning's `model.`; "" where there is none."""
+    first = next(iter(weights), "")
+    prefix = ""
+    while not any(name.startswith(prefix) and name.removeprefix(prefix) in expected for name in weights):
+        longer = first[: first.find(".", len(prefix)) + 1]
+        if len(longer) <= len(prefix) or not all(name.startswith(longer) for name in weights):
+            return ""
+        prefix = longer
+    return prefix
+
+
+def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
+    """The prefix of the part that has exactly the class's names, of a checkpoint that holds more than that part.
+
+    Raises ConversionError (USAGE) where several parts do.
+    """
+
+    def lasting(names: Iterable[str]) -> set[str]:
+        return {name for name in names if not name.endswith("num_batches_tracked")}
+
+    wanted = lasting(expected)
+    anchor = f".{next(iter(wanted), '')}"
+    prefixes = sorted(name.removesuffix(anchor) + "." for name in weights if name.endswith(anchor))
+    parts = [
+        prefix
+        for prefix in prefixes
+        if wanted == lasting(name.removeprefix(prefix) for name in weights if name.startswith(prefix))
+    ]
+    if len(parts) > 1:
+        names = ", ".join(part.rstrip(".") for part in parts[:8])
+        raise ConversionError(
+            ExitStatus.USAGE, f"the class's weights are there several times; pass --checkpoint-key: {names}"
+        )
+    return parts[0] if parts else ""
 
 
 def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
@@ -1838,12 +1992,23 @@ def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
         yield {**head, **size, **planes}
 
 
-def model_from_weights(name: str, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The class `name` with `tensors` loaded, every one of them; arguments not `given` are told by the shapes.
+def model_from_weights(
+    name: str, given: Mapping[str, Any], tensors: Mapping[str, Tensor], hints: Mapping[str, Any]
+) -> nn.Module:
+    """The class `name` with `tensors` loaded, every one of them; arguments not `given` are told by `hints` or shapes.
 
-    Raises ConversionError (USAGE) that lists what is missing, unexpected or of another shape.
+    `hints` are the hyper_parameters that Lightning stores: those that the constructor names are tried first. Raises
+    ConversionError (USAGE) that lists what is missing, unexpected or of another shape.
     """
     build = resolve_model_class(name)
+    recorded = {key: value for key, value in hints.items() if key not in given and accepts(build, key, by_name=True)}
+    if recorded:
+        with contextlib.suppress(ConversionError):
+            model = attempt_build(build, {**recorded, **given}, name)
+            if not load_weights(model, clean_weights(tensors, model)):
+                told = ", ".join(f"{key}={value}" for key, value in recorded.items())
+                LOG.info(f"weights: the checkpoint's hyper_parameters tell {told}")
+                return model
     first = attempt_build(build, given, name)
     weights = clean_weights(tensors, first)
     refusal = load_weights(first, weights)
@@ -3208,9 +3373,8 @@ def convert_state_dict_model(
     loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
 ) -> tuple[Plan, Result]:
     """Convert weights with the class that --model-class names."""
-    weights, key = find_weights(loaded.content, options.checkpoint_key)
-    if key:
-        LOG.info(f"weights: from the entry {key!r} of the checkpoint")
+    weights = find_weights(loaded.content, options.checkpoint_key).content
+    hints = loaded.content.get("hyper_parameters")
     if not isinstance(weights, Mapping):
         return convert_module(weights, loaded, options, metadata)
     if not options.model_class:
@@ -3222,7 +3386,8 @@ def convert_state_dict_model(
             "is needed; pass --model-class with a torchvision name or package.module:Class",
         )
     with LOG.step(f"build: {options.model_class}"):
-        model = model_from_weights(options.model_class, options.model_args, weights)
+        hints = hints if isinstance(hints, Mapping) else {}
+        model = model_from_weights(options.model_class, options.model_args, weights, hints)
     return convert_module(model, loaded, options, metadata)
 
 
@@ -3275,10 +3440,41 @@ def choose_mode(source: Source, loaded: Loaded, options: argparse.Namespace) -> 
     return natural
 
 
+def source_digest(source: Source) -> str:
+    """SHA-256 of the input, as hexadecimal digits; of an index of shards, that of the index's and the shards' digests.
+
+    Raises ConversionError for an archive whose records do not have their checksums, which torch does not look at.
+    """
+    if source.kind is Kind.SHARDED_WEIGHTS:
+        shards = [source.path.parent / name for name in sorted(shard_files(source.path))]
+        digests = [source_digest(detect(shard)) for shard in shards]
+        return hashlib.sha256("\n".join([file_digest(source.path), *digests]).encode()).hexdigest()
+    if source.kind in (Kind.CHECKPOINT, Kind.TORCHSCRIPT, Kind.EXPORTED_PROGRAM):
+        check_records(source.path)
+    return file_digest(source.path)
+
+
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_records(path: Path) -> None:
+    """Compare the stored records of an archive with their CRC-32; raises ConversionError (INPUT).
+
+    A zero means that none was computed (torch.serialization.set_crc32_options).
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.CRC and entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size:
+                    with archive.open(entry) as record:
+                        while record.read(1 << 20):
+                            pass
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        message = f"{path} is damaged ({first_line(error)}); copy or download it again"
+        raise ConversionError(ExitStatus.INPUT, message) from None
 
 
 def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
@@ -3286,7 +3482,7 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     if source.kind is Kind.HUGGINGFACE or options.mode == "huggingface":
         convert_huggingface_model(options)
-    digest = ThreadPoolExecutor(1).submit(file_digest, source.path)  # beside the imports, which leave a core free
+    digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
     with LOG.step(f"load: {source.path}"):
         loaded = load(source, trust=options.trust_pickle)
     mode = choose_mode(source, loaded, options)

@@ -209,7 +209,8 @@ HEAD = """# Coverage sweep
 `python tests/coverage_sweep.py`, one conversion at a time on one of {cores} shared cores. {versions}.
 Cells: state, opset (exporter, largest difference relative to the output's largest value, seconds). ok: right on inputs
 of the sweep's own, at batch 1 and 3 where it is free; opset: right, but not the opset expected; wrong: differs from
-PyTorch; failed: the product's exit code; timeout: over {limit} s; sweep: the input could not be made. Left out: {left_out};
+PyTorch; failed: the product's exit code; timeout: over {limit} s; sweep: the input could not be made.
+Left out: {left_out};
 quantize=True packs int8 weights that only PyTorch's kernels take, quantize=False gives what their namesakes compute.
 """
 
