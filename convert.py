@@ -124,8 +124,9 @@ class Log:
         self.verbose = False
 
     def line(self, prefix: str, text: str) -> None:
-        """Write one line; `text` is made printable."""
-        print(f"[{prefix}] {printable(text)}", file=self.stream, flush=True)
+        """Write one line; `text` is made printable. Whether somebody listens is no matter of the conversion."""
+        with contextlib.suppress(OSError):
+            print(f"[{prefix}] {printable(text)}", file=self.stream, flush=True)
 
     def info(self, text: str) -> None:
         """What happens and why."""
@@ -3632,6 +3633,11 @@ def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
     if code == -signal.SIGKILL:
         error = ConversionError(
             ExitStatus.RESOURCES, f"killed, most likely for using too much memory; {memory_limit()}: give it more"
+        )
+        return report_failure(error, 1, as_json=options.json)
+    if code == -signal.SIGBUS:  # what a mapped file does that has lost its end
+        error = ConversionError(
+            ExitStatus.INPUT, f"{options.input} changed while it was read; convert it once it is whole"
         )
         return report_failure(error, 1, as_json=options.json)
     if code < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -38,6 +39,9 @@ SECONDS = 0.3  # for an answer that needs no model
         (("-i", "x.pt", "-o", "y.onnx", "--device", "tpu"), ("invalid choice: 'tpu'",)),
         (("-i", "x.pt", "-o", "y.onnx", "--exporter", "own"), ("invalid choice: 'own'",)),
         (("-i", "x.pt", "-o", "y.txt"), ("name a .onnx file or a directory",)),
+        (("-i", "x.pt", "-o", ""), ("argument -o/--output: an empty path",)),
+        (("-i", "", "-o", "y.onnx"), ("argument -i/--input: an empty path",)),
+        (("-i", "x.pt", "-o", "y" * 300 + ".onnx"), ("File name too long", "check -i and -o")),
         (("-i", "x.pt", "-o", "y.onnx", "--ops", "14"), ("unrecognized arguments: --ops",)),
     ],
     ids=lambda value: " ".join(value[4:]) or "few" if isinstance(value, tuple) else "",
@@ -88,13 +92,45 @@ def test_quiet_success_and_json(models: Path, tmp_path: Path) -> None:
     assert lines(result, "SUCCESS")[0].startswith(f"{target} (")
 
 
-def test_json_of_a_failure(tmp_path: Path) -> None:
-    """A machine learns the exit code and the message."""
-    result = run_cli("-i", str(tmp_path / "none.pt"), "-o", str(tmp_path / "x.onnx"), "--json")
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("-i", "none.pt", "-o", "x.onnx"), 3, "none.pt"),
+        (("-i", "none.pt", "-o", "x.onnx", "--opset", "3"), 2, "--opset"),
+        (("-o", "x.onnx"), 2, "-i/--input"),
+    ],
+)
+def test_json_of_a_failure(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
+    """A machine learns the exit code and the message, of usage errors too."""
+    result = run_cli(*arguments, "--json", cwd=tmp_path)
     report = json.loads(result.out)
     assert report["status"] == "error"
-    assert report["exit_code"] == result.code == 3
-    assert "none.pt" in report["message"]
+    assert report["exit_code"] == result.code == code
+    assert words in report["message"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-", "2>/dev/full >/dev/full"])
+def test_streams_that_are_closed_or_full(closed: str, models: Path, tmp_path: Path) -> None:
+    """The conversion does not depend on somebody listening, and no file of ours takes a closed stream's number."""
+    target = tmp_path / "m.onnx"
+    command = f"{sys.executable} {CONVERT} -i {models / 'flat.pt'} -o {target} --json {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert target.stat().st_size > 500
+
+
+def test_torchvision_without_torchs_compiler(tmp_path: Path) -> None:
+    """The TorchScript rung never imports torch._dynamo, which takes as long as all the rest of torch."""
+    import torch
+    import torchvision
+
+    torch.save(torchvision.models.squeezenet1_1(), tmp_path / "net.pt")
+    arguments = ("-i", "net.pt", "-o", "m.onnx", "--input-shape", "1,3,64,64", "--verbose")
+    result = run_cli(*arguments, cwd=tmp_path, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.code == 0, result.err
+    imported = {line.rpartition("|")[2].strip() for line in result.err.splitlines() if "import time" in line}
+    assert {"torchvision.ops.roi_align", "onnxruntime"} <= imported
+    assert "torch._dynamo" not in imported
 
 
 def test_verbose_shows_what_the_libraries_say(models: Path, tmp_path: Path) -> None:

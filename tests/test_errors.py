@@ -236,6 +236,31 @@ def test_out_of_memory(models: Path, clean: Path) -> None:
     check_error(result, 7, "out of memory", "GB")
 
 
+@pytest.mark.parametrize("megabytes", [150, 400, 1500])
+def test_too_little_memory_to_begin(megabytes: int, models: Path, clean: Path) -> None:
+    """Memory that runs out while the libraries are imported is no bug of ours."""
+
+    def limit_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+
+    check_error(convert_in(clean, models / "flat.pt", preexec_fn=limit_memory), 7, "memory", "GB")
+
+
+def test_an_input_that_shrinks(clean: Path) -> None:
+    """A file that is cut while it is mapped ends the worker with SIGBUS: that is the input's fault."""
+    import torch
+
+    source = clean / "shrinks.pt"
+    torch.save(torch.nn.Linear(1 << 12, 1 << 12), source)
+    arguments = ["-i", str(source), "-o", str(clean / "x.onnx")]
+    process = subprocess.Popen([sys.executable, str(CONVERT), *arguments], stderr=subprocess.PIPE, text=True)
+    wait_for(process, "mode:")
+    os.truncate(source, 1 << 12)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 3, rest
+    assert "changed while it was read" in rest
+
+
 def start(models: Path, target: Path) -> subprocess.Popen[str]:
     """A conversion in a process group of its own that has begun to load."""
     command = [sys.executable, str(CONVERT), "-i", str(models / "image.pt"), "-o", str(target), "--exporter", "dynamo"]
