@@ -117,6 +117,7 @@ def test_weights_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
     onnx.checker.check_model(ours, full_check=True)
     for model in (library, ours):
         model.graph.initializer.sort(key=lambda tensor: tensor.name)
+        del model.graph.value_info[:]  # says again what the initializers say
     assert ours == library
     assert len(ours.graph.initializer) == len(weights)
 
