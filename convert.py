@@ -287,14 +287,8 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("-i", "--input", required=True, type=path_argument, metavar="PATH", help="model file or directory")
-    add(
-        "-o",
-        "--output",
-        required=True,
-        type=path_argument,
-        metavar="PATH",
-        help=".onnx file, or directory (for DIR/model.onnx)",
-    )
+    add("-o", "--output", type=path_argument, metavar="PATH", help=".onnx file, or directory (for DIR/model.onnx)")
+    add("--inspect", action="store_true", help="say what the input is and how to convert it; nothing is written")
     add("-m", "--mode", choices=MODES, default="auto", help="what the input is (default: auto, told by its content)")
     add(
         "--input-shape",
@@ -346,9 +340,12 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     """
     options = build_parser().parse_args(argv)
     options.input = Path(options.input)
-    options.output = output_file(options.output, options.input)
-    # Work is done beside the target, so that the last step is a rename, and in a folder that can be removed as a whole.
-    options.staging = options.output.parent / f".pt2onnx.{run}.partial"
+    if options.output is None and not options.inspect:
+        raise ConversionError(ExitStatus.USAGE, "the following arguments are required: -o/--output (or pass --inspect)")
+    if not options.inspect:
+        options.output = output_file(options.output, options.input)
+        # Work is done beside the target, so that the last step is a rename, in a folder that can be removed as a whole.
+        options.staging = options.output.parent / f".pt2onnx.{run}.partial"
     if options.no_verify and (options.atol is not None or options.rtol is not None):
         raise ConversionError(ExitStatus.USAGE, "--no-verify leaves nothing for --atol and --rtol to do: drop either")
     if options.device == "cuda" and not cuda_devices():
@@ -622,6 +619,7 @@ MAX_MODULE_PATHS = 200_000  # eval() visits every path, so a DAG of shared modul
 MAX_MODULE_DEPTH = 400
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 ZIP_METHOD_OFFSET = 8  # of the compression method in a local file header (PKWARE APPNOTE 4.3.7)
+MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python names it from 3.13 on
 STORAGE_ALIGNMENT = 8  # bytes; what the largest dtype needs (torch.save aligns to 64)
 
 
@@ -1193,6 +1191,9 @@ InertUnpickler.dispatch.update(
 )  # fmt: skip
 
 
+Unpickler = Callable[[Any, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, read_storage)
+
+
 def set_module_state(module: nn.Module, state: object) -> None:
     """Give `module` its `__dict__`, if that holds modules, tensors and data and nothing that the model would run."""
     import torch
@@ -1293,12 +1294,27 @@ def open_archive(path: Path) -> tuple[Any, list[str]]:
     return reader, records
 
 
-def read_archive(path: Path) -> Any:
+def map_file(path: Path) -> torch.UntypedStorage:
+    """The bytes of a file, read when they are needed; who writes to them gets a copy of the page, not the file.
+
+    MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory.
+    """
+    import mmap
+
+    import torch
+
+    flags = mmap.MAP_PRIVATE | (MAP_NORESERVE if sys.platform == "linux" else 0)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+
+
+def read_archive(path: Path, unpickler: Unpickler = InertUnpickler) -> Any:
     """The object in a zip checkpoint, read inertly; its tensors lie in the mapped file until somebody reads them."""
     import torch
 
     reader, _ = open_archive(path)
-    mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)  # copied on writing
+    mapped = map_file(path)
     storages: dict[str, torch.UntypedStorage] = {}
 
     def read_storage(record_id: tuple[Any, ...]) -> tuple[torch.UntypedStorage, torch.dtype]:
@@ -1322,7 +1338,7 @@ def read_archive(path: Path) -> Any:
     if reader.get_record_size("data.pkl") > MAX_PICKLE_BYTES:
         raise DamagedFileError("its pickle is larger than that of any known model")
     try:
-        return InertUnpickler(io.BytesIO(reader.get_record("data.pkl")), read_storage).load()
+        return unpickler(io.BytesIO(reader.get_record("data.pkl")), read_storage).load()
     except RuntimeError as error:
         raise DamagedFileError(f"the archive is damaged ({first_line(error)})") from None
 
@@ -1342,7 +1358,7 @@ def parse_storage_id(record_id: object) -> tuple[str, torch.dtype, int]:
     return str(key), dtype, elements * dtype.itemsize
 
 
-def read_legacy(file: io.BufferedIOBase, size: int) -> Any:
+def read_legacy(file: io.BufferedIOBase, size: int, unpickler: Unpickler = InertUnpickler) -> Any:
     """The object in a pre-1.6 checkpoint or a plain pickle of `size` bytes.
 
     The layout is torch.serialization._legacy_save's: magic number, protocol, system, object, storage keys, and then
@@ -1365,7 +1381,7 @@ def read_legacy(file: io.BufferedIOBase, size: int) -> Any:
         return storages[key][0], dtype
 
     def load() -> Any:
-        return InertUnpickler(file, read_storage).load()
+        return unpickler(file, read_storage).load()
 
     content = load()
     if type(content) is not int or content != LEGACY_MAGIC:
@@ -1607,6 +1623,14 @@ def load(source: Source, *, trust: bool) -> Loaded:
         raise ConversionError(error.status, f"{source.path}: {error}") from None
 
 
+def read_checkpoint(source: Source, unpickler: Unpickler = InertUnpickler) -> Any:
+    """The object in a checkpoint of either layout, read inertly."""
+    if source.kind is Kind.CHECKPOINT:
+        return read_archive(source.path, unpickler)
+    with source.path.open("rb") as file:
+        return read_legacy(file, source.path.stat().st_size, unpickler)
+
+
 def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
     """A complete module, or a dictionary that holds weights."""
     import torch
@@ -1617,11 +1641,8 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
             content = torch.load(source.path, map_location="cpu", weights_only=False)
         except Exception as error:  # whatever the file's own code raises
             raise DamagedFileError(f"it cannot be opened ({first_line(error)})") from error
-    elif source.kind is Kind.CHECKPOINT:
-        content = read_archive(source.path)
     else:
-        with source.path.open("rb") as file:
-            content = read_legacy(file, source.path.stat().st_size)
+        content = read_checkpoint(source)
     if isinstance(content, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         content = content.module
     if isinstance(content, torch.nn.Module):
@@ -1630,6 +1651,20 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
     if isinstance(content, Mapping):
         return Loaded(content, "weights without a model (a state dict)")
     raise DamagedFileError(f"it holds a {type(content).__name__}, neither a model nor a state dict")
+
+
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The dtype and shape of every tensor of a safetensors file; raises DamagedFileError."""
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
+        try:
+            header = json.loads(file.read(min(length, MAX_INDEX_BYTES)))
+            header.pop("__metadata__", None)
+            for entry in header.values():
+                math.prod(map(int, entry["shape"])), str(entry["dtype"])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)})") from None
+    return dict(header)
 
 
 def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
@@ -3508,6 +3543,238 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# inspect: say what an input is; its weights stay on the disk, and nothing in it is executed
+# ---------------------------------------------------------------------------------------------------------------------
+
+# torch._export.serde.schema.ScalarType, from 0 on.
+SCALAR_TYPES = ("unknown", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32",
+                "complex64", "complex128", "bool", "bfloat16")  # fmt: skip
+
+
+class Census(InertUnpickler):
+    """An unpickler that notes every name and every storage, and reads on where a name is not allowed."""
+
+    def __init__(self, file: Any, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
+        self.names: dict[str, str] = {}  # every global: why it is not allowed, or ""
+        self.storages: dict[str, tuple[str, int]] = {}  # dtype and number of elements
+
+        def note_storage(record_id: tuple[Any, ...]) -> Any:
+            if record_id[:1] == ("storage",):
+                key, dtype, nbytes = parse_storage_id(record_id)
+                self.storages[key] = (str(dtype).removeprefix("torch."), nbytes // dtype.itemsize)
+            return read_storage(record_id)
+
+        super().__init__(file, note_storage)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """As the loader's; what it would refuse is noted with the reason."""
+        full_name = f"{module}.{name}"
+        try:
+            token = super().find_class(module, name)
+            why = "not allowed" if isinstance(token, Token) and token.name in self.refused else ""
+        except ConversionError as error:
+            why = str(error)
+            self.refused[full_name] = None
+            token = Token(full_name)
+        self.names[full_name] = "" if module.partition(".")[0] == "__torch__" else why  # TorchScript's own classes
+        return token
+
+
+def inspect(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """What `source` is, as --json prints it; "problem" says why it would not convert. Raises ConversionError."""
+    facts: dict[str, Any] = {"status": "ok", "path": str(source.path), "kind": source.kind.name.lower()}
+    facts["why"] = source.why
+    files = [source.path] if source.path.is_file() else [file for file in source.path.rglob("*") if file.is_file()]
+    facts["bytes"] = sum(file.stat().st_size for file in files)
+    inspectors = {
+        Kind.CHECKPOINT: inspect_checkpoint,
+        Kind.LEGACY_CHECKPOINT: inspect_checkpoint,
+        Kind.TORCHSCRIPT: inspect_torchscript,
+        Kind.EXPORTED_PROGRAM: inspect_program,
+        Kind.SAFETENSORS: inspect_safetensors,
+        Kind.SHARDED_WEIGHTS: inspect_safetensors,
+        Kind.HUGGINGFACE: inspect_folder,
+    }
+    try:
+        facts |= inspectors[source.kind](source, options)
+    except ConversionError as error:
+        facts |= {"problem": str(error), "exit_code": int(error.status)}
+    return facts
+
+
+def count_elements(pairs: Iterable[tuple[str, int]]) -> dict[str, Any]:
+    """The number of parameters, and of each dtype, of (dtype, number of elements) pairs."""
+    dtypes: dict[str, int] = {}
+    for dtype, elements in pairs:
+        dtypes[dtype] = dtypes.get(dtype, 0) + elements
+    return {"parameters": sum(dtypes.values()), "dtypes": dtypes}
+
+
+def command_for(source: Source, *extra: str) -> str:
+    """The command that converts `source`."""
+    import shlex
+
+    target = source.path.resolve().with_suffix(".onnx").name
+    return shlex.join(["python", "convert.py", "-i", str(source.path), "-o", target, *extra])
+
+
+def inspect_checkpoint(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """A complete model or a checkpoint: its globals, and what they make."""
+    from torch import nn
+
+    readers: list[Census] = []
+
+    def census(file: Any, read_storage: Callable[[tuple[Any, ...]], Any]) -> Census:
+        readers.append(Census(file, read_storage))
+        return readers[-1]
+
+    facts: dict[str, Any] = {}
+    content: Any = None
+    try:
+        content = read_checkpoint(source, census)
+    except ConversionError as error:
+        facts = {"problem": f"{source.path}: {error}", "exit_code": int(error.status)}
+    names = {name: why for reader in readers for name, why in reader.names.items()}
+    storages = {key: storage for reader in readers for key, storage in reader.storages.items()}
+    facts |= {"globals": names, **count_elements(storages.values())}
+    if isinstance(content, nn.Module):
+        return facts | inspect_module(source, content)
+    if isinstance(content, Mapping):
+        return facts | inspect_weights(source, content, options)
+    rebuilders = REBUILDERS.keys() | VALUE_CLASSES | {name for name in names if name.endswith("Storage")}
+    root = next((name for name in names if name not in rebuilders), None)
+    return facts | {"what": "a pickle that is not opened", "class": root}
+
+
+def inspect_module(source: Source, model: nn.Module) -> dict[str, Any]:
+    """A complete model: its class, and the inputs that it was made for."""
+    known = preprocessing(model, None)
+    guess = next(input_guesses(model, Loaded(model, ""), known))
+    shapes = " ".join(map(str, guess.shapes))
+    return {
+        "what": "a complete model",
+        "class": qualified_name(type(model)),
+        "inputs": f"{shapes}, told by {guess.reason}",
+        "mode": "pytorch",
+        "command": command_for(source),
+    }
+
+
+def inspect_weights(source: Source, content: Mapping[Any, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """A state dict, bare or in a checkpoint."""
+    found = find_weights(content, options.checkpoint_key)
+    if not isinstance(found.content, Mapping):
+        return inspect_module(source, found.content) | {"what": f"a checkpoint with a model in its entry {found.key!r}"}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.content.items()}
+    dtypes = ((str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in found.content.values())
+    where = f"weights in the entry {found.key!r} of a checkpoint" if found.key else "weights without a model"
+    return {"what": where, **count_elements(dtypes), **inspect_shapes(source, shapes)}
+
+
+def inspect_shapes(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Weights of which only names and shapes are known."""
+    return {
+        "tensors": len(shapes),
+        "mode": "state_dict",
+        "command": command_for(source, "--model-class", "CLASS"),
+    }
+
+
+def inspect_safetensors(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001  (one signature)
+    """A safetensors file or an index of such files: from their headers alone."""
+    files = [source.path]
+    if source.kind is Kind.SHARDED_WEIGHTS:
+        files = [source.path.parent / name for name in shard_files(source.path)]
+    header = {name: entry for file in files for name, entry in safetensors_header(file).items()}
+    elements = [(entry["dtype"], math.prod(entry["shape"])) for entry in header.values()]
+    shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return {"what": "weights without a model", **count_elements(elements), **inspect_shapes(source, shapes)}
+
+
+def inspect_torchscript(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001
+    """A TorchScript archive: from its pickles' names and its code, which is read and not run."""
+    vet_torchscript(source.path)
+    reader, _ = open_archive(source.path)
+    census = Census(io.BytesIO(reader.get_record("data.pkl")), lambda record_id: record_id)
+    with contextlib.suppress(ConversionError):  # its classes are not ours to build
+        census.load()
+    root = next((name for name in census.names if name.startswith("__torch__.")), "")
+    examples = traced_inputs(source.path)
+    return {
+        "what": "TorchScript",
+        "class": root.removeprefix("__torch__."),
+        "globals": census.names,
+        **count_elements(census.storages.values()),
+        "inputs": " ".join(map(str, examples)) + ", recorded when it was traced" if examples else "not recorded",
+        "mode": "pytorch",
+        "command": command_for(source),
+    }
+
+
+def inspect_program(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001
+    """An exported program: from its JSON, after vetting."""
+    with zipfile.ZipFile(rewrite_exported_program(source.path)) as archive:
+        graph = json.loads(archive.read("model/models/model.json"))["graph_module"]
+    values = graph["graph"]["tensor_values"]
+    specs = graph["signature"]["input_specs"]
+
+    def dims(name: str) -> tuple[str, ...]:
+        sizes = [size.get("as_int", size.get("as_expr")) for size in values[name]["sizes"]]
+        return tuple(
+            str(n) if isinstance(n, int) else re.sub(r"Symbol\('(\w+)'.*\)", r"\1", n["expr_str"]) for n in sizes
+        )
+
+    def dtype(name: str) -> str:
+        return SCALAR_TYPES[values[name]["dtype"]]
+
+    inputs = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec]
+    stored = [next(iter(spec.values()))["arg"]["name"] for spec in specs if spec.keys() & {"parameter", "buffer"}]
+    return {
+        "what": "an exported program",
+        **count_elements((dtype(name), math.prod(map(int, dims(name)))) for name in stored),
+        "inputs": " ".join(f"{name}:{','.join(dims(name))}:{dtype(name)}" for name in inputs),
+        "mode": "pytorch",
+        "command": command_for(source),
+    }
+
+
+def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001
+    """A Hugging Face folder: from config.json and the headers of its weights."""
+    try:
+        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        architectures = ", ".join(map(str, config.get("architectures") or ())) or None
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
+        raise DamagedFileError(f"{source.path}/config.json is damaged ({first_line(error)})") from None
+    headers = [safetensors_header(file) for file in sorted(source.path.glob("*.safetensors"))]
+    entries = [(entry["dtype"], math.prod(entry["shape"])) for header in headers for entry in header.values()]
+    return {
+        "what": f"a Hugging Face model ({config.get('model_type')})",
+        "class": architectures,
+        **count_elements(entries),
+        "mode": "huggingface",
+        "problem": "this version does not convert Hugging Face models",
+        "exit_code": int(ExitStatus.USAGE),
+    }
+
+
+def report_inspection(facts: Mapping[str, Any]) -> None:
+    """The facts as lines for a person."""
+    LOG.info(f"{facts['path']}: {facts.get('what', facts['kind'])} ({facts['bytes'] / 1e6:.1f} MB); {facts['why']}")
+    if "parameters" in facts:
+        dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["dtypes"].items())
+        LOG.info(f"parameters: {facts['parameters']:,} ({dtypes})")
+    for key in ("class", "architecture", "tensors", "inputs", "mode"):
+        if facts.get(key) is not None:
+            LOG.info(f"{key}: {facts[key]}")
+    for name, why in facts.get("globals", {}).items():
+        LOG.info(f"global {name}: {why or 'allowed'}")
+    if "problem" in facts:
+        LOG.warn(f"it would not convert (exit code {facts['exit_code']}): {facts['problem']}")
+    if "command" in facts:
+        LOG.info(f"convert it with: {facts['command']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # main: a light process that watches the one that works
 #
 # The worker may be ended at any moment, by a signal, by the kernel for its memory, or by a crash in a library. Only
@@ -3581,14 +3848,17 @@ def work(source: Source, options: argparse.Namespace) -> int:
     """The worker's life: convert, report, and return the exit code."""
     standard_output = LOG.silence_third_parties(verbose=options.verbose)
     try:
-        report = convert(source, options)
+        report = inspect(source, options) if options.inspect else convert(source, options)
     except Exception as error:  # the one place where errors become exit codes
         known = as_conversion_error(error)
         if known is None or options.verbose:
             traceback.print_exc(file=LOG.stream)
         bug = f"a bug in pt2onnx {__version__} ({first_line(error)}); please report it with the traceback above"
         return report_failure(known or ConversionError(ExitStatus.BUG, bug), standard_output, as_json=options.json)
-    LOG.line("SUCCESS", describe_success(report))
+    if options.inspect:
+        report_inspection(report)
+    else:
+        LOG.line("SUCCESS", describe_success(report))
     if options.json:
         print_report(report, standard_output)
     return ExitStatus.OK
@@ -3608,7 +3878,10 @@ def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
     """Run the worker in a child process; whatever ends it, leave no debris and return the exit code."""
     interrupted: list[int] = []
     worker = 0
-    missing_folders = [folder for folder in options.output.absolute().parents if not folder.exists()]
+    staging, missing_folders = None, []
+    if not options.inspect:
+        staging = options.staging
+        missing_folders = [folder for folder in options.output.absolute().parents if not folder.exists()]
 
     def stop(number: int, _: object) -> None:
         interrupted.append(number)
@@ -3624,8 +3897,8 @@ def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
         os.kill(worker, signal.SIGKILL)
     _, status = os.waitpid(worker, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code != ExitStatus.OK:
-        remove_debris(options.staging, missing_folders)
+    if staging is not None and code != ExitStatus.OK:
+        remove_debris(staging, missing_folders)
     if interrupted:
         name = signal.Signals(interrupted[0]).name
         error = ConversionError(128 + interrupted[0], f"interrupted by {name}: nothing was written; run it again")
