@@ -42,6 +42,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # heavy: imported where they are needed, after the arguments and the input have been looked at
+    import warnings
+
     import numpy as np
     import onnx_ir as ir
     import torch
@@ -111,6 +113,7 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     """The first non-empty line of an exception, with its type where the text alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = lines[-1] if lines[0].startswith("The following operation failed in the TorchScript") else lines[0]
+    text = text.partition("  [Caused by the value")[0]  # what follows is TorchScript's own notation, with paths
     if not text or isinstance(error, (KeyError, AttributeError, IndexError)):
         text = f"{type(error).__name__}: {text}"
     return printable(text if len(text) <= limit else text[: limit - 3] + "...")
@@ -2475,12 +2478,13 @@ def make_inputs(
                 torch.randn(shape, generator=generator) if seed % 3 != 1 else torch.rand(shape, generator=generator)
             )
             values = (values - 1 if seed % 3 == 2 else values).to(spec.dtype)
-        elif spec.dtype is torch.bool:
-            values = torch.rand(shape, generator=generator) < 0.5
+        elif spec.dtype is torch.bool or "mask" in spec.name:
+            values = (torch.rand(shape, generator=generator) < 0.5).to(spec.dtype)
+            for place, value in enumerate((False, True)[: shape[-1] if shape else 0]):
+                values[..., place] = value  # whichever of the two means "ignore", something is left to attend to
         else:
-            values = torch.randint(0, min(highest, torch.iinfo(spec.dtype).max), shape, generator=generator).to(
-                spec.dtype
-            )
+            limit = min(highest, torch.iinfo(spec.dtype).max)
+            values = torch.randint(0, limit, shape, generator=generator).to(spec.dtype)
         result.append(values.to(device))
     return result
 
@@ -2528,12 +2532,10 @@ class Reference:
     def run(self, sizes: Mapping[str, int], seed: int) -> Case:
         """PyTorch's answer at `sizes`; raises RejectedInputError where the model does not accept them."""
         inputs = self.tensors(sizes, seed)
+        given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
         outputs = call_model(self.model, inputs, self.names)
-        label = " ".join(
-            f"{spec.name}:{shape_text(tensor.shape)}" for spec, tensor in zip(self.specs, inputs, strict=True)
-        )
-        arrays = {name: to_numpy(tensor) for name, tensor in outputs.items()}
-        return Case(label, dict(zip(self.names, map(to_numpy, inputs), strict=True)), arrays)
+        label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in given.items())
+        return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()})
 
 
 def to_numpy(tensor: Tensor) -> Any:
@@ -2579,7 +2581,7 @@ def check_finite(case: Case) -> None:
             kind = "NaN" if np.isnan(value).any() else "infinite values"
             raise ConversionError(
                 ExitStatus.VERIFY,
-                f"PyTorch's own output {name} holds {kind} for random input {case.label}, so nothing can be compared; "
+                f"PyTorch's own output {name!r} holds {kind} for random {case.label}, so nothing can be compared; "
                 "check the weights, or pass --no-verify to export without proof",
             )
 
@@ -2651,9 +2653,11 @@ def check_outputs(case: Case) -> None:
         raise ConversionError(ExitStatus.EXPORT, "the model returns no tensor; wrap it so that forward returns tensors")
     for name, value in case.outputs.items():
         if value.size == 0:
-            LOG.warn(f"output {name} is empty for random input: comparing it proves its shape only")
+            LOG.warn(f"output {name!r} is empty for random input: comparing it proves its shape only")
         elif value.size > 1 and (value == value.flat[0]).all():
-            LOG.warn(f"output {name} is {value.flat[0]} everywhere: comparing it proves little (is the model trained?)")
+            LOG.warn(
+                f"output {name!r} is {value.flat[0]} everywhere: comparing it proves little (is the model trained?)"
+            )
 
 
 def other_sizes(size: int, *, larger: bool, turn: int) -> list[int]:
@@ -2766,11 +2770,20 @@ class Rung(NamedTuple):
 
 
 class RungError(Exception):
-    """Why a rung did not hold. `exported`: there was a model; `needs`: the opset that an operator asks for."""
+    """Why a rung did not hold. `exported`: there was a model; `needs`: the opset that an operator asks for.
 
-    def __init__(self, reason: str, *, exported: bool = False, needs: int | None = None) -> None:
+    `slight`: the largest difference from PyTorch, where it is so small that a user may accept it.
+    """
+
+    def __init__(
+        self, reason: str, *, exported: bool = False, needs: int | None = None, slight: float | None = None
+    ) -> None:
         super().__init__(reason)
-        self.exported, self.needs = exported, needs
+        self.exported, self.needs, self.slight = exported, needs, slight
+
+    def with_note(self, note: str) -> RungError:
+        """The same with `note` behind the reason."""
+        return RungError(f"{self}{note}", exported=self.exported, needs=self.needs, slight=self.slight)
 
 
 def export_torchscript(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset: int, folder: Path) -> ir.Model:
@@ -2872,8 +2885,10 @@ def plan_rungs(exporter: str, opset: int | None) -> list[Rung]:
     ]
 
 
-def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: Path) -> ir.Model:
-    """One exporter's model; raises RungError with the first line of what stood in the way."""
+def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: Path) -> tuple[ir.Model, str]:
+    """One exporter's model, and a note on what it may have fixed; raises RungError with what stood in the way."""
+    import warnings
+
     import torch
 
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
@@ -2881,7 +2896,7 @@ def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: 
     if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
             model = EXPORTERS[rung.exporter](flat, plan, reference_inputs, rung.opset, folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -2898,9 +2913,25 @@ def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: 
         raise RungError(
             explain_failure(error, flat, reference_inputs), needs=int(needs[1]) if needs else None
         ) from error
+    for warning in caught:
+        warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
     if model.opset_imports.get("") != rung.opset:
         raise RungError(f"it wrote opset {model.opset_imports.get('')} instead")
-    return model
+    return model, fixed_by_tracing(caught)
+
+
+def fixed_by_tracing(caught: Iterable[warnings.WarningMessage]) -> str:
+    """A note on the model's own source lines where a tensor became a Python value, which tracing then fixed."""
+    import torch
+
+    library = str(Path(torch.__file__).parent)
+    lines = [
+        f"{Path(warning.filename).name}({warning.lineno})"
+        for warning in caught
+        if issubclass(warning.category, torch.jit.TracerWarning) and not warning.filename.startswith(library)
+    ]
+    lines = list(dict.fromkeys(line for line in lines if not line.startswith(Path(__file__).name)))
+    return f"; tracing fixed what is decided by values at {', '.join(lines[:3])}" if lines else ""
 
 
 def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> str:
@@ -3075,6 +3106,7 @@ def varint(number: int) -> bytes:
 # digits and a deep network loses 2 of them to another order of summation (ResNet-50: 5e-5 of values around 3).
 TOLERANCES = {"float64": (1e-7, 1e-8), "float32": (1e-4, 2e-5), "float16": (2e-2, 1e-2), "bfloat16": (5e-2, 3e-2)}
 KERNEL_ERROR = 1e-6  # ONNX Runtime's float32 sigmoid, exp and erf are polynomials with an absolute error of a few 1e-7
+SLIGHT = 100  # times the allowed difference: what another algorithm or quantisation costs, and no wrong graph
 SCORE_TIE = 1e-3  # scores that rounding may swap
 MAX_ROW = 256  # numbers in a row that is compared to find its partner: boxes, labels and keypoints, not masks
 ROUNDING_LIMIT = 0.05
@@ -3098,12 +3130,12 @@ def compare(case: Case, name: str, actual: Any, plan: Plan, options: argparse.Na
     expected = case.outputs[name]
     if actual.shape != expected.shape:
         shapes = f"{shape_text(actual.shape)} for {case.label}, PyTorch's has {shape_text(expected.shape)}"
-        return Difference(case.label, name, math.inf, 0.0, f"output {name} has the shape {shapes}")
+        return Difference(case.label, name, math.inf, 0.0, f"output {name!r} has the shape {shapes}")
     if expected.size == 0:
         return Difference(case.label, name, 0.0, 0.0)
     if expected.dtype.kind not in "fc":
         wrong = int(np.count_nonzero(actual != expected))
-        problem = f"output {name} differs from PyTorch's in {wrong} of {expected.size} places for {case.label}"
+        problem = f"output {name!r} differs from PyTorch's in {wrong} of {expected.size} places for {case.label}"
         return Difference(case.label, name, float(wrong), 0.0, problem if wrong else "")
     relative, absolute = TOLERANCES[str(float_dtype(plan.model)).removeprefix("torch.")]
     scale = float(np.abs(expected).max())
@@ -3113,7 +3145,7 @@ def compare(case: Case, name: str, actual: Any, plan: Plan, options: argparse.Na
     largest, allowed = float(np.nan_to_num(difference, nan=math.inf).max()), float(atol + rtol * scale)
     with np.errstate(invalid="ignore"):
         good = bool(np.isfinite(actual).all() and (difference <= atol + rtol * np.abs(expected)).all())
-    problem = f"output {name} differs from PyTorch's by {largest:.3g} for {case.label} (allowed: {allowed:.3g})"
+    problem = f"output {name!r} differs from PyTorch's by {largest:.3g} for {case.label} (allowed: {allowed:.3g})"
     return Difference(case.label, name, largest, allowed, "" if good else problem)
 
 
@@ -3166,7 +3198,18 @@ def check_graph(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # ValidationError, InferenceError, RuntimeError by version
-        raise RungError(f"onnx.checker: {first_line(error)}", exported=True) from error
+        missing = re.search(r"No Op registered for (\w+) with domain_version of (\d+)", str(error))
+        needs = first_opset(missing[1], int(missing[2])) if missing else None
+        raise RungError(f"onnx.checker: {first_line(error)}", exported=True, needs=needs) from error
+
+
+def first_opset(operator: str, beyond: int) -> int | None:
+    """The first opset above `beyond` that has `operator`, by the schemas of onnx."""
+    import onnx
+
+    schemas = onnx.defs.get_all_schemas_with_history()
+    versions = [schema.since_version for schema in schemas if schema.name == operator and not schema.domain]
+    return min((version for version in versions if version > beyond), default=None)
 
 
 def open_session(path: Path, device: str) -> Any:
@@ -3203,7 +3246,9 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
             found = second_opinion(case, found, plan, options)
         bad = [item for item in found if item.problem]
         if bad:
-            raise RungError(max(bad, key=lambda item: item.largest - item.allowed).problem, exported=True)
+            worst = max(bad, key=lambda item: item.largest - item.allowed)
+            slight = all(item.largest <= SLIGHT * item.allowed for item in bad)
+            raise RungError(worst.problem, exported=True, slight=worst.largest if slight else None)
         differences += found
     if not differences:
         raise RungError("PyTorch's own answers are too unstable to compare with", exported=True)
@@ -3249,7 +3294,7 @@ def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Array
     if float_dtype(plan.model) is not torch.float32:
         return None
     names = [spec.name for spec in plan.specs]
-    inputs = [torch.from_numpy(case.inputs[name]).to(options.device) for name in names]
+    inputs = [torch.tensor(case.inputs[name], device=options.device) for name in names]
     plan.model.double()
     try:
         outputs = call_model(plan.model, [x.double() if x.is_floating_point() else x for x in inputs], names)
@@ -3282,7 +3327,7 @@ def try_rung(
     work = options.staging / "work"
     work.mkdir(parents=True)
     with LOG.step(f"export: {rung}"):
-        exported = export_rung(rung, plan, inputs, work)
+        exported, note = export_rung(rung, plan, inputs, work)
     path = options.staging / options.output.name
     with LOG.step("check: onnx.checker"):
         write_graph(
@@ -3296,7 +3341,10 @@ def try_rung(
     with LOG.step(
         f"verify: ONNX Runtime against PyTorch at {'; '.join(dict.fromkeys(case.label for case in plan.cases))}"
     ):
-        return Result(rung, path, verify(path, plan, options))
+        try:
+            return Result(rung, path, verify(path, plan, options))
+        except RungError as error:
+            raise error.with_note(note) from error
 
 
 def torch_version() -> str:
@@ -3354,7 +3402,11 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
             )
             LOG.warn(f"opset {result.rung.opset} instead of {DEFAULT_OPSET}: {why}")
         return result
-    advice = "try another --exporter, or replace the operator in the model"
+    slight = [error.slight for _, error in failures if error.slight]
+    fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
+    advice = f"{fewer}, or replace the operator in the model"
+    if slight:  # 5 % more than the difference, so that two digits are enough
+        advice = f"pass --atol {min(slight) * 1.05:.2g} if you accept such a difference, or {advice}"
     if options.opset is not None:
         LOG.info(f"opset {options.opset} cannot be had; looking for the lowest one that can")
         others = [rung for rung in plan_rungs(options.exporter, None) if rung.opset != options.opset]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import CONVERT, check_error, lines, run_cli
+from conftest import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
 from onnx import numpy_helper
 from torch import nn
 
@@ -116,8 +117,8 @@ def test_a_wrong_exporter_ends_in_exit_code_6(models: Path, tmp_path: Path) -> N
     """End to end: an exporter that errs in one weight writes nothing."""
     text = CONVERT.read_text(encoding="utf-8")
     wrong = text.replace(
-        "    with torch.no_grad():\n            model = EXPORTERS",
-        "    with torch.no_grad():\n            next(flat.parameters()).data[0] += 0.1\n            model = EXPORTERS",
+        "            model = EXPORTERS",
+        "            next(flat.parameters()).data[0] += 0.1\n            model = EXPORTERS",
     )
     assert wrong != text
     (tmp_path / "convert.py").write_text(wrong)
@@ -125,12 +126,13 @@ def test_a_wrong_exporter_ends_in_exit_code_6(models: Path, tmp_path: Path) -> N
     command = [sys.executable, str(tmp_path / "convert.py"), "-i", str(models / "flat.pt"), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 6, done.stderr
-    assert "output output differs from PyTorch's by" in done.stderr
+    assert "output 'output' differs from PyTorch's by" in done.stderr
     assert not target.parent.exists()
 
 
 USER_CODE = """
 import torch
+import torchvision
 from torch import nn
 class Base(nn.Module):
     def __init__(self):
@@ -159,6 +161,24 @@ class Inf(Base):
 class Constant(Base):
     def forward(self, x):
         return self.layer(x) * 0
+class InPlace(Base):
+    def forward(self, x):
+        x.mul_(2).add_(1)
+        return self.layer(x)
+class Branch(Base):
+    def forward(self, x):
+        y = self.layer(x)
+        return y * 2 if y.sum() > 0 else y - 1
+class Masked(Base):
+    def forward(self, x, mask):
+        return self.layer(x.masked_fill(mask[..., None], float("-inf")).softmax(1))
+class Spectrum(Base):
+    def forward(self, x):
+        return torch.fft.rfft(self.layer(x).repeat(1, 4000)).abs()
+class Deformed(Base):
+    def forward(self, x):
+        kernel = self.layer.weight[None, None, :3, :3]
+        return torchvision.ops.deform_conv2d(x, torch.tanh(x).repeat(1, 18, 1, 1), kernel, padding=1)
 class Nothing(Base):
     def forward(self, x):
         return {"size": 3, "none": None}
@@ -167,8 +187,8 @@ CLEAR = {
     "Random": (6, "two answers for the same input", "it draws random numbers in eval mode"),
     "Counter": (6, "two answers for the same input", "it changes its own state"),
     "Memory": (6, "two answers for the same input", "it changes its own state"),
-    "NaN": (6, "PyTorch's own output output holds NaN", "--no-verify"),
-    "Inf": (6, "PyTorch's own output output holds", "--no-verify"),
+    "NaN": (6, "PyTorch's own output 'output' holds NaN", "--no-verify"),
+    "Inf": (6, "PyTorch's own output 'output' holds", "--no-verify"),
     "Nothing": (5, "returns no tensor", "wrap it"),
 }
 
@@ -193,6 +213,59 @@ def test_models_that_cannot_be_proved(name: str, user: Path, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def convert_class(name: str, user: Path, target: Path, *options: str) -> Result:
+    """Convert one of the user's classes."""
+    arguments = ("-i", str(user / "w.pth"), "-o", str(target), "--model-class", f"user:{name}", *options)
+    return run_cli(*arguments, env={**os.environ, "PYTHONPATH": str(user)})
+
+
+def test_a_model_that_writes_into_its_input(user: Path, tmp_path: Path) -> None:
+    """The inputs of the comparison are those before the call."""
+    result = convert_class("InPlace", user, tmp_path / "m.onnx", "--input-shape", "1,4")
+    assert result.code == 0, result.err
+    layer = nn.Linear(4, 4)
+    weights = torch.load(user / "w.pth")
+    layer.load_state_dict({key.removeprefix("layer."): value for key, value in weights.items()})
+    given = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    with torch.no_grad():
+        expected = layer(torch.from_numpy(given) * 2 + 1).numpy()
+    np.testing.assert_allclose(onnx_outputs(tmp_path / "m.onnx", {"input": given})["output"], expected, atol=1e-5)
+
+
+def test_a_branch_on_values_is_located(user: Path, tmp_path: Path) -> None:
+    """Tracing takes one side of it: another input shows that, and the line in the model's source is told."""
+    line = USER_CODE[: USER_CODE.index("if y.sum()")].count("\n") + 1
+    result = convert_class("Branch", user, tmp_path / "m.onnx", "--input-shape", "1,4")
+    check_error(result, 6, f"tracing fixed what is decided by values at user.py({line})")
+
+
+def test_masks_leave_something(user: Path, tmp_path: Path) -> None:
+    """A random mask that hides everything would only make NaN."""
+    result = convert_class("Masked", user, tmp_path / "m.onnx", "--input-shape", "x:1,3,4", "mask:1,3:bool")
+    assert result.code == 0, result.err
+
+
+def test_a_slight_difference_can_be_accepted(user: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's long Fourier transform is less exact than PyTorch's: the line says which --atol it takes."""
+    arguments = ("--input-shape", "1,4", "--exporter", "dynamo")
+    result = convert_class("Spectrum", user, tmp_path / "m.onnx", *arguments, "--atol", "1e-3")
+    assert result.code == 6, result.err
+    advised = re.findall(r"pass --atol (\S+) if", result.err)
+    assert len(advised) == 1, result.err
+    assert convert_class("Spectrum", user, tmp_path / "m.onnx", *arguments, "--atol", advised[0]).code == 0
+
+
+def test_an_operator_that_the_checker_misses_gets_its_opset(user: Path, tmp_path: Path) -> None:
+    """DeformConv exists from opset 19 on; the exporter writes it at 18 all the same."""
+    result = convert_class("Deformed", user, tmp_path / "m.onnx", "--input-shape", "1,1,8,8")
+    assert result.code == 0, result.err
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 19
+    assert any("opset 19 instead of 14" in line for line in lines(result, "WARN"))
+    asked = convert_class("Deformed", user, tmp_path / "n.onnx", "--input-shape", "1,1,8,8", "--opset", "18")
+    assert asked.code in (5, 6)
+    assert "pass --opset 19" in asked.err
+
+
 def test_constant_output_warns(user: Path, tmp_path: Path) -> None:
     """An output that is zero everywhere proves little, and the log says so."""
     environment = {**os.environ, "PYTHONPATH": str(user)}
@@ -206,7 +279,9 @@ def test_tolerances_and_no_verify(models: Path, tmp_path: Path) -> None:
     """--atol and --rtol override; without verification there is a [WARN]."""
     arguments = ("-i", str(models / "image.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,32,32")
     result = run_cli(*arguments, "--atol", "0", "--rtol", "0")
-    check_error(result, 6, "torchscript, opset 14: output output differs", "dynamo, opset 18: output output differs")
+    check_error(
+        result, 6, "torchscript, opset 14: output 'output' differs", "dynamo, opset 18: output 'output' differs"
+    )
     loose = run_cli(*arguments, "--no-verify")
     assert loose.code == 0
     assert any(line.startswith("--no-verify") for line in lines(loose, "WARN"))
