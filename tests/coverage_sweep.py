@@ -10,6 +10,7 @@ coverage.json, kept after every conversion, and coverage.md, beside this file.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import multiprocessing
@@ -152,7 +153,57 @@ def distance(actual: Any, expected: Any) -> float:
     return float(gap) if np.isfinite(gap) else np.inf
 
 
-def check(folder: Path, wanted: int | None) -> Json:
+def unmatched(actual: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The share of expected detections without a partner: same label, score within 0.01, box, mask, points within 1 %.
+
+    Detectors of random weights amplify rounding, so that rows of nearly equal score change places.
+    """
+    boxes, scores = expected["boxes"], expected["scores"]
+    same = np.abs(actual["boxes"][None] - boxes[:, None]).max(-1) <= 0.01 * max(np.abs(boxes).max(initial=0), 1)
+    same &= actual["labels"][None] == expected["labels"][:, None]
+    same &= np.abs(actual["scores"][None] - scores[:, None]) < 0.01
+    for name in expected.keys() - {"boxes", "labels", "scores"}:
+        for i, j in np.argwhere(same):
+            gap = np.abs(actual[name][j] - expected[name][i]).mean()
+            same[i, j] &= gap <= 0.01 * max(np.abs(expected[name][i]).max(), 1)
+    extra = max(len(actual["scores"]) - len(scores), 0)
+    return float(((~same.any(1)).sum() + extra) / max(len(scores), 1))
+
+
+def answer_of(model: nn.Module, inputs: list[Tensor]) -> dict[str, Any]:
+    """PyTorch's outputs: a detector's by name, any other model's by position."""
+    with torch.no_grad():
+        result = model(*inputs)
+    if isinstance(result, list) and isinstance(result[0], dict):
+        return {name: value.numpy() for name, value in result[0].items()}
+    return {str(index): leaf.numpy() for index, leaf in enumerate(tree_leaves(result))}
+
+
+def stable_answer(model: nn.Module, shapes: list[list[int]], seed: int, cache: Path, *, detector: bool) -> Any:
+    """Inputs, PyTorch's answer and, of a detector, how far its own float64 is from it: of 6 inputs the calmest."""
+    best: Any = None
+    for turn in range(0 if cache.exists() else 6 if detector else 1):
+        generator = torch.Generator().manual_seed(seed + 1000 * turn)
+        inputs = [torch.rand(*shape, generator=generator) * 2 - 0.7 for shape in shapes]
+        answer, noise = answer_of(model, inputs), 0.0
+        if detector:
+            noise = unmatched(answer_of(model.double(), [x.double() for x in inputs]), answer)
+            model.float()
+        if best is None or noise < best["noise"]:
+            best = {"noise": noise, **{f"in {i}": x.numpy() for i, x in enumerate(inputs)}}
+            best |= {f"out {name}": value for name, value in answer.items()}
+        if noise == 0:
+            break
+    if best is not None:
+        np.savez(cache, **best)
+    with np.load(cache) as saved:
+        values = dict(saved)
+    inputs = [value for key, value in values.items() if key.startswith("in ")]
+    answer = {key.removeprefix("out "): value for key, value in values.items() if key.startswith("out ")}
+    return inputs, answer, float(values["noise"])
+
+
+def check(folder: Path, wanted: int | None, *, detector: bool) -> Json:
     """What ONNX Runtime computes against PyTorch, on inputs of our own, and the opset in the file."""
     path = folder / "out" / "model.onnx"
     onnx.checker.check_model(str(path), full_check=True)
@@ -164,17 +215,18 @@ def check(folder: Path, wanted: int | None) -> Json:
     for batch, sizes in ((1, (224, 256)), (3, (192, 320))):
         free = iter(sizes * len(shapes))
         dims = [[n if isinstance(n, int) else next(free) if i else batch for i, n in enumerate(s)] for s in shapes]
-        generator = torch.Generator().manual_seed(100 + batch)
-        inputs = [torch.rand(*shape, generator=generator) * 2 - 0.7 for shape in dims]
         cache = folder / f"{batch}-{dims}.npz".replace(" ", "")
-        if not cache.exists():
-            with torch.no_grad():
-                np.savez(cache, *[x.numpy() for x in tree_leaves(model(*inputs))])
-        expected = [*np.load(cache).values()]
-        actual = session.run(None, {v.name: x.numpy() for v, x in zip(session.get_inputs(), inputs, strict=True)})
-        gaps = [distance(a, e) for a, e in zip(actual, expected, strict=True)]
-        found |= {"worst": max(found["worst"], *gaps), "signal": distance(expected[0][-1:], expected[0][:1])}
-        found["checked"].append([dims, [(a.shape, e.shape, g) for a, e, g in zip(actual, expected, gaps, strict=True)]])
+        inputs, expected, noise = stable_answer(model, dims, 100 + batch, cache, detector=detector)
+        actual = session.run(None, {v.name: x for v, x in zip(session.get_inputs(), inputs, strict=True)})
+        names = [output.name for output in session.get_outputs()]
+        if detector:
+            gaps = [max(unmatched(dict(zip(names, actual, strict=True)), expected) - 2 * noise, 0.0)]
+        else:
+            gaps = [distance(a, e) for a, e in zip(actual, expected.values(), strict=True)]
+        first = next(iter(expected.values()))
+        found |= {"worst": max(found["worst"], *gaps), "signal": distance(first[-1:], first[:1])}
+        shapes_seen = [(a.shape, e.shape) for a, e in zip(actual, expected.values(), strict=True)]
+        found["checked"].append([dims, shapes_seen, gaps, noise])
     return {**found, "status": "wrong" if found["worst"] > 1e-3 else "ok" if wanted in (None, opset) else "opset"}
 
 
@@ -203,7 +255,7 @@ def run_job(product: Any, family: str, name: str, column: str, folder: Path) -> 
         arguments += ["--model-class", name, "--model-args", json.dumps(ARGUMENTS.get(name, {}))]
     row = row or apart(convert, product, arguments, folder)
     if "status" not in row:
-        row |= apart(check, folder, int(opset) if opset else None)
+        row |= apart(functools.partial(check, detector=family == "detection"), folder, int(opset) if opset else None)
     shutil.rmtree(folder / "out", ignore_errors=True)
     return row
 
@@ -215,7 +267,8 @@ Cells: state, opset (exporter, largest difference relative to the output's large
 of the sweep's own, at batch 1 and 3 where it is free; opset: right, but not the opset expected; wrong: differs from
 PyTorch; failed: the product's exit code; timeout: over {limit} s; sweep: the input could not be made. All of
 torchvision's list_models() are here; quantized_* as it builds them, in float: their int8 form (quantize=True) holds
-weights that only PyTorch's kernels take, and is refused. Detectors resize to 320 pixels instead of 800.
+weights that only PyTorch's kernels take, and is refused. Detectors resize to 320 pixels instead of 800; their figure is
+the share of detections without a partner, beyond twice what PyTorch's own float64 leaves without one.
 """
 
 
