@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -625,7 +626,7 @@ NEVER_ATTRIBUTES = frozenset(
     {"_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl", "forward", "eval", "train", "apply"}
 )
 MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
-MAX_OPCODES = 10_000_000  # some 5 s of our machine; a complete pickle of the largest known model has below 2 million
+MAX_OPCODES = 5_000_000  # some 3 s; complete pickles of known models have below a million
 MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
 MAX_OVERLAP = 1 << 20  # elements that a tensor may have beyond its storage's: expanded masks and position numbers
 MAX_HEADER_BYTES = 16 << 20  # safetensors header: some 130,000 tensors; the library itself stops at 100 MB
@@ -959,13 +960,13 @@ def hashable(key: Any, depth: int = 0) -> Any:
 
     Integers end below 2**61 - 1, from where on Python's hash() repeats, so that a file cannot make all keys collide.
     """
+    if type(key) in (str, float, bool, bytes, type(None)) or (type(key) is int and abs(key) < 2**61 - 1):
+        return key
     import enum
 
     import torch
 
-    if type(key) in (str, float, bool, bytes, type(None)) or isinstance(key, (torch.dtype, enum.Enum)):
-        return key
-    if type(key) is int and abs(key) < 2**61 - 1:
+    if isinstance(key, (torch.dtype, enum.Enum)):
         return key
     small = type(key) in (tuple, frozenset) and depth < 3 and len(key) <= 16
     if small and all(hashable(item, depth + 1) is item for item in key):
@@ -1049,7 +1050,10 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         self.allowance = 4 * size + (1 << 20)
 
     def run(self) -> Any:
-        """pickle._Unpickler.load with a limit on the number of opcodes."""
+        """pickle._Unpickler.load with a limit on the number of opcodes.
+
+        The garbage collector rests meanwhile: nothing is thrown away, and looking for it triples the time.
+        """
         self._unframer = pickle._Unframer(self._file_read, self._file_readline)  # type: ignore[attr-defined]  # noqa: SLF001
         self.read, self.readline = self._unframer.read, self._unframer.readline
         self.metastack: list[Any] = []
@@ -1057,11 +1061,14 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         self.append = self.stack.append
         self.proto = 0
         read, dispatch = self.read, self.dispatch
+        gc.disable()
         try:
             for _ in range(MAX_OPCODES):
                 dispatch[read(1)[0]](self)
         except pickle._Stop as stop:  # type: ignore[attr-defined]  # noqa: SLF001
             return stop.value
+        finally:
+            gc.enable()
         raise DamagedFileError("its pickle is longer than that of any known model")
 
     def spend(self, *values: object) -> None:
@@ -1363,6 +1370,8 @@ def check_module_graph(root: nn.Module) -> None:
     active: set[int] = set()
 
     def count(module: nn.Module, depth: int) -> int:
+        if "_modules" not in vars(module):
+            raise DamagedFileError(f"a {qualified_name(type(module))} has no state")
         if id(module) in active or depth > MAX_MODULE_DEPTH:
             raise DamagedFileError("its modules contain each other, or are nested too deeply")
         if id(module) not in paths:
@@ -1896,7 +1905,9 @@ def rewrite_exported_program(path: Path) -> io.BytesIO:
                 archive.writestr(f"model/{name}", text)
             elif name.startswith("data/sample_inputs/"):  # a pickle; torch.export.load takes an empty one for none
                 archive.writestr(f"model/{name}", b"")
-            elif name.startswith(("data/weights/", "data/constants/", "archive_", "byteorder", ".data/version")):
+            elif name.startswith(
+                ("data/weights/", "data/constants/", "archive_", "byteorder", "version", ".data/version")
+            ):
                 archive.writestr(f"model/{name}", reader.get_record(name))
     rewritten.seek(0)
     return rewritten
