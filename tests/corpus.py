@@ -312,8 +312,11 @@ def structure_items() -> list[Item]:
         "NEXT_BUFFER": (program(b"\x97", protocol=5), 4, ""),
         "BYTEARRAY8": (program(b"\x96" + struct.pack("<Q", 1) + b"x", protocol=5), 4, ""),
         "NEWOBJ-Popen": (program(glob("subprocess", "Popen"), value((["touch", MARKER],)), b"\x81"), 4, ""),
-        "NEWOBJ_EX": (program(glob("subprocess", "Popen"), value(()), value({"args": ["touch", MARKER]}), b"\x92",
-                              protocol=4), 4, ""),
+        "NEWOBJ_EX": (
+            program(glob("subprocess", "Popen"), value(()), value({"args": ["touch", MARKER]}), b"\x92", protocol=4),
+            4,
+            "",
+        ),
         "computed-names": (computed_name(), 4, "load"),
         "name-of-a-number": (program(b"K\x01K\x02\x93", protocol=4), 3, ""),
         "BUILD-on-a-function": (program(glob("posix", "system"), value({"a": 1}), b"b"), 4, ""),
@@ -321,32 +324,108 @@ def structure_items() -> list[Item]:
         "SETITEM-on-a-class": (program(glob("torch.nn.modules.linear", "Linear"), value("a"), value(1), b"s"), 4, ""),
         "APPEND-on-a-class": (program(glob("posix", "environ"), value("a"), b"a"), 4, ""),
         "persistent-id-text": (program(b"Psystem\n"), 3, ""),
-        "persistent-id-of-a-function": (program(b"(", text("storage"), glob("posix", "system"), text("0"), text("cpu"),
-                                                b"K\x01tQ"), 4, ""),
+        "persistent-id-of-a-function": (
+            program(b"(", text("storage"), glob("posix", "system"), text("0"), text("cpu"), b"K\x01tQ"),
+            4,
+            "",
+        ),
         "reduce-a-string": (program(text("system"), value((COMMAND,)), b"R"), 4, ""),
-        "reduce-a-module-object": (program(glob("torch.nn.modules.activation", "ReLU"), b")\x81", value((1,)), b"R"), 4, ""),
-        "getattr-of-a-module": (program(glob("builtins", "getattr"), glob("torch", "_utils"), text("os"), b"\x86R"), 4, ""),
-        "getattr-init": (program(glob("builtins", "getattr"), glob("torch.nn.modules.linear", "Linear"),
-                                 text("__init__"), b"\x86R"), 4, ""),
-        "getattr-dunder-of-an-object": (program(glob("builtins", "getattr"), glob("torch.nn.modules.activation", "ReLU"),
-                                                b")\x81", text("__class__"), b"\x86R"), 4, ""),
-        "reconstructor": (program(glob("copyreg", "_reconstructor"), glob("subprocess", "Popen"),
-                                  glob("builtins", "object"), b"N\x87R"), 4, ""),
+        "reduce-a-module-object": (
+            program(glob("torch.nn.modules.activation", "ReLU"), b")\x81", value((1,)), b"R"),
+            4,
+            "",
+        ),
+        "getattr-of-a-module": (
+            program(glob("builtins", "getattr"), glob("torch", "_utils"), text("os"), b"\x86R"),
+            4,
+            "",
+        ),
+        "getattr-init": (
+            program(glob("builtins", "getattr"), glob("torch.nn.modules.linear", "Linear"), text("__init__"), b"\x86R"),
+            4,
+            "",
+        ),
+        "getattr-dunder-of-an-object": (
+            program(
+                glob("builtins", "getattr"),
+                glob("torch.nn.modules.activation", "ReLU"),
+                b")\x81",
+                text("__class__"),
+                b"\x86R",
+            ),
+            4,
+            "",
+        ),
+        "reconstructor": (
+            program(
+                glob("copyreg", "_reconstructor"), glob("subprocess", "Popen"), glob("builtins", "object"), b"N\x87R"
+            ),
+            4,
+            "",
+        ),
         "partial-of-system": (program(glob("functools", "partial"), glob("posix", "system"), b"\x85R"), 4, ""),
-        "partial-of-eval-by-state": (program(glob("functools", "partial"), glob("torch.nn.functional", "relu"), b"\x85R(",
-                                             glob("builtins", "eval"), b"(t}Ntb"), 4, ""),
-        "defaultdict-of-system": (program(glob("collections", "defaultdict"), glob("posix", "system"), b"\x85R"), 4, ""),
-        "rebuild-from-type": (program(glob("torch._tensor", "_rebuild_from_type_v2"), b"(", glob("posix", "system"),
-                                      glob("torch", "Tensor"), value((COMMAND,)), b"NtR"), 4, "load"),
-        "rebuild-from-type-class": (program(glob("torch._tensor", "_rebuild_from_type_v2"), b"(",
-                                            glob("torch._utils", "_rebuild_parameter"), glob("subprocess", "Popen"),
-                                            b")NtR"), 4, ""),
-        "restore-type-tag": (program(glob("torch.jit._pickle", "restore_type_tag"), SYSTEM, text("int"), b"\x86R"), 4, "load"),
-        "enum-of-a-class": (program(glob("torchvision.transforms.functional", "InterpolationMode"), SYSTEM, b"\x85R"), 4, "load"),
+        "partial-of-eval-by-state": (
+            program(
+                glob("functools", "partial"),
+                glob("torch.nn.functional", "relu"),
+                b"\x85R(",
+                glob("builtins", "eval"),
+                b"(t}Ntb",
+            ),
+            4,
+            "",
+        ),
+        "defaultdict-of-system": (
+            program(glob("collections", "defaultdict"), glob("posix", "system"), b"\x85R"),
+            4,
+            "",
+        ),
+        "rebuild-from-type": (
+            program(
+                glob("torch._tensor", "_rebuild_from_type_v2"),
+                b"(",
+                glob("posix", "system"),
+                glob("torch", "Tensor"),
+                value((COMMAND,)),
+                b"NtR",
+            ),
+            4,
+            "load",
+        ),
+        "rebuild-from-type-class": (
+            program(
+                glob("torch._tensor", "_rebuild_from_type_v2"),
+                b"(",
+                glob("torch._utils", "_rebuild_parameter"),
+                glob("subprocess", "Popen"),
+                b")NtR",
+            ),
+            4,
+            "",
+        ),
+        "restore-type-tag": (
+            program(glob("torch.jit._pickle", "restore_type_tag"), SYSTEM, text("int"), b"\x86R"),
+            4,
+            "load",
+        ),
+        "enum-of-a-class": (
+            program(glob("torchvision.transforms.functional", "InterpolationMode"), SYSTEM, b"\x85R"),
+            4,
+            "load",
+        ),
         "codec": (program(glob("_codecs", "encode"), text("x"), text("rot13"), b"\x86R"), 4, ""),
         "key-that-is-an-object": (program(b"}", glob("torch.nn.modules.activation", "ReLU"), b")\x81K\x01s"), 4, ""),
-        "own-compiled-call": (program(glob("torch.nn.modules.activation", "ReLU"), b")\x81}", text("_compiled_call_impl"),
-                                      glob("torch.nn.functional", "relu"), b"sb"), 4, ""),
+        "own-compiled-call": (
+            program(
+                glob("torch.nn.modules.activation", "ReLU"),
+                b")\x81}",
+                text("_compiled_call_impl"),
+                glob("torch.nn.functional", "relu"),
+                b"sb",
+            ),
+            4,
+            "",
+        ),
         "lazy-global": (program(glob("torch.nn.modules.lazy", "LazyModuleMixin"), b")\x81"), 4, ""),
         "auto-class": (program(glob("transformers.models.auto.modeling_auto", "AutoModel"), b")\x81"), (3, 4), ""),
         "script-module": (program(glob("torch.jit._script", "RecursiveScriptModule"), b")\x81"), 4, ""),
@@ -360,11 +439,11 @@ def structure_items() -> list[Item]:
         "frames": (pickle.dumps(touch(), protocol=4), 4, "load"),
         "behind-20000-numbers": (program(b"(" + b"K\x01" * 20_000 + b"l", b"0", SYSTEM), 4, "load"),
         "popped-before-the-end": (program(SYSTEM, b"0", value({"a": 1})), 4, "load"),
-        "in-the-memo-only": (program(SYSTEM, b"q\x00" b"0", value({"a": 1})), 4, "load"),
+        "in-the-memo-only": (program(SYSTEM, b"q\x000", value({"a": 1})), 4, "load"),
         "newline-in-a-name": (program(stack_global("posix\nx\x1b[31m", "sys\ntem"), b")R", protocol=4), 4, ""),
         "escape-codes-in-a-name": (program(stack_global("a\x1b]0;title\x07", "\u202ebad"), b")R", protocol=4), 4, ""),
         "a-name-of-a-megabyte": (program(stack_global("a" * 1_000_000, "b"), b")R", protocol=4), 4, ""),
-    }  # fmt: skip
+    }
     items = [file(f"pickle-{name}", lambda data=data: archive(data), code, runs=runs)  # type: ignore[misc]
              for name, (data, code, runs) in pairs.items()]  # fmt: skip
     wholes: dict[str, tuple[Callable[[], bytes], Any, str]] = {
@@ -522,28 +601,54 @@ def script_items() -> list[Item]:
         "form-feed": ("y = 1\f", ""),
     }
     items = [
-        file(f"script-{name}", functools.partial(script_with, line), 3 if name in ("carriage-return", "form-feed") else 4,
-             runs=runs)
+        file(
+            f"script-{name}",
+            functools.partial(script_with, line),
+            3 if name in ("carriage-return", "form-feed") else 4,
+            runs=runs,
+        )
         for name, (line, runs) in lines.items()
-    ]  # fmt: skip
+    ]
     bad_global = program(glob("posix", "system"), value((COMMAND,)), b"R")
     archives: dict[str, tuple[Callable[[], bytes], Any]] = {
         "setstate-save": (lambda: script_setstate(f"torch.save(state, {MARKER!r})"), 4),
         "setstate-allocates": (lambda: script_setstate("y = torch.ones([100000, 100000])"), 4),
         "setstate-loops": (lambda: script_setstate("while True:\n      self.weight = state"), 4),
-        "setstate-by-method": (lambda: script_setstate("y = (self).more(state, )",
-            f"  def more(self, x: Tensor) -> int:\n    torch.save(x, {MARKER!r})\n    return 1\n"), 4),
-        "setstate-by-looping-method": (lambda: script_setstate("y = (self).more(state, )",
-            "  def more(self, x: Tensor) -> int:\n    while True:\n      pass\n    return 1\n"), 4),
+        "setstate-by-method": (
+            lambda: script_setstate(
+                "y = (self).more(state, )",
+                f"  def more(self, x: Tensor) -> int:\n    torch.save(x, {MARKER!r})\n    return 1\n",
+            ),
+            4,
+        ),
+        "setstate-by-looping-method": (
+            lambda: script_setstate(
+                "y = (self).more(state, )",
+                "  def more(self, x: Tensor) -> int:\n    while True:\n      pass\n    return 1\n",
+            ),
+            4,
+        ),
         "setstate-by-function": (lambda: script_setstate("y = __torch__.other(state, )"), 4),
-        "default-argument": (lambda: script_with(tail="  def g(self, y: Tensor=torch.ones([9])) -> Tensor:\n    return y\n"), 4),
+        "default-argument": (
+            lambda: script_with(tail="  def g(self, y: Tensor=torch.ones([9])) -> Tensor:\n    return y\n"),
+            4,
+        ),
         "class-body": (lambda: script_with(body="k : Final[Tensor] = torch.ones([9])"), 4),
         "class-of-c++": (lambda: script_with(body="s : __torch__.torch.classes.dist_c10d.FileStore"), 4),
         "global-in-data": (lambda: changed(script_archive(), {"data.pkl": bad_global}), 4),
         "global-in-constants": (lambda: changed(script_archive(), {"constants.pkl": bad_global}), 4),
         "global-in-bytecode": (lambda: changed(script_archive(), {"bytecode.pkl": bad_global}), 4),
-        "class-of-c++-in-data": (lambda: changed(script_archive(), {"data.pkl":
-            program(glob("__torch__.torch.classes.dist_c10d", "FileStore"), b")\x81", value({}), b"b")}), 4),
+        "class-of-c++-in-data": (
+            lambda: changed(
+                script_archive(),
+                {
+                    "data.pkl": program(
+                        glob("__torch__.torch.classes.dist_c10d", "FileStore"), b")\x81", value({}), b"b"
+                    )
+                },
+            ),
+            4,
+        ),
         "INST-in-data": (lambda: changed(script_archive(), {"data.pkl": program(b"(iposix\nsystem\n")}), 4),
         "layout-of-1.0": (lambda: changed(script_archive(), {"model.json": b"{}"}), 4),
         "no-python": (lambda: script_with("^f(x)"), 3),
@@ -553,7 +658,7 @@ def script_items() -> list[Item]:
         "tensor-beyond-its-storage": (lambda: changed(script_archive(), {"data.pkl": far_tensor}), 3),
         "tensor-without-its-record": (lambda: changed(script_archive(), {"data/0": None}), 3),
         "tensor-cut": (lambda: changed(script_archive(), {"data/0": b"\0"}), 3),
-    }  # fmt: skip
+    }
     return items + [file(f"script-{name}", make, code) for name, (make, code) in archives.items()]
 
 
@@ -680,10 +785,22 @@ def program_items() -> list[Item]:
     constant = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
     constants = "data/constants/model_constants_config.json"
     records: dict[str, tuple[dict[str, Change], Any, str]] = {
-        "opaque-constant": ({constants: json.dumps({"config": {"c": constant}}).encode(),
-                             "data/constants/opaque_obj_0": program(SYSTEM)}, 4, "export"),
-        "custom-constant": ({constants: json.dumps({"config": {"c": {**constant, "path_name": "custom_obj_0"}}}).encode(),
-                             "data/constants/custom_obj_0": pickled}, 4, ""),
+        "opaque-constant": (
+            {
+                constants: json.dumps({"config": {"c": constant}}).encode(),
+                "data/constants/opaque_obj_0": program(SYSTEM),
+            },
+            4,
+            "export",
+        ),
+        "custom-constant": (
+            {
+                constants: json.dumps({"config": {"c": {**constant, "path_name": "custom_obj_0"}}}).encode(),
+                "data/constants/custom_obj_0": pickled,
+            },
+            4,
+            "",
+        ),
         "legacy-weights": ({"data/weights/model.pt": pickled}, 4, "export"),
         "legacy-constants": ({"data/constants/model.pt": pickled}, 4, "export"),
         "library": ({"data/aotinductor/model/a.so": b"\x7fELF"}, 4, ""),
@@ -692,8 +809,17 @@ def program_items() -> list[Item]:
         "python": ({"models/a.py": PYTHON.encode()}, (3, 4), ""),
         "two-models": ({"models/other.json": b"{}"}, 3, ""),
         "old-format": ({"archive_format": b"pt1"}, 3, ""),
-        "old-layout": ({"archive_format": None, "models/model.json": None, "version": b"1",
-                        "serialized_exported_program.json": b"{}", "serialized_constants.pt": pickled}, 3, ""),
+        "old-layout": (
+            {
+                "archive_format": None,
+                "models/model.json": None,
+                "version": b"1",
+                "serialized_exported_program.json": b"{}",
+                "serialized_constants.pt": pickled,
+            },
+            3,
+            "",
+        ),
         "other-version": ({"archive_version": b"99"}, 3, ""),
         "no-program": ({"models/model.json": None}, 3, ""),
         "empty-program": ({"models/model.json": b""}, 3, ""),
@@ -701,7 +827,7 @@ def program_items() -> list[Item]:
         "program-of-lists": ({"models/model.json": b"[" + b"[]," * 100_000 + b"1]"}, 3, ""),
         "empty-weights": ({"data/weights/weight_0": b""}, 3, ""),
         "cut-weights": ({"data/weights/weight_0": bytes(4)}, 3, ""),
-    }  # fmt: skip
+    }
     for name, (changes, code, runs) in records.items():
         items.append(file(f"program-{name}", functools.partial(changed_program, changes), code, runs=runs))
     return items
@@ -756,26 +882,50 @@ def folder_items() -> list[Item]:
         folder("auto-map", {"config.json": mapped, "modeling.py": PYTHON.encode()}, 4, "auto_map in config.json"),
         folder("auto-map-of-a-known-type", {"config.json": {**BERT, **mapped}}, 2, "auto_map in config.json"),
         folder("auto-map-nested", {"config.json": {**BERT, "text_config": [mapped]}}, 2, "auto_map"),
-        folder("auto-map-tokenizer", {"config.json": BERT, "tokenizer_config.json": mapped}, 2, "tokenizer_config.json"),
-        folder("auto-mapping", {"config.json": BERT, "adapter_config.json": {"auto_mapping": {"parent_library": "x"}}},
-               2, "auto_mapping"),
-        folder("custom-generate", {"config.json": BERT, "generation_config.json": {"custom_generate": "a/b"}}, 2,
-               "custom_generate in generation_config.json"),
-        folder("custom-generate-folder", {"config.json": BERT, "custom_generate/generate.py": PYTHON.encode()}, 2,
-               "custom_generate"),
+        folder(
+            "auto-map-tokenizer", {"config.json": BERT, "tokenizer_config.json": mapped}, 2, "tokenizer_config.json"
+        ),
+        folder(
+            "auto-mapping",
+            {"config.json": BERT, "adapter_config.json": {"auto_mapping": {"parent_library": "x"}}},
+            2,
+            "auto_mapping",
+        ),
+        folder(
+            "custom-generate",
+            {"config.json": BERT, "generation_config.json": {"custom_generate": "a/b"}},
+            2,
+            "custom_generate in generation_config.json",
+        ),
+        folder(
+            "custom-generate-folder",
+            {"config.json": BERT, "custom_generate/generate.py": PYTHON.encode()},
+            2,
+            "custom_generate",
+        ),
         folder("trust", {"config.json": {**BERT, "trust_remote_code": True}}, 2, "trust_remote_code"),
-        folder("pipelines", {"config.json": {**BERT, "custom_pipelines": {"x": {"impl": "a.B"}}}}, 2, "custom_pipelines"),
+        folder(
+            "pipelines", {"config.json": {**BERT, "custom_pipelines": {"x": {"impl": "a.B"}}}}, 2, "custom_pipelines"
+        ),
         folder("attention-kernel", {"config.json": {**BERT, "_attn_implementation": "someone/kernel"}}, 4, "kernel"),
-        folder("attention-kernel-nested", {"config.json": {**BERT, "vision": {"attn_implementation": "a/b:c"}}}, 4, "a/b:c"),
+        folder(
+            "attention-kernel-nested", {"config.json": {**BERT, "vision": {"attn_implementation": "a/b:c"}}}, 4, "a/b:c"
+        ),
         folder("attention-kernel-dict", {"config.json": {**BERT, "_attn_implementation": {"": "a/b"}}}, 4, "kernel"),
         folder("attention-internal", {"config.json": {**BERT, "_attn_implementation_internal": "a/b"}}, 4, "kernel"),
         folder("experts-kernel", {"config.json": {**BERT, "experts_implementation": "a/b"}}, 4, "kernel"),
         folder("use-kernels", {"config.json": {**BERT, "use_kernels": True}}, 2, "use_kernels"),
         folder("quantiser", {"config.json": {**BERT, "quantization_config": {"quant_method": "gptq"}}}, 4, "gptq"),
-        folder("quantiser-nested", {"config.json": {**BERT, "a": {"quantization_config": {"quant_method": "x\n"}}}}, 4, ""),
+        folder(
+            "quantiser-nested", {"config.json": {**BERT, "a": {"quantization_config": {"quant_method": "x\n"}}}}, 4, ""
+        ),
         folder("adapter", {"adapter_config.json": {"base_model_name_or_path": "someone/base"}}, 4, "someone/base"),
-        folder("adapter-path", {"config.json": BERT, "adapter_config.json": {"base_model_name_or_path": "../x"}}, 4, "../x"),
-        folder("index-parent", {"config.json": BERT, index: {"weight_map": {"a": "../outside.safetensors"}}}, 4, "outside"),
+        folder(
+            "adapter-path", {"config.json": BERT, "adapter_config.json": {"base_model_name_or_path": "../x"}}, 4, "../x"
+        ),
+        folder(
+            "index-parent", {"config.json": BERT, index: {"weight_map": {"a": "../outside.safetensors"}}}, 4, "outside"
+        ),
         folder("index-absolute", {"config.json": BERT, index: {"weight_map": {"a": "/etc/hostname"}}}, 4, "outside"),
         folder("index-dots", {"config.json": BERT, index: {"weight_map": {"a": ".."}}}, 4, "outside"),
         folder("index-number", {"config.json": BERT, index: {"weight_map": {"a": 7}}}, 4, "outside"),
@@ -785,8 +935,12 @@ def folder_items() -> list[Item]:
         folder("link-out", {"config.json": BERT, "model.safetensors": Path("/etc/hostname")}, 4, "link"),
         folder("link-up", {"config.json": BERT, "model.bin": Path("../other")}, 4, "link"),
         folder("link-config", {"config.json": Path("/etc/hostname")}, 4, "link"),
-        folder("shadows", {"config.json": BERT, "torch.py": PYTHON.encode(), "transformers.py": PYTHON.encode()}, 2,
-               "torch.py"),
+        folder(
+            "shadows",
+            {"config.json": BERT, "torch.py": PYTHON.encode(), "transformers.py": PYTHON.encode()},
+            2,
+            "torch.py",
+        ),
         folder("pickled-tokenizer", {"config.json": BERT, "tokenizer.pickle": program(SYSTEM)}, 2, "tokenizer.pickle"),
         folder("bin", {"config.json": BERT, "pytorch_model.bin": weights}, 2, ""),
         folder("config-list", {"config.json": [1]}, 3, "config.json"),
@@ -796,7 +950,7 @@ def folder_items() -> list[Item]:
         folder("config-encoding", {"config.json": b'{"a": "\xff"}'}, 3, "config.json"),
         folder("config-number", {"config.json": b'{"a": ' + b"9" * 10_000 + b"}"}, 3, "config.json"),
         folder("config-folder", {"config.json/x": b""}, 3, "config.json"),
-    ]  # fmt: skip
+    ]
 
 
 HOSTILE = called_items() + structure_items() + script_items() + program_items() + folder_items()
@@ -1019,17 +1173,39 @@ def pickle_items() -> list[Item]:
         "codec-of-tuples": (lambda: archive(program(glob("_codecs", "encode"), text("a"), doubling(40), b"\x86R")), 4),
         "attribute-of-tuples": (lambda: archive(program(glob("builtins", "getattr"), relu, doubling(40), b"\x86R")), 3),
         "path-of-modules": (lambda: archive(program(glob("pathlib", "PosixPath"), relu, b"\x85R")), 3),
-        "set-of-a-range": (lambda: archive(program(glob("builtins", "set"), call("builtins", "range", 1 << 50), b"\x85R")), 3),
-        "size-of-a-range": (lambda: archive(program(glob("torch", "Size"), call("builtins", "range", 1 << 50), b"\x85R")), 3),
+        "set-of-a-range": (
+            lambda: archive(program(glob("builtins", "set"), call("builtins", "range", 1 << 50), b"\x85R")),
+            3,
+        ),
+        "size-of-a-range": (
+            lambda: archive(program(glob("torch", "Size"), call("builtins", "range", 1 << 50), b"\x85R")),
+            3,
+        ),
         "tensor-of-a-range": (lambda: tensor_of(call("builtins", "range", 1 << 50), value((1,))), 3),
-        "one-text-encoded-often": (lambda: shared(60_000, text("a" * 1_000_000),
-            glob("_codecs", "encode") + b"h\x00" + text("latin1") + b"\x86R"), 3),
+        "one-text-encoded-often": (
+            lambda: shared(
+                60_000, text("a" * 1_000_000), glob("_codecs", "encode") + b"h\x00" + text("latin1") + b"\x86R"
+            ),
+            3,
+        ),
         "one-list-copied-often": (lambda: shared(20_000, million, glob("builtins", "set") + b"h\x00\x85R"), 3),
         "one-size-copied-often": (lambda: shared(20_000, million, glob("torch", "Size") + b"h\x00\x85R"), 3),
-        "one-file-opened-often": (lambda: shared(20_000, value(saved(torch.zeros(20_000).untyped_storage(), legacy=True)),
-            glob("torch.storage", "_load_from_bytes") + b"h\x00\x85R"), 3),
-        "one-array-copied-often": (lambda: shared(20_000, value(bytes(1_000_000)),
-            glob("numpy.core.multiarray", "scalar") + numpy_dtype("f4") + b"h\x00\x86R"), 3),
+        "one-file-opened-often": (
+            lambda: shared(
+                20_000,
+                value(saved(torch.zeros(20_000).untyped_storage(), legacy=True)),
+                glob("torch.storage", "_load_from_bytes") + b"h\x00\x85R",
+            ),
+            3,
+        ),
+        "one-array-copied-often": (
+            lambda: shared(
+                20_000,
+                value(bytes(1_000_000)),
+                glob("numpy.core.multiarray", "scalar") + numpy_dtype("f4") + b"h\x00\x86R",
+            ),
+            3,
+        ),
         "array-larger-than-its-data": (lambda: numpy_array((1 << 40,), numpy_dtype("f4"), bytes(16)), 3),
         "array-of-negative-size": (lambda: numpy_array((-4,), numpy_dtype("f4"), bytes(16)), 3),
         "array-of-odd-shape": (lambda: numpy_array(("a",), numpy_dtype("f4"), bytes(16)), 3),
@@ -1073,7 +1249,7 @@ def pickle_items() -> list[Item]:
         "modules-in-a-cycle-in-an-entry": (lambda: cyclic(wrapped=True), 3),
         "modules-2-to-the-40": (lambda: modules(40, wide=True), 3),
         "modules-450-deep": (lambda: modules(450, wide=False), 3),
-    }  # fmt: skip
+    }
     return [file(f"pickle-{name}", make, code) for name, (make, code) in makes.items()]
 
 
@@ -1106,8 +1282,11 @@ def archive_items() -> list[Item]:
         "script-without-data": (lambda: changed(script_archive(), {"data.pkl": None}), 3),
         "script-of-nothing": (lambda: archive(program(b"}"), {"constants.pkl": program(b")")}), 3),
         "script-version-999": (lambda: changed(script_archive(), {"version": b"999"}), (0, 3)),
-        "script-bad-inputs": (lambda: changed(script_archive(), {"traced_inputs.pkl": program(storage(count=1 << 45))}), 3),
-    }  # fmt: skip
+        "script-bad-inputs": (
+            lambda: changed(script_archive(), {"traced_inputs.pkl": program(storage(count=1 << 45))}),
+            3,
+        ),
+    }
     return [file(f"archive-{name}", make, code) for name, (make, code) in makes.items()]
 
 
@@ -1173,11 +1352,14 @@ def legacy_items() -> list[Item]:
         "keys-of-text": (lambda: legacy_tensor(4, "0", 4, bytes(16)), 3),
         "keys-twice": (lambda: legacy_tensor(4, ["0", "0"], 4, bytes(16)), 3),
         "larger-than-the-file": (lambda: legacy_tensor(1 << 40, ["0"], 1 << 40, bytes(16)), 3),
-        "view": (lambda: legacy_with(program(b"(", storage()[1:-2], value(("1", 0, 1)), b"tQ"), pickle.dumps(["0"], 2)), 3),
+        "view": (
+            lambda: legacy_with(program(b"(", storage()[1:-2], value(("1", 0, 1)), b"tQ"), pickle.dumps(["0"], 2)),
+            3,
+        ),
         "cut-after-the-object": (lambda: legacy_with(program(b"}"), b""), 3),
         "magic-only": (lambda: pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2), 3),
         "wrong-magic": (lambda: pickle.dumps(0x1950A86A20F9469CFC6D, protocol=2), 3),
-    }  # fmt: skip
+    }
     return [file(f"legacy-{name}", make, code) for name, (make, code) in makes.items()]
 
 

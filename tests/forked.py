@@ -46,7 +46,7 @@ def in_child(action: Callable[[], int], folder: Path, seconds: float = 10) -> Ou
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
                 code = action()
-            except BaseException as error:  # noqa: BLE001  (whatever it is, it is told, and the child must end here)
+            except BaseException as error:  # whatever it is, it is told, and the child must end here
                 os.write(2, f"{type(error).__name__}: {error}\n".encode(errors="backslashreplace"))
             finally:
                 os._exit(code)

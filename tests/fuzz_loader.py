@@ -1,9 +1,9 @@
 """Mutation fuzzing of the loader: `python tests/fuzz_loader.py --minutes 10 [--seed 0] [--keep FOLDER]`.
 
-Takes the corpus and good files of every kind, changes them at random (bits, bytes, cuts, copies, numbers, names, opcodes,
-records of archives, JSON) and loads each in a forked child. Only two endings are right: something was loaded, or one
-ConversionError. Anything else (another exception, a crash, 10 s of processor time, much memory, the payload's marker, a
-file that was written) is a finding: it is kept and named, and becomes a test in test_corpus.py.
+Takes the corpus and good files of every kind, changes them at random (bits, bytes, cuts, copies, numbers, names,
+opcodes, records of archives, JSON) and loads each in a forked child. Only two endings are right: something was loaded,
+or one ConversionError. Anything else (another exception, a crash, 10 s of processor time, much memory, the payload's
+marker, a file that was written) is a finding: it is kept and named, and becomes an item of the corpus.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ import convert as product
 BATCH = 20  # inputs for one child: a fork takes longer than most of them
 MEMORY = 1_500_000  # kilobytes
 NUMBERS = (0, 1, 255, 127, 128, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, (1 << 63) - 1, (1 << 64) - 1)
-WORDS = (b"posix\nsystem\n", b"builtins\neval\n", b"../", b"\x1b[31m", b"\0", b"\n", b"ops.aten.save", b"[" * 999, b"9" * 99,
-         b"R", b"b", b"\x81", b"\x93", b"o", b"i", b"\x82\x01", b"Q", b"torch.ops.aten.from_file", b"-1", b"1e999")  # fmt: skip
+WORDS = (b"posix\nsystem\n", b"builtins\neval\n", b"../", b"\x1b[31m", b"\0", b"\n", b"ops.aten.save", b"[" * 999,
+         b"9" * 99, b"R", b"b", b"\x81", b"\x93", b"o", b"i", b"\x82\x01", b"Q", b"torch.ops.aten.from_file", b"-1",
+         b"1e999")  # fmt: skip
 
 
 def seeds() -> list[bytes]:
@@ -164,8 +165,8 @@ def run_batch(inputs: list[bytes], folder: Path) -> dict[int, str]:
     start = 0
     for index, data in enumerate(inputs):
         (folder / f"{index}.pt").write_bytes(data)
+    progress = folder / "progress"
     while start < len(inputs):
-        progress = folder / "progress"
 
         def action(start: int = start) -> int:
             with progress.open("w", encoding="utf-8") as log:
@@ -201,7 +202,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for the inputs of findings")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    dice = random.Random(options.seed)
+    dice = random.Random(options.seed)  # noqa: S311  (repeatable, not secret)
     donors = seeds()
     kinds: collections.Counter[str] = collections.Counter()
     tried, end = 0, time.monotonic() + options.minutes * 60
@@ -214,7 +215,7 @@ def main() -> int:
                     options.keep.mkdir(parents=True, exist_ok=True)
                     (options.keep / f"{tried + index}.bin").write_bytes(inputs[index])
                     (options.keep / f"{tried + index}.txt").write_text(problem)
-            left = {name for name in os.listdir(folder) if not name.endswith(".pt")} - {"progress"}
+            left = {path.name for path in Path(folder).iterdir() if path.suffix != ".pt"} - {"progress"}
             if left:
                 kinds[f"files were left: {sorted(left)}"] += 1
         tried += BATCH

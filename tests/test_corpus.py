@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import forked
 import pytest
 import torch
 from conftest import check_error, run_cli
-from corpus import COMMAND, MARKER, Item
+from corpus import MARKER, Item
 
 import convert as product
 
@@ -22,15 +22,14 @@ MEMORY = 1_000_000  # kilobytes beyond the file's size: torch's code, and the ob
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warm() -> Iterator[None]:
+def warm() -> None:
     """Import what loading imports, so that the children inherit it."""
     import timm  # noqa: F401
     import torchvision  # noqa: F401
 
     warnings.simplefilter("ignore")
     corpus.good_files()
-    torch.export.load(corpus.io.BytesIO(corpus.program_archive()))
-    yield
+    torch.export.load(io.BytesIO(corpus.program_archive()))
 
 
 def named(items: list[Item]) -> list[Any]:
@@ -40,7 +39,7 @@ def named(items: list[Item]) -> list[Any]:
 
 @pytest.mark.parametrize("item", named(corpus.HOSTILE + corpus.MALFORMED))
 def test_corpus(item: Item, tmp_path: Path) -> None:
-    """One [ERROR] line that names the file, the exit code, no marker, nothing written, 10 s, the file's size in memory."""
+    """One [ERROR] line that names the file, the exit code, nothing written, bounded time and memory."""
     source = item.make(tmp_path)
     before = forked.snapshot(tmp_path)
     outcome = forked.convert_in_child(source, tmp_path)
@@ -56,7 +55,7 @@ def test_corpus(item: Item, tmp_path: Path) -> None:
 OPENERS = {
     "load": lambda path: torch.load(path, weights_only=False),
     "jit": lambda path: torch.jit.load(path)(torch.ones(2)),
-    "export": lambda path: torch.export.load(corpus.io.BytesIO(Path(path).read_bytes())).module()(torch.ones(2, 3)),
+    "export": lambda path: torch.export.load(io.BytesIO(Path(path).read_bytes())).module()(torch.ones(2, 3)),
 }
 
 
@@ -156,4 +155,4 @@ def test_through_the_command_line(item: Item, tmp_path: Path) -> None:
     result = run_cli("-i", str(source), "-o", str(tmp_path / "out" / "m.onnx"), cwd=tmp_path, timeout=30)
     check_error(result, item.code, product.printable(source), item.words)
     assert forked.snapshot(tmp_path) == before
-    assert COMMAND.split()[1] not in os.listdir(tmp_path)
+    assert not (tmp_path / MARKER).exists()
