@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -42,6 +43,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # heavy: imported where they are needed, after the arguments and the input have been looked at
+    import ast
     import warnings
 
     import numpy as np
@@ -109,6 +111,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
+def shorten(text: str, limit: int) -> str:
+    """`text`, cut to `limit` characters: names from a file may be megabytes long."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def first_line(error: BaseException, limit: int = 300) -> str:
     """The first non-empty line of an exception, with its type where the text alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
@@ -116,7 +123,7 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     text = text.partition("  [Caused by the value")[0]  # what follows is TorchScript's own notation, with paths
     if not text or isinstance(error, (KeyError, AttributeError, IndexError)):
         text = f"{type(error).__name__}: {text}"
-    return printable(text if len(text) <= limit else text[: limit - 3] + "...")
+    return printable(shorten(text, limit))
 
 
 class Log:
@@ -330,6 +337,7 @@ def build_parser() -> Parser:
     add("--atol", type=tolerance_argument, metavar="X", help="absolute tolerance (default: fits dtype and values)")
     add("--rtol", type=tolerance_argument, metavar="X", help="relative tolerance (default: fits dtype and values)")
     add("--trust-pickle", action="store_true", help="execute the input's pickle or archive as its maker wrote it")
+    add("--trust-remote-code", action="store_true", help="allow Python code that a Hugging Face folder brings along")
     add("--json", action="store_true", help="print one JSON object about the result on standard output")
     add("-v", "--verbose", action="store_true", help="show everything that the libraries print, and tracebacks")
     add("--version", action="version", version=f"pt2onnx {__version__}")
@@ -457,7 +465,7 @@ def detect(path: Path) -> Source:
     for start, what in MISTAKES:
         if head.startswith(start):
             raise ConversionError(ExitStatus.INPUT, f"{path} is {what}")
-    if len(head) > 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**48:
+    if head[8:9] == b"{" and (head[6:8] == b"\0\0" or not head.startswith(PICKLE_STARTS)):
         return Source(path, Kind.SAFETENSORS, "it begins with a safetensors header")
     if b'"weight_map"' in head + rest and head[:1] == b"{":
         return Source(path, Kind.SHARDED_WEIGHTS, "it is JSON with a weight_map")
@@ -476,7 +484,7 @@ def detect_zip(path: Path) -> Source:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # zipfile raises a dozen kinds for damaged directories
         message = f"{path} is a damaged or truncated archive ({first_line(error)}); copy or download it again"
         raise ConversionError(ExitStatus.INPUT, message) from None
     if any(name.startswith((".data/extern", ".data/python")) for name in names):
@@ -514,8 +522,9 @@ DIRECTORIES: tuple[tuple[str, str], ...] = (
 def detect_directory(path: Path) -> Source:
     """A Hugging Face folder, an index of shards, or advice on which file to pass."""
     names = sorted(entry.name for entry in path.iterdir())
-    if "config.json" in names:
-        return Source(path, Kind.HUGGINGFACE, "the directory has config.json")
+    for name in ("config.json", "adapter_config.json"):
+        if name in names:
+            return Source(path, Kind.HUGGINGFACE, f"the directory has {name}")
     indices = [name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))]
     if len(indices) == 1:
         return detect(path / indices[0])
@@ -617,7 +626,11 @@ NEVER_ATTRIBUTES = frozenset(
     {"_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl", "forward", "eval", "train", "apply"}
 )
 MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
-MAX_EXAMPLE_BYTES = 1 << 32
+MAX_OPCODES = 5_000_000  # some 3 s; complete pickles of known models have below a million
+MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
+MAX_OVERLAP = 1 << 20  # elements that a tensor may have beyond its storage's: expanded masks and position numbers
+MAX_HEADER_BYTES = 16 << 20  # safetensors header: some 130,000 tensors; the library itself stops at 100 MB
+MAX_EXAMPLE_BYTES = 1 << 30  # of an input that a file records
 MAX_MODULE_PATHS = 200_000  # eval() visits every path, so a DAG of shared modules would never end
 MAX_MODULE_DEPTH = 400
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
@@ -781,20 +794,31 @@ def rebuild_numpy_scalar(dtype: NumpyDtype, raw: bytes | str) -> Any:
     return array.value()[()]
 
 
-def rebuild_tensor(storage: object, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
-    """torch._utils._rebuild_tensor_v2 with the bounds checked: `offset`, `size` and `stride` are in elements."""
+def check_tensor(storage: object, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> None:
+    """Raise DamagedFileError unless the elements from `offset` on, with `size` and `stride`, lie in `storage`."""
     import torch
 
     if not (isinstance(storage, tuple) and len(storage) == 2 and isinstance(storage[0], torch.UntypedStorage)):
         raise DamagedFileError("a tensor has no storage")
+    if not isinstance(size, (tuple, list)) or not isinstance(stride, (tuple, list)):
+        raise DamagedFileError("a tensor has no size or stride")
     untyped, dtype = storage
     numbers = (*size, *stride, offset)
     if len(size) != len(stride) or len(size) > 64 or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
         raise DamagedFileError("a tensor has a damaged size or stride")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset - 1
-    if last >= untyped.nbytes() // dtype.itemsize:
+    elements = untyped.nbytes() // dtype.itemsize
+    if last >= elements or math.prod(size) > elements + MAX_OVERLAP:
         raise DamagedFileError(f"a tensor of size {tuple(size)} does not fit into its storage")
-    return torch.empty(0, dtype=dtype).set_(untyped, offset, tuple(size), tuple(stride))
+
+
+def rebuild_tensor(storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
+    """torch._utils._rebuild_tensor_v2 with the bounds checked: `offset`, `size` and `stride` are in elements."""
+    import torch
+
+    check_tensor(storage, offset, size, stride)
+    untyped, dtype = storage
+    return torch.empty(0, dtype=dtype, device=untyped.device).set_(untyped, offset, tuple(size), tuple(stride))
 
 
 def rebuild_parameter(data: object, requires_grad: object, *_: object) -> nn.Parameter:
@@ -831,13 +855,15 @@ def rebuild_attribute(target: object, name: str) -> object:
 
     from torch import nn
 
+    if type(name) is not str:
+        raise DamagedFileError("the file asks for an attribute without a name")
     if isinstance(target, Token) and isinstance(target.value, type) and issubclass(target.value, enum.Enum):
         return target.value.__members__[name]
     if isinstance(target, nn.Module) and name.lstrip("_").startswith("forward"):
         function = next((vars(cls)[name] for cls in type(target).__mro__ if name in vars(cls)), None)
         if isinstance(function, types.FunctionType):
             return types.MethodType(function, target)
-    raise RefusedFileError(f"the file asks for the attribute {name!r} of an object")
+    raise RefusedFileError(f"the file asks for the attribute {shorten(name, 80)!r} of an object")
 
 
 def rebuild_partial(function: Token) -> functools.partial[Any]:
@@ -857,8 +883,8 @@ def rebuild_defaultdict(factory: Token | None = None) -> dict[Any, Any]:
 
 def rebuild_bytes(text: str, encoding: str) -> bytes:
     """_codecs.encode, as protocol 2 writes bytes."""
-    if encoding not in ("latin1", "latin-1"):
-        raise RefusedFileError(f"the file asks for the codec {encoding!r}")
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise RefusedFileError("the file asks for a codec that pickles of bytes do not use")
     return text.encode("latin1")
 
 
@@ -866,7 +892,7 @@ def rebuild_size(sizes: Iterable[int] = ()) -> torch.Size:
     """torch.Size."""
     import torch
 
-    return torch.Size([int(size) for size in sizes])
+    return torch.Size([int(size) for size in listed(sizes)])
 
 
 def rebuild_device(*_: object) -> torch.device:
@@ -880,15 +906,29 @@ def ordered(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
     """collections.OrderedDict."""
     import collections
 
-    return collections.OrderedDict((hashable(key), plain(value)) for key, value in items)
+    return collections.OrderedDict((hashable(key), plain(value)) for key, value in listed(items))
+
+
+def listed(items: object) -> Iterable[Any]:
+    """`items` if they are a list or tuple: iterating over anything else would run its class's code, maybe for ever."""
+    if not isinstance(items, (list, tuple)):
+        raise DamagedFileError(f"the pickle makes a container from a {type(items).__name__}")
+    return items
+
+
+def joined_path(*parts: object) -> str:
+    """A path of pathlib, as text."""
+    if not all(type(part) is str for part in parts):
+        raise DamagedFileError("a path in the file is not text")
+    return "/".join(map(str, parts))
 
 
 # Everything that a pickle may call, each re-implemented above or harmless by itself.
 REBUILDERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": ordered,
     "collections.defaultdict": rebuild_defaultdict,
-    "builtins.set": lambda items=(): {hashable(item) for item in items},
-    "builtins.frozenset": lambda items=(): frozenset(hashable(item) for item in items),
+    "builtins.set": lambda items=(): {hashable(item) for item in listed(items)},
+    "builtins.frozenset": lambda items=(): frozenset(hashable(item) for item in listed(items)),
     "builtins.getattr": rebuild_attribute,
     "builtins.complex": lambda real, imaginary: complex(float(real), float(imaginary)),
     "builtins.slice": lambda *parts: slice(*(None if part is None else int(part) for part in parts)),
@@ -909,21 +949,27 @@ REBUILDERS: dict[str, Callable[..., Any]] = {
     "numpy._core.multiarray.scalar": rebuild_numpy_scalar,
     "numpy.core.multiarray._reconstruct": NumpyArray,
     "numpy._core.multiarray._reconstruct": NumpyArray,
-    "pathlib.PosixPath": lambda *parts: "/".join(map(str, parts)),
-    "pathlib.WindowsPath": lambda *parts: "/".join(map(str, parts)),
+    "pathlib.PosixPath": joined_path,
+    "pathlib.WindowsPath": joined_path,
 }
 BUILTIN_TYPES = {f"builtins.{kind.__name__}": kind for kind in (list, dict, tuple, int, float, bool, str, object)}
 
 
 def hashable(key: Any, depth: int = 0) -> Any:
-    """`key` if it is plain data: hashing anything else would run its class's code."""
+    """`key` if it is plain data: hashing anything else would run its class's code.
+
+    Integers end below 2**61 - 1, from where on Python's hash() repeats, so that a file cannot make all keys collide.
+    """
+    if type(key) in (str, float, bool, bytes, type(None)) or (type(key) is int and abs(key) < 2**61 - 1):
+        return key
     import enum
 
     import torch
 
-    if type(key) in (str, int, float, bool, bytes, type(None)) or isinstance(key, (torch.dtype, enum.Enum)):
+    if isinstance(key, (torch.dtype, enum.Enum)):
         return key
-    if type(key) in (tuple, frozenset) and depth < 3 and all(hashable(item, depth + 1) is item for item in key):
+    small = type(key) in (tuple, frozenset) and depth < 3 and len(key) <= 16
+    if small and all(hashable(item, depth + 1) is item for item in key):
         return key
     raise RefusedFileError(f"the file uses a {type(key).__name__} as a dictionary key")
 
@@ -959,24 +1005,82 @@ class Wrapper:
         return self.state["_modules"]["module"]
 
 
+class BoundedFile:
+    """The part of `file` that a pickle may read: a declared length is checked before memory is taken for it."""
+
+    def __init__(self, file: io.BufferedIOBase, size: int) -> None:
+        self.file, self.left = file, size
+
+    def read(self, size: int) -> bytes:
+        """`size` bytes; raises DamagedFileError where the file has fewer."""
+        if size > self.left:
+            raise DamagedFileError("its pickle ends too early or declares more than the file holds")
+        self.left -= size
+        return self.file.read(size)
+
+    def readline(self) -> bytes:
+        """A line."""
+        line = self.file.readline(self.left)
+        self.left -= len(line)
+        return line
+
+
+def weigh(value: object) -> int:
+    """About how many elements or bytes a rebuilder handles that is given `value`."""
+    if type(value) in (str, bytes, list, tuple, dict, set, frozenset, range):
+        return 1 + len(value)  # type: ignore[arg-type]
+    return 1
+
+
 class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: SLF001  (the C version cannot be overridden)
     """Python's own unpickler with every opcode that can call, import or assign replaced by ours.
 
     `read_storage(persistent_id)` returns (UntypedStorage, dtype). Names that are not allowed are collected in
-    `refused`, so that one run tells all of them; from the first one on nothing is built any more.
+    `refused`, so that one run tells all of them; from the first one on nothing is built any more. `size` is how many
+    bytes of `file` the pickle may take; what is handed to rebuilders may not exceed it much, since a program can name
+    one large object any number of times.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]  # noqa: RUF012, SLF001
 
-    def __init__(self, file: io.BufferedIOBase, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
-        super().__init__(file, fix_imports=True, encoding="latin1")
+    def __init__(self, file: io.BufferedIOBase, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
+        super().__init__(BoundedFile(file, size), fix_imports=True, encoding="latin1")
         self.persistent_load = read_storage
         self.refused: dict[str, str] = {}
+        self.allowance = 4 * size + (1 << 20)
+
+    def run(self) -> Any:
+        """pickle._Unpickler.load with a limit on the number of opcodes.
+
+        The garbage collector rests meanwhile: nothing is thrown away, and looking for it triples the time.
+        """
+        self._unframer = pickle._Unframer(self._file_read, self._file_readline)  # type: ignore[attr-defined]  # noqa: SLF001
+        self.read, self.readline = self._unframer.read, self._unframer.readline
+        self.metastack: list[Any] = []
+        self.stack: list[Any] = []
+        self.append = self.stack.append
+        self.proto = 0
+        read, dispatch = self.read, self.dispatch
+        gc.disable()
+        try:
+            for _ in range(MAX_OPCODES):
+                dispatch[read(1)[0]](self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]  # noqa: SLF001
+            return stop.value
+        finally:
+            gc.enable()
+        raise DamagedFileError("its pickle is longer than that of any known model")
+
+    def spend(self, *values: object) -> None:
+        """Take what is done with `values` off the allowance; raises DamagedFileError when that is used up."""
+        self.allowance -= sum(map(weigh, values))
+        if self.allowance < 0:
+            raise DamagedFileError("its pickle builds far more than the file holds")
 
     def load(self) -> Any:
         """Run the pickle; raises RefusedFileError naming every global that is not allowed, or DamagedFileError."""
         try:
-            result = plain(super().load())
+            result = plain(self.run())
         except ConversionError:
             if not self.refused:
                 raise
@@ -988,7 +1092,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
                     f"the pickle is damaged ({first_line(error)}); copy or download it again"
                 ) from None
         if self.refused:
-            names = list(self.refused)
+            names = [shorten(name, 100) for name in self.refused]
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise RefusedFileError(
                 f"it refers to {', '.join(names[:8])}{more}, outside the known model libraries, so opening it would "
@@ -1047,6 +1151,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             raise RefusedFileError(f"the pickle calls a {type(function).__name__}")
         if self.refused:
             return
+        self.spend(*arguments)
         cls = function.value
         if function.name in REBUILDERS:
             self.stack[-1] = REBUILDERS[function.name](*arguments)
@@ -1098,6 +1203,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         target = self.stack[-1]
         if self.refused or isinstance(target, (Ignored, torch.Tensor)):
             return
+        self.spend(state, *(state.values() if type(state) is dict else state if type(state) is tuple else ()))
         if isinstance(target, torch.nn.Module):
             set_module_state(target, state)
         elif isinstance(target, Wrapper):
@@ -1194,7 +1300,7 @@ InertUnpickler.dispatch.update(
 )  # fmt: skip
 
 
-Unpickler = Callable[[Any, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, read_storage)
+Unpickler = Callable[[Any, int, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, size, read_storage)
 
 
 def set_module_state(module: nn.Module, state: object) -> None:
@@ -1264,6 +1370,8 @@ def check_module_graph(root: nn.Module) -> None:
     active: set[int] = set()
 
     def count(module: nn.Module, depth: int) -> int:
+        if "_modules" not in vars(module):
+            raise DamagedFileError(f"a {qualified_name(type(module))} has no state")
         if id(module) in active or depth > MAX_MODULE_DEPTH:
             raise DamagedFileError("its modules contain each other, or are nested too deeply")
         if id(module) not in paths:
@@ -1284,17 +1392,30 @@ def open_archive(path: Path) -> tuple[Any, list[str]]:
     try:
         reader = torch._C.PyTorchFileReader(path.open("rb"))  # noqa: SLF001
         records = reader.get_all_records()
+        if len(set(records)) != len(records):
+            raise DamagedFileError("the archive has two records of one name")
         total = sum(reader.get_record_size(name) for name in records)
-    except RuntimeError as error:
+        if total > path.stat().st_size + MAX_EXPANSION:
+            raise DamagedFileError("the archive expands to far more than its own size")
+        byte_order = reader.get_record("byteorder") if "byteorder" in records else b"little"
+    except (RuntimeError, UnicodeError) as error:
         raise DamagedFileError(f"it is a damaged or truncated archive ({first_line(error)})") from None
-    if len(set(records)) != len(records):
-        raise DamagedFileError("the archive has two records of one name")
-    size = path.stat().st_size
-    if total > max(20 * size, size + (256 << 20)):  # TorchScript's code is compressed, weights are not
-        raise DamagedFileError("the archive expands to far more than its own size")
-    if reader.has_record("byteorder") and reader.get_record("byteorder") != b"little":
+    for name in records:
+        if name.startswith("/") or ".." in name.split("/") or "\\" in name:
+            raise DamagedFileError(f"the archive has a record outside itself ({shorten(name, 80)})")
+    if byte_order != b"little":
         raise DamagedFileError("it was saved on a big-endian machine; save it again on a little-endian one")
     return reader, records
+
+
+def read_record(reader: Any, name: str) -> bytes:
+    """One record that is parsed as a whole; raises DamagedFileError where it is missing, damaged or too large."""
+    try:
+        if reader.get_record_size(name) > MAX_PICKLE_BYTES:
+            raise DamagedFileError(f"its {name} is larger than that of any known model")
+        return bytes(reader.get_record(name))
+    except RuntimeError as error:  # missing, or with a wrong checksum
+        raise DamagedFileError(f"its {name} is missing or damaged ({first_line(error)})") from None
 
 
 def map_file(path: Path) -> torch.UntypedStorage:
@@ -1338,10 +1459,9 @@ def read_archive(path: Path, unpickler: Unpickler = InertUnpickler) -> Any:
             raise DamagedFileError(f"tensor data {name} is used with two sizes")
         return storages[name], dtype
 
-    if reader.get_record_size("data.pkl") > MAX_PICKLE_BYTES:
-        raise DamagedFileError("its pickle is larger than that of any known model")
+    program = read_record(reader, "data.pkl")
     try:
-        return unpickler(io.BytesIO(reader.get_record("data.pkl")), read_storage).load()
+        return unpickler(io.BytesIO(program), len(program), read_storage).load()
     except RuntimeError as error:
         raise DamagedFileError(f"the archive is damaged ({first_line(error)})") from None
 
@@ -1353,7 +1473,8 @@ def parse_storage_id(record_id: object) -> tuple[str, torch.dtype, int]:
     if not isinstance(record_id, tuple) or len(record_id) < 5 or record_id[0] not in ("storage", b"storage"):
         raise DamagedFileError("a tensor refers to something that is not a storage")
     token, key, _, elements = record_id[1:5]
-    if not isinstance(token, Token) or type(elements) is not int or not 0 <= elements < 2**48:
+    plain_key = type(key) in (str, int, bytes)
+    if not isinstance(token, Token) or not plain_key or type(elements) is not int or not 0 <= elements < 2**48:
         raise DamagedFileError("a storage has a damaged record")
     name = token.name.rpartition(".")[2]
     untyped = name == "UntypedStorage"
@@ -1384,7 +1505,7 @@ def read_legacy(file: io.BufferedIOBase, size: int, unpickler: Unpickler = Inert
         return storages[key][0], dtype
 
     def load() -> Any:
-        return unpickler(file, read_storage).load()
+        return unpickler(file, size - file.tell(), read_storage).load()
 
     content = load()
     if type(content) is not int or content != LEGACY_MAGIC:
@@ -1404,46 +1525,207 @@ def read_legacy(file: io.BufferedIOBase, size: int, unpickler: Unpickler = Inert
     return content
 
 
-# TorchScript and .pt2 archives are programs too: torch.jit.load runs the archive's __setstate__, some operators read
-# and write files, and torch.export.load evaluates expressions from the file. They are vetted before they are opened.
+# TorchScript and .pt2 archives are programs too: torch.jit.load runs the archive's __setstate__, default arguments and
+# class constants, some operators read and write files, and torch.export.load evaluates expressions from the file,
+# imports modules that it names, and unpickles. They are vetted before they are opened.
 DENIED_OPERATORS = frozenset(
-    {"from_file", "save", "load", "_load", "rpc_sync", "rpc_async", "rpc_remote", "remote", "set_data", "breakpoint"}
-)
+    {"from_file", "save", "load", "_load", "rpc_sync", "rpc_async", "rpc_remote", "remote", "set_data", "breakpoint",
+     "PythonOp", "IgnoredPythonOp", "AddStatValue"}
+)  # fmt: skip
 OPERATOR_NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized", "prepacked"})
+# Classes of C++ whose objects hold packed weights; others (c10d.FileStore) hold files and connections.
+SCRIPT_CLASSES = frozenset({"quantized", "rnn", "sparse", "xnnpack", "mkldnn"})
+# What code may call that runs while the archive is loaded: how quantised layers unpack their weights.
 SETSTATE_CALLS = re.compile(
-    r"torch\.\w+|ops\.(quantized|prepacked)\.\w+|unchecked_cast|annotate|uninitialized|int|float|bool|len|getattr"
+    r"torch\.(eq|ne|len|size|dim|append|contiguous|dequantize|__\w+__)|ops\.(quantized|prepacked)\.\w+"
+    r"|unchecked_cast|annotate|uninitialized|int|float|bool|len|getattr"
 )
+# What the pickles beside the code may name, each with what our unpickler makes of it.
+SCRIPT_REBUILDERS: dict[str, Callable[..., Any]] = {
+    **{f"torch.jit._pickle.build_{kind}list": lambda items: items for kind in ("int", "tensor", "double", "bool")},
+    "torch.jit._pickle.restore_type_tag": lambda value, _: value,
+    "torch._utils._rebuild_tensor_v2": check_tensor,
+    "torch._utils._rebuild_qtensor": check_tensor,
+    "torch._utils._rebuild_sparse_tensor": lambda *_: None,
+    "torch.device": rebuild_device,
+    "collections.OrderedDict": ordered,
+}
+SCRIPT_NAME = re.compile(r"__torch__(\.[A-Za-z_]\w*)*")
+
+
+class ScriptUnpickler(InertUnpickler):
+    """Reads a pickle of a TorchScript archive only to check it: its names, and that its tensors fit their storages."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A Token for what torch.jit.save writes: the archive's own classes, tensors, lists and enumerations."""
+        import torch
+
+        full_name = f"{module}.{name}"
+        own = SCRIPT_NAME.fullmatch(full_name) and not denied_script_name(full_name.split("."))
+        scheme = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.qscheme))
+        if not (own or scheme or full_name in SCRIPT_REBUILDERS or self.is_storage(module, name)):
+            self.refused[full_name] = ""
+        return Token(full_name)
+
+    def run_reduce(self) -> None:
+        """REDUCE: check tensors; everything else is only passed on."""
+        arguments = self.stack.pop()
+        function = self.stack[-1]
+        if not isinstance(function, Token) or type(arguments) is not tuple:
+            raise DamagedFileError("a pickle of the archive calls something that is not a function")
+        self.spend(*arguments)
+        rebuild = SCRIPT_REBUILDERS.get(function.name, lambda *_: None)  # an enumeration of the archive
+        self.stack[-1] = None if self.refused else rebuild(*arguments)
+
+    def new_object(self, token: object, arguments: object) -> Any:
+        """An object of a class of the archive: nothing of it is needed here."""
+        if not isinstance(token, Token) or type(arguments) is not tuple:
+            raise DamagedFileError("a pickle of the archive makes an object of something that is not a class")
+        return Ignored()
+
+
+ScriptUnpickler.dispatch = {
+    **InertUnpickler.dispatch, pickle.REDUCE[0]: ScriptUnpickler.run_reduce,
+}  # fmt: skip
+
+
+def dotted_names(tree: ast.AST) -> Iterator[list[str]]:
+    """Every name in a piece of code with the attributes that are taken of it: `a.b.c` as ["a", "b", "c"].
+
+    Attributes of anything else than a name begin with "".
+    """
+    import ast
+
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        attributes: list[str] = []
+        while isinstance(node, ast.Attribute):
+            attributes.append(node.attr)
+            node = node.value
+        if isinstance(node, ast.Name):
+            yield [node.id, *reversed(attributes)]
+            continue
+        if attributes:
+            yield ["", *reversed(attributes)]
+        waiting.extend(ast.iter_child_nodes(node))
+
+
+def denied_script_name(parts: Sequence[str]) -> bool:
+    """Whether a dotted name of TorchScript code is more than a model needs.
+
+    `ops` and the archive's own namespace must be followed up to something known: TorchScript lets a variable stand for
+    either (`o = ops` and then `o.aten.save`).
+    """
+    root, *rest = parts
+    if root == "ops":
+        return len(rest) < 2 or rest[0] not in OPERATOR_NAMESPACES or not DENIED_OPERATORS.isdisjoint(rest)
+    if root == "__torch__":
+        known = rest[:2] != ["torch", "classes"] or (len(rest) > 2 and rest[2] in SCRIPT_CLASSES)
+        return rest in ([], ["torch"]) or not known
+    return not DENIED_OPERATORS.isdisjoint(rest)
+
+
+def called_while_loading(tree: ast.AST) -> Iterator[str]:
+    """What runs as soon as the code is loaded, besides what is plain: __setstate__, defaults and class bodies."""
+    import ast
+
+    def calls(nodes: Iterable[ast.AST], where: str) -> Iterator[str]:
+        for node in (inner for outer in nodes for inner in ast.walk(outer)):
+            if isinstance(node, (ast.For, ast.While)):
+                yield f"a loop in {where}"
+            elif isinstance(node, ast.Call) and not SETSTATE_CALLS.fullmatch(ast.unparse(node.func)):
+                yield f"{shorten(ast.unparse(node.func), 60)} in {where}"
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            defaults = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+            yield from calls([*defaults, *node.decorator_list], "a default argument")
+        elif isinstance(node, (ast.ClassDef, ast.Module)):
+            methods = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
+            others = [item for item in node.body if not isinstance(item, (ast.FunctionDef, ast.ClassDef))]
+            yield from calls(others, "the body of a class")
+            waiting, seen = ["__setstate__"], set[str]()
+            while waiting:
+                name = waiting.pop()
+                if name in seen or name not in methods:
+                    continue
+                seen.add(name)
+                found = set(calls(methods[name].body, "__setstate__"))
+                own = {f"self.{method} in __setstate__" for method in methods}
+                waiting += [call.split(".")[1].split(" ")[0] for call in found & own]
+                yield from found - own
+
+
+def vet_script_code(text: str) -> set[str]:
+    """What a piece of TorchScript source uses that may touch files, the network or unknown extensions."""
+    import ast
+
+    tree = ast.parse(text)
+    found = {".".join(parts) for parts in dotted_names(tree) if denied_script_name(parts)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            names = {item.value for item in node.args if isinstance(item, ast.Constant)}
+            found.update(f"getattr of {name}" for name in names & DENIED_OPERATORS)
+    return found | set(called_while_loading(tree))
 
 
 def vet_torchscript(path: Path) -> None:
-    """Refuse TorchScript whose code touches files, the network or unknown extensions; the code is parsed, not run."""
-    import ast
+    """Refuse TorchScript whose code touches files, the network or unknown extensions; the code is parsed, not run.
 
+    Its pickles may only name what torch.jit.save writes, and their tensors must fit their records.
+    """
     reader, records = open_archive(path)
+    if "model.json" in records:  # PyTorch 1.0's layout: torch.jit.load would take the code from wherever that says
+        raise RefusedFileError("it has the layout of PyTorch 1.0 to 1.3; save it again with a newer PyTorch")
     found: set[str] = set()
     for record in records:
         if not (record.startswith("code/") and record.endswith(".py")):
             continue
         try:
-            tree = ast.parse(reader.get_record(record).decode())
+            text = read_record(reader, record).decode()
+            if not {"\r", "\f", "\v", "\0"}.isdisjoint(text):  # where Python and TorchScript may see different lines
+                raise DamagedFileError(f"{record} is not TorchScript code")
+            found |= vet_script_code(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise DamagedFileError(f"{record} is not TorchScript code") from None
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute):
-                root, *rest = ast.unparse(node).split(".")
-                known = root != "ops" or rest[0] in OPERATOR_NAMESPACES
-                if not known or (root in ("torch", "ops") and node.attr in DENIED_OPERATORS):
-                    found.add(".".join([root, *rest]))
-            elif isinstance(node, ast.FunctionDef) and node.name == "__setstate__":
-                calls = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
-                found.update(f"{call} in __setstate__" for call in calls if not SETSTATE_CALLS.fullmatch(call))
     if found:
-        raise RefusedFileError(
-            f"its TorchScript code uses {', '.join(sorted(found)[:8])}; pass --trust-pickle if you trust its maker"
-        )
+        names = ", ".join(shorten(name, 80) for name in sorted(found)[:8])
+        raise RefusedFileError(f"its TorchScript code uses {names}; pass --trust-pickle if you trust its maker")
+    for record in records:
+        folder, _, name = record.rpartition("/")
+        if name.endswith(".pkl") and folder in ("", "code"):
+            vet_script_pickle(reader, record)
+
+
+def vet_script_pickle(reader: Any, record: str) -> None:
+    """Check one pickle of a TorchScript archive; its storages lie in the records of a folder of the same name."""
+    import torch
+
+    program = read_record(reader, record)
+    folder = record.removesuffix(".pkl")
+
+    def check_storage(record_id: tuple[Any, ...]) -> tuple[torch.UntypedStorage, torch.dtype]:
+        key, dtype, nbytes = parse_storage_id(record_id)
+        name = f"{folder}/{key}"
+        if folder != "traced_inputs" and (not reader.has_record(name) or reader.get_record_size(name) < nbytes):
+            raise DamagedFileError(f"tensor data {shorten(name, 80)} is missing or too short; the file is damaged")
+        return torch.UntypedStorage(nbytes, device="meta"), dtype
+
+    ScriptUnpickler(io.BytesIO(program), len(program), check_storage).load()
 
 
 GRAPH_TARGET = re.compile(r"torch\.ops\.(aten|prims|torchvision|quantized|higher_order)\.(\w+)(\.\w+)?")
+# Operators with functions inside; those that call compiled code (aoti_call_delegate, call_torchbind) are missing.
+HIGHER_ORDER = frozenset(
+    name
+    for names in (
+        "cond while_loop map_impl scan associative_scan wrap_with_set_grad_enabled wrap_with_autocast invoke_subgraph",
+        "out_dtype flex_attention strict_mode hints_wrapper auto_functionalized auto_functionalized_v2",
+        "tag_activation_checkpoint wrap_activation_checkpoint",
+    )
+    for name in names.split()
+)
 PYTHON_TARGETS = frozenset(
     f"{module}.{name}"
     for module, names in (
@@ -1454,87 +1736,99 @@ PYTHON_TARGETS = frozenset(
     for name in names.split()
 )
 SYMBOLIC_CALLS = frozenset(
-    [
-        "Symbol",
-        "Integer",
-        "Float",
-        "Rational",
-        "Add",
-        "Mul",
-        "Pow",
-        "Mod",
-        "Max",
-        "Min",
-        "Abs",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Le",
-        "Gt",
-        "Ge",
-        "And",
-        "Or",
-        "Not",
-        "Piecewise",
-        "FloorDiv",
-        "ModularIndexing",
-        "CleanDiv",
-        "CeilDiv",
-        "PythonMod",
-        "CeilToInt",
-        "FloorToInt",
-        "TruncToInt",
-        "IntTrueDiv",
-        "FloatTrueDiv",
-        "PowByNatural",
-        "FloatPow",
-        "ToFloat",
-        "Where",
-        "Identity",
-        "Relational",
-    ]
+    name
+    for names in (
+        "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Lt Le Gt Ge And Or Not Piecewise FloorDiv",
+        "ModularIndexing CleanDiv CeilDiv PythonMod CeilToInt FloorToInt TruncToInt IntTrueDiv FloatTrueDiv",
+        "PowByNatural FloatPow ToFloat Where Identity Relational",
+    )
+    for name in names.split()
 )
-SYMBOL = re.compile(r"[a-z]{1,3}\d+|int_oo|oo|zoo|nan|-?\d+")
+SYMBOL = re.compile(r"[a-z]{1,3}\d{1,5}|int_oo|oo|zoo|nan|-?\d{1,20}")
+MAX_POWER = 64  # the product of all exponents of an expression: 9**9**9 takes for ever
+# Names become Python code when the program is turned into a module.
+PROGRAM_NAME = re.compile(r"[A-Za-z0-9_.:]*")
+MODULE_PATH = re.compile(r"[\w.\-\[\]'@]*", re.ASCII)
+
+
+def is_operator(target: object) -> bool:
+    """Whether a node of an exported program may call `target`."""
+    match = GRAPH_TARGET.fullmatch(target) if isinstance(target, str) else None
+    if match is None:
+        return target in PYTHON_TARGETS if isinstance(target, str) else False
+    return match[2] in HIGHER_ORDER if match[1] == "higher_order" else match[2] not in DENIED_OPERATORS
 
 
 def is_symbolic_expression(text: object) -> bool:
     """Whether `text` is an expression over sizes and nothing else: torch.export.load has sympy evaluate it."""
     import ast
 
-    if not isinstance(text, str) or len(text) > 4000:
+    if not isinstance(text, str) or len(text) > 4000 or not text.isascii():
         return False
     try:
         tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    shapes = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.keyword, ast.Load, ast.operator, ast.unaryop,
-              ast.cmpop, ast.Tuple)  # fmt: skip
+    shapes = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.keyword, ast.Load, ast.unaryop, ast.cmpop,
+              ast.Tuple, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)  # fmt: skip
+    power = 1
     for node in ast.walk(tree):
+        exponent = None
         if isinstance(node, ast.Call):
             good = isinstance(node.func, ast.Name) and node.func.id in SYMBOLIC_CALLS
+            if good and "Pow" in ast.unparse(node.func):
+                exponent = node.args[1] if len(node.args) == 2 else node
         elif isinstance(node, ast.Name):
             good = node.id in SYMBOLIC_CALLS or SYMBOL.fullmatch(node.id) is not None
         elif isinstance(node, ast.Constant):
-            good = type(node.value) in (int, float, bool) or SYMBOL.fullmatch(str(node.value)) is not None
+            good = type(node.value) in (bool, float) or SYMBOL.fullmatch(str(node.value)) is not None
         else:
             good = isinstance(node, shapes)
-        if not good:
+            exponent = node.right if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) else None
+        if exponent is not None:
+            power *= max(1, abs(exponent.value)) if isinstance(exponent, ast.Constant) else MAX_POWER + 1
+        if not good or power > MAX_POWER:
             return False
     return True
 
 
 def is_plain_tree(text: object) -> bool:
-    """Whether a serialised pytree spec names only built-in containers."""
+    """Whether a serialised pytree spec names only built-in containers, and keys that are text or numbers.
+
+    An "__enum__" among the keys would import the module that it names.
+    """
     names = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.Size", None}
 
     def check(node: Any) -> bool:
-        return isinstance(node, dict) and node.get("type") in names and all(map(check, node.get("children_spec", [])))
+        context = node["context"]
+        keys = json.loads(context) if isinstance(context, str) else context
+        plain_keys = keys is None or (isinstance(keys, list) and all(type(key) in (str, int) for key in keys))
+        return node["type"] in names and plain_keys and all(map(check, node["children_spec"]))
 
     try:
         _, tree = json.loads(text if isinstance(text, str) else "")
-    except (ValueError, TypeError):
+        return check(tree)
+    except (ValueError, TypeError, KeyError):
         return False
-    return check(tree)
+
+
+def are_identifiers(names: object) -> bool:
+    """Whether `names` are argument names, or None."""
+    return names is None or (isinstance(names, list) and all(isinstance(n, str) and n.isidentifier() for n in names))
+
+
+# What the values of some keys must be in the JSON of an exported program, and what to call those that are not.
+PROGRAM_CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "expr_str": (is_symbolic_expression, "the expression"),
+    "target": (is_operator, "the operator"),
+    "as_operator": (is_operator, "the operator"),
+    "in_spec": (is_plain_tree, "arguments of a custom class:"),
+    "out_spec": (is_plain_tree, "results of a custom class:"),
+    "forward_arg_names": (are_identifiers, "the argument names"),
+    **dict.fromkeys(("name", "as_name", "class_fqn"), (PROGRAM_NAME.fullmatch, "the name")),
+    **{f"{kind}_name": (MODULE_PATH.fullmatch, "the name") for kind in ("parameter", "buffer", "tensor_constant")},
+    "fqn": (MODULE_PATH.fullmatch, "the name"),
+}
 
 
 def vet_program(node: object, found: set[str]) -> None:
@@ -1545,42 +1839,58 @@ def vet_program(node: object, found: set[str]) -> None:
     if not isinstance(node, dict):
         return
     for key, value in node.items():
-        if key == "expr_str" and not is_symbolic_expression(value):
-            found.add(f"the expression {str(value)[:60]!r}")
-        elif key == "target" and isinstance(value, str) and "inputs" in node:
-            match = GRAPH_TARGET.fullmatch(value)
-            if value not in PYTHON_TARGETS and (match is None or match[2] in DENIED_OPERATORS):
-                found.add(f"the operator {value[:60]}")
-        elif key in ("in_spec", "out_spec") and not is_plain_tree(value):
-            found.add("an argument or result of a custom class")
-        elif key == "metadata" and "inputs" in node:
+        check, what = PROGRAM_CHECKS.get(key, (None, ""))
+        if not MODULE_PATH.fullmatch(key):
+            found.add(f"the name {shorten(key, 40)!r}")
+        elif key == "metadata" and ("target" in node or "signature" in node):
             node[key] = {}
+        elif check and isinstance(value, (str, list)):
+            if not check(value):
+                found.add(f"{what} {shorten(str(value), 60)!r}")
         else:
             vet_program(value, found)
+
+
+def vet_payloads(reader: Any, records: Collection[str], kind: str) -> Iterator[str]:
+    """What the weights or constants of an exported program hold besides plain tensors that fit their records."""
+    config = f"data/{kind}/model_{kind}_config.json"
+    entries = json.loads(read_record(reader, config))["config"] if config in records else {}
+    for key, entry in entries.items():
+        name = entry["path_name"]
+        if entry.get("use_pickle") or not re.fullmatch(r"(weight|tensor)_\d{1,9}", name):
+            yield f"a pickled {kind[:-1]} ({shorten(key, 60)})"
+            continue
+        record = f"data/{kind}/{name}"
+        sizes = [size["as_int"] for size in entry["tensor_meta"]["sizes"]]
+        if record not in records or not all(type(size) is int and size >= 0 for size in sizes):
+            raise DamagedFileError(f"its {kind[:-1]} {shorten(key, 60)} is missing or damaged")
+        elements = math.prod(sizes)  # dtypes are a byte or more; torch makes zeros of what an empty record lacks
+        if elements > reader.get_record_size(record) + (MAX_OVERLAP if reader.get_record_size(record) else 0):
+            raise DamagedFileError(f"its {kind[:-1]} {shorten(key, 60)} is larger than its data")
 
 
 def rewrite_exported_program(path: Path) -> io.BytesIO:
     """The .pt2 archive at `path` with only what torch.export.load may see: no guards, pickles, libraries or notes."""
     reader, records = open_archive(path)
     found = {
-        name
+        shorten(name, 80)
         for name in records
         if name.startswith("data/aotinductor/") or name.endswith((".so", ".o", ".cubin", ".cpp", ".py"))
     }
+    found |= {f"pickled {name}" for name in ("data/weights/model.pt", "data/constants/model.pt") if name in records}
     programs = [name for name in records if name.startswith("models/")]
-    if programs != ["models/model.json"] or reader.get_record("archive_format") != b"pt2":
+    if programs != ["models/model.json"] or read_record(reader, "archive_format") != b"pt2":
         raise DamagedFileError("it does not hold exactly one exported program of PyTorch 2.8 or newer")
     try:
         for kind in ("weights", "constants"):
-            name = f"data/{kind}/model_{kind}_config.json"
-            entries = json.loads(reader.get_record(name))["config"] if name in records else {}
-            for key, entry in entries.items():
-                if entry.get("use_pickle") or not re.fullmatch(r"(weight|tensor)_\d+", entry["path_name"]):
-                    found.add(f"a pickled {kind[:-1]} ({key})")
-        program = json.loads(reader.get_record("models/model.json"))
+            found.update(vet_payloads(reader, records, kind))
+        program = json.loads(read_record(reader, "models/model.json"))
         program["guards_code"] = []
+        program["graph_module"]["treespec_namedtuple_fields"] = {}
         vet_program(program, found)
-        found.update(f"the range of {key}" for key in program.get("range_constraints", {}) if not SYMBOL.fullmatch(key))
+        ranges = program.get("range_constraints", {})
+        found.update(f"the range of {shorten(key, 60)}" for key in ranges if not SYMBOL.fullmatch(key))
+        text = json.dumps(program)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedFileError(f"its program is damaged ({first_line(error)})") from None
     if found:
@@ -1592,10 +1902,12 @@ def rewrite_exported_program(path: Path) -> io.BytesIO:
     with zipfile.ZipFile(rewritten, "w") as archive:
         for name in records:
             if name == "models/model.json":
-                archive.writestr(f"model/{name}", json.dumps(program))
+                archive.writestr(f"model/{name}", text)
             elif name.startswith("data/sample_inputs/"):  # a pickle; torch.export.load takes an empty one for none
                 archive.writestr(f"model/{name}", b"")
-            elif not name.startswith((".data/serialization_id", "extra/")):
+            elif name.startswith(
+                ("data/weights/", "data/constants/", "archive_", "byteorder", "version", ".data/version")
+            ):
                 archive.writestr(f"model/{name}", reader.get_record(name))
     rewritten.seek(0)
     return rewritten
@@ -1620,10 +1932,145 @@ def load(source: Source, *, trust: bool) -> Loaded:
         Kind.TORCHSCRIPT: load_torchscript,
         Kind.EXPORTED_PROGRAM: load_exported_program,
     }
+    before = fingerprint(source.path)
+    problem: ConversionError | None = None
     try:
-        return loaders[source.kind](source, trust=trust)
+        loaded = loaders[source.kind](source, trust=trust)
     except (RefusedFileError, DamagedFileError) as error:
-        raise ConversionError(error.status, f"{source.path}: {error}") from None
+        problem = error
+    except RecursionError:
+        problem = DamagedFileError("what it holds is nested too deeply")
+    if fingerprint(source.path) != before:
+        problem = DamagedFileError("it changed while it was read; convert it once it is whole")
+    if problem:
+        raise ConversionError(problem.status, f"{source.path}: {shorten(str(problem), 1000)}") from None
+    return loaded
+
+
+def fingerprint(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+# What the JSON files of a Hugging Face folder may ask for, at any depth, that runs code which comes with the folder or
+# is fetched from the hub; transformers would follow some of it although its caller said trust_remote_code=False.
+OWN_CODE_KEYS = ("auto_map", "auto_mapping", "custom_generate", "custom_pipelines", "trust_remote_code", "use_kernels")
+IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
+# Implementations of attention and experts that are part of transformers; anything else names a kernel on the hub.
+IMPLEMENTATIONS = frozenset(
+    {None, True, False, "", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "batched_mm",
+     "grouped_mm"}
+)  # fmt: skip
+CODE_FILES = (".py", ".pkl", ".pickle", ".so", ".dll", ".pyc", ".joblib", "custom_generate")
+
+
+class FolderFindings(NamedTuple):
+    """What a Hugging Face folder asks for: what cannot be left out, and what can."""
+
+    refused: list[str]
+    ignored: list[str]
+
+
+def vet_folder(path: Path, *, trust: bool) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder without anything that would run code from the folder or the hub.
+
+    Raises ConversionError for what cannot be left out (unless `trust`, --trust-remote-code) and for files that lie
+    outside the folder; says in [WARN] lines what is ignored.
+    """
+    config: dict[str, Any] = {}
+    findings = FolderFindings([], [])
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+        for name in names:
+            check_inside(path, name)
+            if name.endswith(".index.json"):
+                shard_files(path / name)
+            elif name.endswith(".json"):
+                content = read_json(path / name)
+                if name == "config.json":
+                    config = content
+                vet_settings(content, name, findings)
+                if name == "adapter_config.json":
+                    findings.refused.extend(adapter_base(path, content))
+    except (RefusedFileError, DamagedFileError) as error:
+        raise ConversionError(error.status, f"{path}: {shorten(str(error), 1000)}") from None
+    findings.ignored.extend(f"the file {name}" for name in names if name.endswith(CODE_FILES))
+    if trust:
+        LOG.warn(f"--trust-remote-code: code that comes with {path} may run")
+        return read_json(path / "config.json") if config else {}
+    if findings.refused:
+        what = ", ".join(shorten(item, 120) for item in findings.refused[:4])
+        advice = "pass --trust-remote-code if you trust its maker"
+        raise ConversionError(ExitStatus.REFUSED, f"{path}: {what}; {advice}")
+    if findings.ignored:
+        what = ", ".join(shorten(item, 80) for item in findings.ignored[:6])
+        LOG.warn(f"{path}: ignored, since it would run code: {what} (--trust-remote-code)")
+    return config
+
+
+def check_inside(folder: Path, name: str) -> None:
+    """Refuse a link that leads out of `folder`, except into the hub cache's own `blobs` beside its `snapshots`."""
+    entry = folder / name
+    if not entry.is_symlink():
+        return
+    target, root = Path(os.path.realpath(entry)), folder.resolve()
+    blobs = root.parent.parent / "blobs"
+    if root not in target.parents and not (root.parent.name == "snapshots" and blobs in target.parents):
+        raise RefusedFileError(f"{name} is a link that leads out of the folder; copy the file into it")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a folder; raises DamagedFileError that names it."""
+    try:
+        if not path.is_file():
+            raise DamagedFileError(f"{path.name} is not a regular file")
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise DamagedFileError(f"{path.name} is larger than any known one")
+        return json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path.name} is damaged ({first_line(error)}); download it again") from None
+
+
+def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
+    """Take out of a folder's JSON, at every depth, what would run code, and note it; raises DamagedFileError."""
+    waiting = [content]
+    if file in ("config.json", "adapter_config.json", "generation_config.json") and not isinstance(content, dict):
+        raise DamagedFileError(f"{file} does not hold an object")
+    known_type = isinstance(content, dict) and isinstance(content.get("model_type"), str)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting.extend(node)
+        if not isinstance(node, dict):
+            continue
+        for key, value in list(node.items()):
+            where = f"{key} in {file}"
+            if key == "auto_map" and file == "config.json" and not known_type:
+                findings.refused.append(f"{where} is the only thing that says what the model is: its own Python code")
+            elif key == "quantization_config" and value:
+                method = value.get("quant_method") if isinstance(value, dict) else value
+                findings.refused.append(f"{where} needs the code of the quantiser {shorten(str(method), 40)!r}")
+            elif IMPLEMENTATION_KEY.fullmatch(key):
+                if isinstance(value, (dict, list)) or value not in IMPLEMENTATIONS:
+                    findings.refused.append(f"{where} names the kernel {shorten(str(value), 60)!r}")
+            elif key in OWN_CODE_KEYS:
+                if value:
+                    findings.ignored.append(where)
+            else:
+                waiting.append(value)
+                continue
+            del node[key]
+
+
+def adapter_base(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
+    """The base model that an adapter names, if it lies outside `folder`."""
+    base = content.get("base_model_name_or_path")
+    if base not in (None, "", ".", "./") and Path(os.path.realpath(folder / str(base))) != folder.resolve():
+        yield (
+            f"base_model_name_or_path in adapter_config.json points at another model, {shorten(str(base), 60)!r}: "
+            "merge the adapter into it (merge_and_unload) and save that"
+        )
 
 
 def read_checkpoint(source: Source, unpickler: Unpickler = InertUnpickler) -> Any:
@@ -1656,18 +2103,75 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
     raise DamagedFileError(f"it holds a {type(content).__name__}, neither a model nor a state dict")
 
 
-def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The dtype and shape of every tensor of a safetensors file; raises DamagedFileError."""
+SAFETENSORS_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E8M0": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}  # fmt: skip  (safetensors 0.7's Dtype)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError where it has a key twice, which readers take differently."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is there twice")
+    return result
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The entries of a safetensors file by tensor name, checked against the file: the data lie end to end in it.
+
+    Raises DamagedFileError. Format: 8 bytes with the length of a JSON object, that object, the data.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
-        try:
-            header = json.loads(file.read(min(length, MAX_INDEX_BYTES)))
-            header.pop("__metadata__", None)
-            for entry in header.values():
-                math.prod(map(int, entry["shape"])), str(entry["dtype"])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)})") from None
-    return dict(header)
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise DamagedFileError(f"its safetensors header would have {length} bytes; copy or download it again")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=unique_keys)
+        header.pop("__metadata__", None)
+        check_extents(header, size - 8 - length)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        advice = "copy or download it again"
+        raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)}); {advice}") from None
+    return header
+
+
+def check_extents(header: Mapping[str, Any], size: int) -> None:
+    """Compare shapes, dtypes and offsets of a safetensors header with each other and with the `size` of the data."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        numbers = [begin, stop, *entry["shape"]]
+        if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(numbers) > 66:
+            raise ValueError(f"the tensor {shorten(name, 60)!r} has a damaged shape or offset")
+        bits = math.prod(entry["shape"]) * SAFETENSORS_BITS[entry["dtype"]]
+        if begin != end or (stop - begin) * 8 != bits:
+            raise ValueError(f"the data of {shorten(name, 60)!r} overlap others, leave a gap or have another size")
+        end = stop
+    if end != size:
+        raise ValueError(f"{end} bytes of data are declared and {size} are there")
 
 
 def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
@@ -1675,6 +2179,7 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    safetensors_header(source.path)
     try:
         return Loaded(load_file(source.path), "weights without a model (safetensors)")
     except (SafetensorError, ValueError) as error:
@@ -1686,8 +2191,8 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
 def shard_files(index: Path) -> dict[str, set[str]]:
     """The tensors that each shard should hold, by the shard's name, which must be plain: a file beside the index."""
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        entries = read_json(index)["weight_map"].items()
+    except (TypeError, KeyError, AttributeError) as error:
         raise DamagedFileError(f"its weight_map is damaged ({first_line(error)})") from None
     shards: dict[str, set[str]] = {}
     for tensor, name in entries:
@@ -1725,7 +2230,7 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
     try:
         with source.path.open("rb") as file:
             module = torch.jit.load(file, map_location="cpu")
-    except (RuntimeError, ValueError, AttributeError) as error:
+    except Exception as error:  # the compiler of TorchScript raises whatever its C++ code does
         raise DamagedFileError(f"torch.jit.load cannot open it ({first_line(error)})") from None
     return Loaded(module, f"TorchScript ({module.original_name})", traced_inputs(source.path))
 
@@ -1745,9 +2250,10 @@ def traced_inputs(path: Path) -> tuple[InputShape, ...]:
         _, dtype, nbytes = parse_storage_id(record_id)
         if nbytes > MAX_EXAMPLE_BYTES:
             raise DamagedFileError("its recorded inputs are larger than any model's")
-        return torch.UntypedStorage(nbytes), dtype
+        return torch.UntypedStorage(nbytes, device="meta"), dtype
 
-    recorded = InertUnpickler(io.BytesIO(reader.get_record("traced_inputs.pkl")), empty_storage).load()
+    program = read_record(reader, "traced_inputs.pkl")
+    recorded = InertUnpickler(io.BytesIO(program), len(program), empty_storage).load()
     examples = recorded.get("forward", []) if isinstance(recorded, dict) else []
     if not all(isinstance(example, torch.Tensor) for example in examples):
         return ()
@@ -1772,9 +2278,11 @@ def load_exported_program(source: Source, *, trust: bool) -> Loaded:
             for (_, value), dims in zip(examples, sizes, strict=True)
         )
         free = tuple({axis: str(n) for axis, n in enumerate(v.shape) if not isinstance(n, int)} for _, v in examples)
-        return Loaded(program, "an exported program", shapes, free)
     except Exception as error:  # torch.export raises whatever its deserialiser met
         raise DamagedFileError(f"torch.export.load cannot open it ({first_line(error)})") from error
+    if any(math.prod(shape.dims) * 8 > MAX_EXAMPLE_BYTES for shape in shapes):
+        raise DamagedFileError("its recorded inputs are larger than any model's")
+    return Loaded(program, "an exported program", shapes, free)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3464,6 +3972,10 @@ def convert_state_dict_model(
     weights = find_weights(loaded.content, options.checkpoint_key).content
     hints = loaded.content.get("hyper_parameters")
     if not isinstance(weights, Mapping):
+        try:
+            check_module_graph(weights)
+        except DamagedFileError as error:
+            raise ConversionError(error.status, f"{options.input}: {error}") from None
         return convert_module(weights, loaded, options, metadata)
     if not options.model_class:
         names = list(weights)
@@ -3568,6 +4080,8 @@ def check_records(path: Path) -> None:
 def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """Convert `source` as `options` say; returns the report that --json prints. Raises ConversionError."""
     start = time.monotonic()
+    if source.kind is Kind.HUGGINGFACE:
+        vet_folder(source.path, trust=options.trust_remote_code)
     if source.kind is Kind.HUGGINGFACE or options.mode == "huggingface":
         convert_huggingface_model(options)
     digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
@@ -3606,7 +4120,7 @@ SCALAR_TYPES = ("unknown", "uint8", "int8", "int16", "int32", "int64", "float16"
 class Census(InertUnpickler):
     """An unpickler that notes every name and every storage, and reads on where a name is not allowed."""
 
-    def __init__(self, file: Any, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
+    def __init__(self, file: Any, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
         self.names: dict[str, str] = {}  # every global: why it is not allowed, or ""
         self.storages: dict[str, tuple[str, int]] = {}  # dtype and number of elements
 
@@ -3616,7 +4130,7 @@ class Census(InertUnpickler):
                 self.storages[key] = (str(dtype).removeprefix("torch."), nbytes // dtype.itemsize)
             return read_storage(record_id)
 
-        super().__init__(file, note_storage)
+        super().__init__(file, size, note_storage)
 
     def find_class(self, module: str, name: str) -> Any:
         """As the loader's; what it would refuse is noted with the reason."""
@@ -3676,8 +4190,8 @@ def inspect_checkpoint(source: Source, options: argparse.Namespace) -> dict[str,
 
     readers: list[Census] = []
 
-    def census(file: Any, read_storage: Callable[[tuple[Any, ...]], Any]) -> Census:
-        readers.append(Census(file, read_storage))
+    def census(file: Any, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> Census:
+        readers.append(Census(file, size, read_storage))
         return readers[-1]
 
     facts: dict[str, Any] = {}
@@ -3747,7 +4261,8 @@ def inspect_torchscript(source: Source, options: argparse.Namespace) -> dict[str
     """A TorchScript archive: from its pickles' names and its code, which is read and not run."""
     vet_torchscript(source.path)
     reader, _ = open_archive(source.path)
-    census = Census(io.BytesIO(reader.get_record("data.pkl")), lambda record_id: record_id)
+    program = read_record(reader, "data.pkl")
+    census = Census(io.BytesIO(program), len(program), lambda record_id: record_id)
     with contextlib.suppress(ConversionError):  # its classes are not ours to build
         census.load()
     root = next((name for name in census.names if name.startswith("__torch__.")), "")

@@ -1,0 +1,1465 @@
+"""Generators of hostile and malformed inputs: nothing of them lies in the repository, each is made when it is tested.
+
+HOSTILE holds the tricks that advisories and the issues of public scanners (picklescan, modelscan, fickling) name, and
+those that were found while this loader was written; MALFORMED what broken disks, downloads and bored people make.
+Every payload would leave a file MARKER in the working directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import pickle
+import socket
+import struct
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+MARKER = "PT2ONNX_WAS_EXECUTED"
+COMMAND = f"touch {MARKER}"
+PYTHON = f"open({MARKER!r}, 'w')"
+
+
+class Item(NamedTuple):
+    """An input: `make` writes it into a folder and returns its path; converting it exits with `code`."""
+
+    name: str
+    make: Callable[[Path], Path]
+    code: int
+    words: str = ""  # what the message has
+    runs: str = ""  # how PyTorch would open it, in which case the payload runs: "load", "jit" or "export"
+
+
+def file(name: str, content: Callable[[], bytes], code: int, words: str = "", runs: str = "") -> Item:
+    """An item that is one file."""
+
+    def make(folder: Path) -> Path:
+        path = folder / "input.pt"
+        path.write_bytes(content())
+        return path
+
+    return Item(name, make, code, words, runs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pickles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def value(content: Any) -> bytes:
+    """The opcodes that push `content`."""
+    data = pickle.dumps(content, protocol=2)
+    return data[2:-1]
+
+
+def text(content: str) -> bytes:
+    """The opcode that pushes a string, without memoising it."""
+    data = content.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def program(*parts: bytes, protocol: int = 2) -> bytes:
+    """A pickle of these opcodes."""
+    return bytes((0x80, protocol)) + b"".join(parts) + b"."
+
+
+def glob(module: str, name: str) -> bytes:
+    """GLOBAL."""
+    return f"c{module}\n{name}\n".encode()
+
+
+def stack_global(module: str, name: str) -> bytes:
+    """STACK_GLOBAL, which may reach into classes."""
+    return text(module) + text(name) + b"\x93"
+
+
+def call(module: str, name: str, *arguments: Any) -> bytes:
+    """The opcodes that call a function."""
+    target = stack_global(module, name) if "." in name else glob(module, name)
+    return target + value(arguments) + b"R"
+
+
+def archive(data: bytes, records: Mapping[str, bytes] | None = None) -> bytes:
+    """A torch.save archive around a pickle."""
+    buffer = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(buffer)
+    for name, content in {"data.pkl": data, "byteorder": b"little", **(records or {})}.items():
+        writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+    return buffer.getvalue()
+
+
+def saved(content: Any, *, legacy: bool = False) -> bytes:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+def calls(module: str, name: str, *arguments: Any) -> bytes:
+    """An archive that calls a function."""
+    return archive(program(call(module, name, *arguments), protocol=4 if "." in name else 2))
+
+
+def legacy_stream(body: bytes) -> bytes:
+    """The layout before PyTorch 1.6 around the pickle of the object."""
+    head = (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}})
+    return b"".join(pickle.dumps(item, protocol=2) for item in head) + body + pickle.dumps([], protocol=2)
+
+
+SYSTEM = call("posix", "system", COMMAND)
+
+# Functions that run, fetch, read, write or import something when a pickle calls them; those in RUN fire as written.
+CALLED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("posix", "system", (COMMAND,)), ("os", "system", (COMMAND,)), ("os", "popen", (COMMAND,)),
+    ("nt", "system", (COMMAND,)), ("os", "execv", ("/bin/sh", ["sh", "-c", COMMAND])), ("os", "remove", ("x",)),
+    ("posix", "posix_spawn", ("/bin/sh", ["sh"], {})), ("subprocess", "Popen", (["touch", MARKER],)),
+    ("subprocess", "run", (["touch", MARKER],)), ("subprocess", "call", (["touch", MARKER],)),
+    ("subprocess", "check_output", (["touch", MARKER],)), ("subprocess", "getoutput", (COMMAND,)),
+    ("builtins", "eval", (PYTHON,)), ("builtins", "exec", (PYTHON,)), ("builtins", "open", (MARKER, "w")),
+    ("__builtin__", "eval", (PYTHON,)), ("__builtin__", "execfile", (MARKER,)), ("__builtin__", "apply", (MARKER,)),
+    ("builtins", "compile", (PYTHON, "", "exec")), ("builtins", "__import__", ("antigravity",)),
+    ("builtins", "breakpoint", ()), ("builtins", "input", ()), ("builtins", "globals", ()), ("builtins", "vars", ()),
+    ("builtins", "map", (MARKER,)), ("builtins", "type", ("X", (), {})), ("builtins", "setattr", (MARKER, "a", 1)),
+    ("io", "open", (MARKER, "w")), ("_io", "FileIO", (MARKER, "w")), ("codecs", "open", (MARKER, "w")),
+    ("codecs", "decode", (b"x", "zlib")), ("copyreg", "__newobj__", (MARKER,)), ("copyreg", "add_extension", ("a", 1)),
+    ("copyreg", "__reduce_ex__", (MARKER, 2)), ("runpy", "run_path", (MARKER,)), ("runpy", "_run_code", (PYTHON, {})),
+    ("importlib", "import_module", ("antigravity",)), ("importlib", "reload", (MARKER,)),
+    ("importlib.machinery", "SourceFileLoader", ("a", MARKER)), ("pkgutil", "resolve_name", ("os:system",)),
+    ("pydoc", "locate", ("os.system",)), ("pydoc", "pipepager", ("", COMMAND)), ("pty", "spawn", ("touch",)),
+    ("webbrowser", "open", ("http://localhost/",)), ("pip", "main", (["install", "x"],)),
+    ("pip._internal", "main", (["install", "x"],)), ("ensurepip", "_run_pip", (["install"],)),
+    ("venv", "create", (MARKER,)), ("timeit", "timeit", ("pass", PYTHON)), ("timeit", "main", ([PYTHON],)),
+    ("profile", "run", (PYTHON,)), ("cProfile", "run", (PYTHON,)), ("profile", "Profile.runctx", (PYTHON,)),
+    ("bdb", "Bdb.run", (PYTHON,)), ("pdb", "run", (PYTHON,)), ("trace", "Trace.run", (PYTHON,)),
+    ("doctest", "debug_script", (PYTHON,)), ("code", "InteractiveInterpreter.runcode", (PYTHON,)),
+    ("ctypes", "CDLL", ("libc.so.6",)), ("_ctypes", "dlopen", ("libc.so.6", 2)), ("cffi", "FFI", ()),
+    ("asyncio.unix_events", "_UnixSubprocessTransport._start", (COMMAND,)), ("multiprocessing", "Process", ()),
+    ("multiprocessing.util", "spawnv_passfds", (b"/bin/sh", [b"sh"], [])), ("threading", "Timer", (1, MARKER)),
+    ("idlelib.pyshell", "ModifiedInterpreter.runcommand", (PYTHON,)), ("idlelib.run", "Executive.runcode", (PYTHON,)),
+    ("idlelib.debugobj", "ObjectTreeItem.SetText", (PYTHON,)), ("idlelib.autocomplete", "AutoComplete", (PYTHON,)),
+    ("idlelib.calltip", "get_entity", (PYTHON,)), ("lib2to3.pgen2.pgen", "ParserGenerator", (MARKER,)),
+    ("lib2to3.pgen2.grammar", "Grammar.loads", (MARKER,)), ("distutils.file_util", "write_file", (MARKER, ["x"])),
+    ("uuid", "_get_command_stdout", ("touch", MARKER)), ("_osx_support", "_read_output", (COMMAND,)),
+    ("_aix_support", "_read_cmd_output", (COMMAND,)), ("imaplib", "IMAP4_stream", (COMMAND,)),
+    ("test.support.script_helper", "assert_python_ok", ("-c", PYTHON)), ("logging.config", "dictConfig", ({},)),
+    ("smtplib", "SMTP", ("localhost",)), ("ftplib", "FTP", ("localhost",)), ("telnetlib", "Telnet", ("localhost",)),
+    ("urllib.request", "urlopen", ("http://localhost/",)), ("http.client", "HTTPSConnection", ("localhost",)),
+    ("requests.api", "get", ("http://localhost/",)), ("aiohttp.client", "ClientSession", ()),
+    ("socket", "create_connection", (("localhost", 1),)), ("ssl", "get_server_certificate", (("localhost", 1),)),
+    ("shutil", "rmtree", ("x",)), ("shutil", "copyfile", ("/etc/hostname", MARKER)), ("sqlite3", "connect", (MARKER,)),
+    ("tempfile", "NamedTemporaryFile", ()), ("linecache", "getlines", ("/etc/hostname",)),
+    ("zipimport", "zipimporter", (MARKER,)), ("site", "execsitecustomize", ()), ("sys", "settrace", (MARKER,)),
+    ("sys", "exit", (0,)), ("signal", "signal", (2, MARKER)), ("gc", "get_objects", ()), ("atexit", "register", ()),
+    ("types", "FunctionType", (MARKER, {})), ("types", "CodeType", (0,) * 16), ("marshal", "loads", (b"N",)),
+    ("operator", "attrgetter", ("system",)), ("operator", "methodcaller", ("system", COMMAND)),
+    ("operator", "itemgetter", (0,)), ("_operator", "attrgetter", ("system",)), ("functools", "reduce", (MARKER, [])),
+    ("itertools", "starmap", (MARKER, [])), ("pickle", "loads", (program(SYSTEM),)),
+    ("_pickle", "loads", (program(SYSTEM),)), ("pickle", "Unpickler", (MARKER,)), ("shelve", "open", (MARKER,)),
+    ("dill", "loads", (program(SYSTEM),)), ("dill._dill", "_create_function", (MARKER, {})),
+    ("cloudpickle.cloudpickle", "_make_function", (MARKER,)), ("cloudpickle", "loads", (program(SYSTEM),)),
+    ("joblib", "load", (MARKER,)), ("jsonpickle", "decode", ("{}",)), ("yaml", "unsafe_load", ("a",)),
+    ("numpy", "load", (MARKER,)), ("numpy.testing._private.utils", "runstring", (PYTHON, {})),
+    ("numpy.f2py.crackfortran", "getlincoef", (PYTHON, {})), ("numpy.f2py.crackfortran", "myeval", (PYTHON,)),
+    ("numpy.distutils.exec_command", "exec_command", (COMMAND,)), ("pandas.io.pickle", "read_pickle", (MARKER,)),
+    ("torch", "load", (MARKER,)), ("torch.serialization", "load", (MARKER,)), ("torch", "save", ([], MARKER)),
+    ("torch", "from_file", (MARKER, True, 8)), ("torch", "compile", ()), ("torch.hub", "load", ("a/b", "c")),
+    ("torch.hub", "_load_local", (".", "c")), ("torch.hub", "load_state_dict_from_url", ("http://localhost/",)),
+    ("torch.hub", "download_url_to_file", ("file:///etc/hostname", MARKER)), ("torch.jit", "load", (MARKER,)),
+    ("torch.jit.unsupported_tensor_ops", "execWrapper", (PYTHON, {}, {})), ("torch.jit.frontend", "parse_def", ()),
+    ("torch.utils._config_module", "ConfigModule.load_config", (b"x",)), ("torch._dynamo.config", "load_config", ()),
+    ("torch.utils.collect_env", "run", (COMMAND,)), ("torch.utils.data.datapipes.utils.decoder", "basichandlers", ()),
+    ("torch.utils.bottleneck.__main__", "run_cprofile", (PYTHON, {})), ("torch._dynamo.guards", "GuardBuilder.get", ()),
+    ("torch._dynamo.eval_frame", "optimize", ()), ("torch._inductor.codecache", "compile_file", (MARKER, "", "")),
+    ("torch._inductor.codecache", "PyCodeCache.load", (PYTHON,)), ("torch._inductor", "aoti_load_package", (MARKER,)),
+    ("torch.fx.graph_module", "reduce_graph_module", ({}, {})), ("torch.fx._symbolic_trace", "wrap", ("eval",)),
+    ("torch.fx.experimental.symbolic_shapes", "ShapeEnv.evaluate_guards_expression", (PYTHON,)),
+    ("torch.utils.cpp_extension", "load_inline", ("x", "")), ("torch.utils.model_zoo", "load_url", ("http://x",)),
+    ("torch.ops", "load_library", (MARKER,)), ("torch._ops", "_Ops.load_library", (MARKER,)),
+    ("torch.classes", "load_library", (MARKER,)), ("torch.package", "PackageImporter", (MARKER,)),
+    ("torch.distributed.rpc", "rpc_sync", ("a", MARKER)), ("torch.multiprocessing.spawn", "spawn", (MARKER,)),
+    ("torch.distributed.elastic.multiprocessing.subprocess_handler", "SubprocessHandler", ()),
+    ("torch.export", "load", (MARKER,)), ("torch.onnx", "export", ()), ("torch._C", "_load_for_lite_interpreter", ()),
+    ("torch._C", "PyTorchFileWriter", (MARKER,)), ("torch._C", "_jit_script_compile", ()),
+    ("torch.nn.modules.module", "register_module_forward_hook", (MARKER,)),
+    ("torch.nn.modules.module", "_global_forward_hooks.__setitem__", (1, MARKER)),
+    ("torch.nn.modules.linear", "Linear.forward", (MARKER,)), ("torch.nn.modules.linear", "os.system", (COMMAND,)),
+    ("torchvision.models._api", "get_weight", ("x",)), ("timm.models._hub", "load_state_dict_from_hf", ("x",)),
+    ("timm.models._factory", "create_model", ("resnet18",)), ("__main__", "Net", ()), ("models.yolo", "Model", ()),
+)  # fmt: skip
+RUN = frozenset(
+    {"posix.system", "os.system", "subprocess.Popen", "subprocess.run", "subprocess.call", "subprocess.check_output",
+     "subprocess.getoutput", "builtins.eval", "builtins.exec", "builtins.open", "__builtin__.eval", "io.open",
+     "_io.FileIO", "codecs.open", "timeit.timeit", "cProfile.run", "pickle.loads", "_pickle.loads", "sqlite3.connect",
+     "shutil.copyfile", "torch.save", "torch.from_file", "numpy.testing._private.utils.runstring",
+     "torch.jit.unsupported_tensor_ops.execWrapper", "torch._C.PyTorchFileWriter",
+     "numpy.f2py.crackfortran.myeval"}
+)  # fmt: skip
+
+
+def called_items() -> list[Item]:
+    """One archive for each function of CALLED."""
+    items = []
+    for module, name, arguments in CALLED:
+        full = f"{module}.{name}"
+        content = functools.partial(calls, module, name, *arguments)
+        items.append(file(f"call-{full}", content, 4, runs="load" if full in RUN else ""))
+    return items
+
+
+class Reduced:
+    """Pickles as a call."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.function, self.arguments
+
+
+def touch() -> Reduced:
+    """The payload as an object."""
+    return Reduced(os.system, COMMAND)
+
+
+def module_with(**attributes: Any) -> bytes:
+    """A layer with attributes of its own."""
+    layer = nn.Linear(2, 2)
+    layer.__dict__.update(attributes)
+    return saved(layer)
+
+
+def hooked(name: str) -> bytes:
+    """A layer with a hook that calls a function."""
+    layer = nn.Linear(2, 2)
+    getattr(layer, name)[0] = print
+    return saved(layer)
+
+
+def computed_name() -> bytes:
+    """STACK_GLOBAL whose names come out of the memo, in another order than they were stored."""
+    return program(text("system"), b"q\x00", text("posix"), b"q\x0100h\x01h\x00\x93", value((COMMAND,)), b"R",
+                   protocol=4)  # fmt: skip
+
+
+def persistent_module() -> bytes:
+    """The legacy record of a class with its source, whose class is a function."""
+    record = b"(" + text("module") + glob("posix", "system") + text("a.py") + text("x") + b"tQ"
+    return legacy_stream(program(record, value((COMMAND,)), b"R"))
+
+
+def double_pickle() -> bytes:
+    """A harmless pickle, and another one behind its STOP."""
+    return pickle.dumps({"é": 1}, protocol=2) + program(SYSTEM)
+
+
+def zip_and_pickle() -> bytes:
+    """A pickle with a harmless archive behind it: scanners that look for archives see only that."""
+    return program(SYSTEM) + saved({"a": torch.ones(1)})
+
+
+def plain_zip(entries: list[tuple[str, bytes]], **flags: int) -> bytes:
+    """An archive written by Python's zipfile, with patches to its central directory."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as output:
+        for name, content in entries:
+            output.writestr(zipfile.ZipInfo(name), content)
+    data = bytearray(buffer.getvalue())
+    where = data.find(b"PK\x01\x02")
+    for field, number in flags.items():
+        offset, kind = {"flag": (8, "<H"), "crc": (16, "<I"), "method": (10, "<H"), "size": (24, "<I")}[field]
+        struct.pack_into(kind, data, where + offset, number)
+    return bytes(data)
+
+
+def bad_zip(**flags: int) -> bytes:
+    """A hostile data.pkl in an archive whose directory says something else about it."""
+    return plain_zip([("a/data.pkl", program(SYSTEM)), ("a/version", b"3\n")], **flags)
+
+
+def mismatched_names() -> bytes:
+    """The central directory and the local header call the hostile record differently."""
+    data = plain_zip([("a/data.pkl", program(SYSTEM)), ("a/version", b"3\n")])
+    return data.replace(b"a/data.pkl", b"a/data.txt", 1)
+
+
+def nested_torch_file(payload: bytes) -> bytes:
+    """torch.storage._load_from_bytes over another torch file."""
+    return archive(program(call("torch.storage", "_load_from_bytes", payload)))
+
+
+TENSOR = torch.ones(2)
+
+
+def structure_items() -> list[Item]:
+    """Tricks with opcodes, containers and objects."""
+    odict = glob("collections", "OrderedDict") + b")R"
+    pairs = {
+        "INST": (program(b"(", text(COMMAND), b"iposix\nsystem\n"), 4, "load"),
+        "OBJ": (program(b"(", glob("posix", "system"), text(COMMAND), b"o"), 4, "load"),
+        "EXT1": (program(b"\x82\x01"), 4, ""),
+        "EXT4": (program(b"\x84\x01\x00\x00\x00"), 4, ""),
+        "NEXT_BUFFER": (program(b"\x97", protocol=5), 4, ""),
+        "BYTEARRAY8": (program(b"\x96" + struct.pack("<Q", 1) + b"x", protocol=5), 4, ""),
+        "NEWOBJ-Popen": (program(glob("subprocess", "Popen"), value((["touch", MARKER],)), b"\x81"), 4, ""),
+        "NEWOBJ_EX": (
+            program(glob("subprocess", "Popen"), value(()), value({"args": ["touch", MARKER]}), b"\x92", protocol=4),
+            4,
+            "",
+        ),
+        "computed-names": (computed_name(), 4, "load"),
+        "name-of-a-number": (program(b"K\x01K\x02\x93", protocol=4), 3, ""),
+        "BUILD-on-a-function": (program(glob("posix", "system"), value({"a": 1}), b"b"), 4, ""),
+        "BUILD-on-a-class": (program(glob("torch.nn.modules.linear", "Linear"), value({"forward": 1}), b"b"), 4, ""),
+        "SETITEM-on-a-class": (program(glob("torch.nn.modules.linear", "Linear"), value("a"), value(1), b"s"), 4, ""),
+        "APPEND-on-a-class": (program(glob("posix", "environ"), value("a"), b"a"), 4, ""),
+        "persistent-id-text": (program(b"Psystem\n"), 3, ""),
+        "persistent-id-of-a-function": (
+            program(b"(", text("storage"), glob("posix", "system"), text("0"), text("cpu"), b"K\x01tQ"),
+            4,
+            "",
+        ),
+        "reduce-a-string": (program(text("system"), value((COMMAND,)), b"R"), 4, ""),
+        "reduce-a-module-object": (
+            program(glob("torch.nn.modules.activation", "ReLU"), b")\x81", value((1,)), b"R"),
+            4,
+            "",
+        ),
+        "getattr-of-a-module": (
+            program(glob("builtins", "getattr"), glob("torch", "_utils"), text("os"), b"\x86R"),
+            4,
+            "",
+        ),
+        "getattr-init": (
+            program(glob("builtins", "getattr"), glob("torch.nn.modules.linear", "Linear"), text("__init__"), b"\x86R"),
+            4,
+            "",
+        ),
+        "getattr-dunder-of-an-object": (
+            program(
+                glob("builtins", "getattr"),
+                glob("torch.nn.modules.activation", "ReLU"),
+                b")\x81",
+                text("__class__"),
+                b"\x86R",
+            ),
+            4,
+            "",
+        ),
+        "reconstructor": (
+            program(
+                glob("copyreg", "_reconstructor"), glob("subprocess", "Popen"), glob("builtins", "object"), b"N\x87R"
+            ),
+            4,
+            "",
+        ),
+        "partial-of-system": (program(glob("functools", "partial"), glob("posix", "system"), b"\x85R"), 4, ""),
+        "partial-of-eval-by-state": (
+            program(
+                glob("functools", "partial"),
+                glob("torch.nn.functional", "relu"),
+                b"\x85R(",
+                glob("builtins", "eval"),
+                b"(t}Ntb",
+            ),
+            4,
+            "",
+        ),
+        "defaultdict-of-system": (
+            program(glob("collections", "defaultdict"), glob("posix", "system"), b"\x85R"),
+            4,
+            "",
+        ),
+        "rebuild-from-type": (
+            program(
+                glob("torch._tensor", "_rebuild_from_type_v2"),
+                b"(",
+                glob("posix", "system"),
+                glob("torch", "Tensor"),
+                value((COMMAND,)),
+                b"NtR",
+            ),
+            4,
+            "load",
+        ),
+        "rebuild-from-type-class": (
+            program(
+                glob("torch._tensor", "_rebuild_from_type_v2"),
+                b"(",
+                glob("torch._utils", "_rebuild_parameter"),
+                glob("subprocess", "Popen"),
+                b")NtR",
+            ),
+            4,
+            "",
+        ),
+        "restore-type-tag": (
+            program(glob("torch.jit._pickle", "restore_type_tag"), SYSTEM, text("int"), b"\x86R"),
+            4,
+            "load",
+        ),
+        "enum-of-a-class": (
+            program(glob("torchvision.transforms.functional", "InterpolationMode"), SYSTEM, b"\x85R"),
+            4,
+            "load",
+        ),
+        "codec": (program(glob("_codecs", "encode"), text("x"), text("rot13"), b"\x86R"), 4, ""),
+        "key-that-is-an-object": (program(b"}", glob("torch.nn.modules.activation", "ReLU"), b")\x81K\x01s"), 4, ""),
+        "own-compiled-call": (
+            program(
+                glob("torch.nn.modules.activation", "ReLU"),
+                b")\x81}",
+                text("_compiled_call_impl"),
+                glob("torch.nn.functional", "relu"),
+                b"sb",
+            ),
+            4,
+            "",
+        ),
+        "lazy-global": (program(glob("torch.nn.modules.lazy", "LazyModuleMixin"), b")\x81"), 4, ""),
+        "auto-class": (program(glob("transformers.models.auto.modeling_auto", "AutoModel"), b")\x81"), (3, 4), ""),
+        "script-module": (program(glob("torch.jit._script", "RecursiveScriptModule"), b")\x81"), 4, ""),
+        "re-exported": (program(glob("torch.nn.modules.module", "OrderedDict"), b")R"), 4, ""),
+        "a-module's-import": (program(glob("torch.nn.modules.module", "warnings"), value({}), b"b"), 4, ""),
+        "dunder-name": (program(glob("torch.nn.modules.linear", "__builtins__")), 4, ""),
+        "nested-name": (program(stack_global("torch.nn.modules.linear", "Linear.__init__"), b")R", protocol=4), 4, ""),
+        "storage-like-name": (program(glob("torch", "load_Storage"), b")R"), 4, ""),
+        "attribute-of-a-dict": (program(odict, value({"__class__": 1}), b"b", SYSTEM, b"s"), (3, 4), ""),
+        "protocol-0": (b"\x80\x02" + b"cposix\nsystem\n(S'" + COMMAND.encode() + b"'\ntR.", 4, "load"),
+        "frames": (pickle.dumps(touch(), protocol=4), 4, "load"),
+        "behind-20000-numbers": (program(b"(" + b"K\x01" * 20_000 + b"l", b"0", SYSTEM), 4, "load"),
+        "popped-before-the-end": (program(SYSTEM, b"0", value({"a": 1})), 4, "load"),
+        "in-the-memo-only": (program(SYSTEM, b"q\x000", value({"a": 1})), 4, "load"),
+        "newline-in-a-name": (program(stack_global("posix\nx\x1b[31m", "sys\ntem"), b")R", protocol=4), 4, ""),
+        "escape-codes-in-a-name": (program(stack_global("a\x1b]0;title\x07", "\u202ebad"), b")R", protocol=4), 4, ""),
+        "a-name-of-a-megabyte": (program(stack_global("a" * 1_000_000, "b"), b")R", protocol=4), 4, ""),
+    }
+    items = [file(f"pickle-{name}", lambda data=data: archive(data), code, runs=runs)  # type: ignore[misc]
+             for name, (data, code, runs) in pairs.items()]  # fmt: skip
+    wholes: dict[str, tuple[Callable[[], bytes], Any, str]] = {
+        "state-dict": (lambda: saved({"weight": TENSOR, "extra": touch()}), 4, "load"),
+        "legacy": (lambda: saved({"weight": TENSOR, "extra": touch()}, legacy=True), 4, "load"),
+        "legacy-class-record": (persistent_module, 4, "load"),
+        "legacy-system-info": (lambda: pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + program(SYSTEM), 4, "load"),
+        "plain-pickle": (lambda: pickle.dumps({"é": touch()}, protocol=2), 4, ""),
+        "plain-pickle-protocol-5": (lambda: pickle.dumps({"é": touch()}, protocol=5), 4, ""),
+        "behind-STOP": (double_pickle, 3, ""),
+        "zip-behind-a-pickle": (zip_and_pickle, 4, ""),
+        "nested-legacy-file": (lambda: nested_torch_file(saved(touch(), legacy=True)), 4, "load"),
+        "nested-zip-file": (lambda: nested_torch_file(saved(touch())), (3, 4), "load"),
+        "nested-state-dict": (lambda: nested_torch_file(saved({"a": TENSOR}, legacy=True)), 4, ""),
+        "object-array": (lambda: saved({"a": np.array([touch()], dtype=object)}), 4, "load"),
+        "lazy-module": (lambda: saved(nn.LazyLinear(3)), 4, ""),
+        "graph-module": (lambda: saved(torch.fx.symbolic_trace(nn.Linear(2, 2))), 4, ""),
+        "dunder-attribute": (lambda: module_with(__del__=print), 4, ""),
+        "class-attribute": (lambda: module_with(__class__=nn.ReLU), 4, ""),
+        "own-forward": (lambda: module_with(forward=print), 4, ""),
+        "own-call": (lambda: module_with(_call_impl=print), 4, ""),
+        "own-eval": (lambda: module_with(eval=print), 4, ""),
+        "own-extra-repr": (lambda: module_with(extra_repr=nn.functional.relu), 4, ""),
+        "forward-hook": (lambda: hooked("_forward_hooks"), 4, ""),
+        "pre-hook": (lambda: hooked("_forward_pre_hooks"), 4, ""),
+        "backward-hook": (lambda: hooked("_backward_hooks"), 4, ""),
+        "encrypted-flag": (lambda: bad_zip(flag=1), (3, 4), ""),
+        "wrong-crc": (lambda: bad_zip(crc=1234), (3, 4), ""),
+        "wrong-size": (lambda: bad_zip(size=3), (3, 4), ""),
+        "unknown-method": (lambda: bad_zip(method=99), (3, 4), ""),
+        "mismatched-names": (mismatched_names, (3, 4), ""),
+        "two-data-pkl": (lambda: plain_zip([("a/data.pkl", program(SYSTEM)), ("a/version", b"3"),
+                                            ("a/data.pkl", program(b"}"))]), 3, ""),
+        "two-roots": (lambda: plain_zip([("a/data.pkl", program(b"}")), ("b/data.pkl", program(SYSTEM)),
+                                         ("a/version", b"3")]), 3, ""),
+        "package": (lambda: plain_zip([("a/.data/extern_modules", b"os"), ("a/m.py", PYTHON.encode())]), 4, ""),
+        "package-of-version-2": (lambda: plain_zip([("a/.data/python_version", b"3"), ("a/data.pkl", b"N.")]), 4, ""),
+    }  # fmt: skip
+    items += [file(f"file-{name}", make, code, runs=runs) for name, (make, code, runs) in wholes.items()]
+    return items
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TorchScript and exported programs: a good archive with some records changed
+# ---------------------------------------------------------------------------------------------------------------------
+
+Change = bytes | Callable[[bytes], bytes] | None
+
+
+class Adder(nn.Module):
+    """What the hostile code is put into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add."""
+        return x + self.weight
+
+
+@functools.cache
+def script_archive() -> bytes:
+    """A good TorchScript archive."""
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(Adder()), buffer)
+    return buffer.getvalue()
+
+
+@functools.cache
+def program_archive() -> bytes:
+    """A good exported program with a free axis."""
+    buffer = io.BytesIO()
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU()).eval()
+    axes = {"input": {0: torch.export.Dim("batch")}}
+    torch.export.save(torch.export.export(net, (torch.randn(2, 3),), dynamic_shapes=axes), buffer)
+    return buffer.getvalue()
+
+
+def changed(base: bytes, changes: Mapping[str, Change]) -> bytes:
+    """The archive `base` with records replaced, edited, added or (None) left out; `*` ends a name that matches many."""
+    reader = torch._C.PyTorchFileReader(io.BytesIO(base))
+    records = {name: reader.get_record(name) for name in reader.get_all_records() if not name.startswith(".data/")}
+    for pattern, change in changes.items():
+        stem = pattern.rstrip("*")
+        names = (
+            [name for name in records if name.startswith(stem) and name.endswith(".py")]
+            if "*" in pattern
+            else [pattern]
+        )
+        for name in names:
+            content = change(records[name]) if callable(change) else change
+            records[name] = b"" if content is None else content
+            if content is None:
+                del records[name]
+    buffer = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(buffer)
+    for name, content in records.items():
+        writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+    return buffer.getvalue()
+
+
+def script_with(line: str = "", tail: str = "", body: str = "") -> bytes:
+    """The TorchScript archive with a statement in forward, text at the end of the class or lines in its body."""
+
+    def edit(code: bytes) -> bytes:
+        content = code.decode()
+        if line:
+            content = content.replace("    return ", f"    {line}\n    return ", 1)
+        if body:
+            content = content.replace("  def forward", f"  {body}\n  def forward", 1)
+        return (content + tail).encode()
+
+    return changed(script_archive(), {"code/*": edit})
+
+
+SETSTATE = "  def __setstate__(self, state: Tensor) -> NoneType:\n    {}\n    self.weight = state\n    return None\n"
+GETSTATE = "  def __getstate__(self) -> Tensor:\n    return self.weight\n"
+
+
+def script_setstate(line: str, more: str = "") -> bytes:
+    """The archive with a __setstate__ that has this line."""
+    return script_with(tail=GETSTATE + SETSTATE.format(line) + more)
+
+
+def script_items() -> list[Item]:
+    """Hostile TorchScript."""
+    lines = {
+        "save": (f"torch.save(x, {MARKER!r})", "jit"),
+        "ops-save": (f"ops.aten.save(x, {MARKER!r})", "jit"),
+        "ops-alias": (f"o = ops\n    o.aten.save(x, {MARKER!r})", "jit"),
+        "ops-aten-alias": (f"o = ops.aten\n    o.save(x, {MARKER!r})", "jit"),
+        "torch-alias": (f"t = torch\n    t.save(x, {MARKER!r})", "jit"),
+        "function-alias": (f"f = torch.save\n    f(x, {MARKER!r})", "jit"),
+        "autograd": (f"torch.autograd.save(x, {MARKER!r})", "jit"),
+        "getattr": (f"getattr(torch, 'save')(x, {MARKER!r})", "jit"),
+        "getattr-ops": (f"getattr(getattr(ops, 'aten'), 'save')(x, {MARKER!r})", ""),
+        "from-file": ("x = torch.from_file('/etc/hostname', False, 1)", ""),
+        "ops-from-file": ("x = ops.aten.from_file('/etc/hostname', False, 1)", ""),
+        "write-file": (f"ops.image.write_file({MARKER!r}, x)", ""),
+        "read-file": ("x = ops.image.read_file('/etc/hostname')", ""),
+        "custom-namespace": ("x = ops.mylib.run(x)", ""),
+        "c10d": ("ops.c10d.send([x], x, 0, 0)", ""),
+        "rpc-sync": ("ops.prim.rpc_sync('a', x)", ""),
+        "rpc-remote": ("ops.prim.rpc_remote('a', x)", ""),
+        "profiler": ("ops.profiler._record_function_enter('a')", ""),
+        "python-op": ("ops.prim.PythonOp(x)", ""),
+        "statistics": ("ops.prim.AddStatValue('a', 1.0)", ""),
+        "set-data": ("torch.set_data(x, x)", ""),
+        "file-store": ("s = __torch__.torch.classes.dist_c10d.FileStore('a', 1)", ""),
+        "class-namespace-alias": ("c = __torch__.torch.classes\n    s = c.dist_c10d.FileStore('a', 1)", ""),
+        "torch-namespace-alias": ("c = __torch__.torch\n    s = c.classes.dist_c10d.FileStore('a', 1)", ""),
+        "carriage-return": ("y = 1 #\r; torch.save(x, 'a')", ""),
+        "form-feed": ("y = 1\f", ""),
+    }
+    items = [
+        file(
+            f"script-{name}",
+            functools.partial(script_with, line),
+            3 if name in ("carriage-return", "form-feed") else 4,
+            runs=runs,
+        )
+        for name, (line, runs) in lines.items()
+    ]
+    bad_global = program(glob("posix", "system"), value((COMMAND,)), b"R")
+    archives: dict[str, tuple[Callable[[], bytes], Any]] = {
+        "setstate-save": (lambda: script_setstate(f"torch.save(state, {MARKER!r})"), 4),
+        "setstate-allocates": (lambda: script_setstate("y = torch.ones([100000, 100000])"), 4),
+        "setstate-loops": (lambda: script_setstate("while True:\n      self.weight = state"), 4),
+        "setstate-by-method": (
+            lambda: script_setstate(
+                "y = (self).more(state, )",
+                f"  def more(self, x: Tensor) -> int:\n    torch.save(x, {MARKER!r})\n    return 1\n",
+            ),
+            4,
+        ),
+        "setstate-by-looping-method": (
+            lambda: script_setstate(
+                "y = (self).more(state, )",
+                "  def more(self, x: Tensor) -> int:\n    while True:\n      pass\n    return 1\n",
+            ),
+            4,
+        ),
+        "setstate-by-function": (lambda: script_setstate("y = __torch__.other(state, )"), 4),
+        "default-argument": (
+            lambda: script_with(tail="  def g(self, y: Tensor=torch.ones([9])) -> Tensor:\n    return y\n"),
+            4,
+        ),
+        "class-body": (lambda: script_with(body="k : Final[Tensor] = torch.ones([9])"), 4),
+        "class-of-c++": (lambda: script_with(body="s : __torch__.torch.classes.dist_c10d.FileStore"), 4),
+        "global-in-data": (lambda: changed(script_archive(), {"data.pkl": bad_global}), 4),
+        "global-in-constants": (lambda: changed(script_archive(), {"constants.pkl": bad_global}), 4),
+        "global-in-bytecode": (lambda: changed(script_archive(), {"bytecode.pkl": bad_global}), 4),
+        "class-of-c++-in-data": (
+            lambda: changed(
+                script_archive(),
+                {
+                    "data.pkl": program(
+                        glob("__torch__.torch.classes.dist_c10d", "FileStore"), b")\x81", value({}), b"b"
+                    )
+                },
+            ),
+            4,
+        ),
+        "INST-in-data": (lambda: changed(script_archive(), {"data.pkl": program(b"(iposix\nsystem\n")}), 4),
+        "layout-of-1.0": (lambda: changed(script_archive(), {"model.json": b"{}"}), 4),
+        "no-python": (lambda: script_with("^f(x)"), 3),
+        "code-of-another-encoding": (lambda: changed(script_archive(), {"code/*": b"\xff\xfe"}), 3),
+        "deep-code": (lambda: script_with("y = " + "(" * 5000 + "1" + ")" * 5000), 3),
+        "deep-expression": (lambda: script_with("y = " + "-" * 50_000 + "1"), 3),
+        "tensor-beyond-its-storage": (lambda: changed(script_archive(), {"data.pkl": far_tensor}), 3),
+        "tensor-without-its-record": (lambda: changed(script_archive(), {"data/0": None}), 3),
+        "tensor-cut": (lambda: changed(script_archive(), {"data/0": b"\0"}), 3),
+    }
+    return items + [file(f"script-{name}", make, code) for name, (make, code) in archives.items()]
+
+
+def far_tensor(data: bytes) -> bytes:
+    """The data.pkl of the script with a tensor of 2**40 elements where two are."""
+    assert b"(K\x02t" in data
+    return data.replace(b"(K\x02t", b"(\x8a\x06\0\0\0\0\0\x01t", 1)
+
+
+def edit_program(edit: Callable[[Any], None], record: str = "models/model.json") -> bytes:
+    """The exported program with a JSON record edited."""
+
+    def change(data: bytes) -> bytes:
+        content = json.loads(data)
+        edit(content)
+        return json.dumps(content).encode()
+
+    return changed(program_archive(), {record: change})
+
+
+def set_path(*path: Any, to: Any) -> Callable[[Any], None]:
+    """An edit: put `to` at `path`."""
+
+    def edit(content: Any) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = to
+
+    return edit
+
+
+def replace_text(old: str, new: str) -> Callable[[Any], None]:
+    """An edit: replace a string wherever it is."""
+
+    def edit(content: Any) -> None:
+        assert json.dumps(old) in json.dumps(content)
+        fresh = json.loads(json.dumps(content).replace(json.dumps(old), json.dumps(new)))
+        content.clear()
+        content.update(fresh)
+
+    return edit
+
+
+IMPORT = f"__import__('os').system('{COMMAND}')"
+GRAPH = ("graph_module", "graph")
+NODE = (*GRAPH, "nodes", 0)
+ENTRY = ("graph_module", "module_call_graph", 0, "signature")
+EXPRESSION = "Symbol('s{}', positive=True, integer=True)"
+
+
+def expression(content: str) -> Callable[[Any], None]:
+    """An edit: another shape expression."""
+
+    def edit(program: Any) -> None:
+        sizes = program["graph_module"]["graph"]["tensor_values"]["input"]["sizes"]
+        sizes[0]["as_expr"]["expr_str"] = content
+
+    return edit
+
+
+def spec(kind: str, context: Any = "[]") -> str:
+    """A pytree specification of one container."""
+    leaf = {"type": None, "context": None, "children_spec": []}
+    return json.dumps([1, {"type": kind, "context": context, "children_spec": [leaf]}])
+
+
+def program_items() -> list[Item]:
+    """Hostile exported programs."""
+    enum = json.dumps([{"__enum__": True, "fqn": "antigravity:X", "name": "y"}])
+    config = "data/weights/model_weights_config.json"
+    first = ("config", "0.weight")
+    edits: dict[str, tuple[Callable[[Any], None], str, Any, str]] = {
+        "target": (set_path(*NODE, "target", to="os.system"), "", 4, ""),
+        "target-torch": (set_path(*NODE, "target", to="torch.hub.load"), "", 4, ""),
+        "target-builtins": (set_path(*NODE, "target", to="torch.ops.os.system"), "", 4, ""),
+        "target-custom": (set_path(*NODE, "target", to="torch.ops.mylib.run.default"), "", 4, ""),
+        "target-from-file": (set_path(*NODE, "target", to="torch.ops.aten.from_file.default"), "", 4, ""),
+        "target-compiled": (set_path(*NODE, "target", to="torch.ops.higher_order.aoti_call_delegate"), "", 4, ""),
+        "target-torchbind": (set_path(*NODE, "target", to="torch.ops.higher_order.call_torchbind"), "", 4, ""),
+        "target-assembly": (set_path(*NODE, "target", to="torch.ops.higher_order.inline_asm_elementwise"), "", 4, ""),
+        "target-extension": (set_path(*NODE, "target", to="#x:y"), "", 4, ""),
+        "target-operator": (set_path(*NODE, "target", to="_operator.attrgetter"), "", 4, ""),
+        "target-list": (set_path(*NODE, "target", to=["os.system"]), "", 4, ""),
+        "operator-argument": (set_path(*NODE, "inputs", 0, "arg", to={"as_operator": "torch.hub.load"}), "", 4, ""),
+        "expression": (expression(IMPORT), "", 4, "export"),
+        "expression-or": (expression(f"{EXPRESSION.format(1)} or {IMPORT}"), "", 4, ""),
+        "expression-attribute": (expression("Symbol('s1').__class__"), "", 4, ""),
+        "expression-lambda": (expression("(lambda: 1)()"), "", 4, ""),
+        "expression-subscript": (expression("[1][0]"), "", 4, ""),
+        "expression-string": (expression(f"Symbol('s1') + '{IMPORT[:20]}'"), "", 4, ""),
+        "expression-power": (expression("9**9**9**9"), "", 4, ""),
+        "expression-power-call": (expression("Pow(9, Pow(9, Pow(9, 9)))"), "", 4, ""),
+        "expression-powers": (expression("((9**60)**60)**60"), "", 4, ""),
+        "expression-shift": (expression("1 << 99999999999"), "", 4, ""),
+        "expression-factorial": (expression("factorial(99999999)"), "", 4, ""),
+        "expression-unicode": (expression("\u017f1 + \uff53ystem"), "", 4, ""),
+        "expression-long": (expression("+".join(["Symbol('s1')"] * 1000)), "", 4, ""),
+        "expression-deep": (expression("(" * 1500 + "1" + ")" * 1500), "", 4, ""),
+        "range": (set_path("range_constraints", to={IMPORT: {"min_val": 0, "max_val": 1}}), "", 4, ""),
+        "range-counter": (set_path("range_constraints", to={"u99999999999": {"min_val": 0, "max_val": 1}}), "", 4, ""),
+        "tree-class": (set_path(*ENTRY, "in_spec", to=spec("torch.fx.GraphModule")), "", 4, ""),
+        "tree-enum": (set_path(*ENTRY, "out_spec", to=spec("builtins.dict", enum)), "", 4, ""),
+        "tree-enum-object": (set_path(*ENTRY, "out_spec", to=spec("builtins.dict", enum[1:-1])), "", 4, ""),
+        "tree-nonsense": (set_path(*ENTRY, "in_spec", to="[1]"), "", 4, ""),
+        "argument-name": (set_path(*ENTRY, "forward_arg_names", to=[IMPORT]), "", 4, ""),
+        "node-name": (replace_text("relu", f"relu, _={PYTHON}"), "", 4, ""),
+        "node-name-newline": (set_path(*NODE, "name", to="a\nimport os"), "", 4, ""),
+        "input-name": (set_path(*GRAPH, "inputs", 2, "as_tensor", "name", to=f"x={PYTHON}"), "", 4, ""),
+        "parameter-name": (replace_text("0.weight", f"0.weight; {PYTHON}"), "", 4, ""),
+        "tensor-name": (set_path(*GRAPH, "tensor_values", f"x = {PYTHON}", to={}), "", 4, ""),
+        "module-name": (set_path("graph_module", "module_call_graph", 1, "fqn", to=f"a({PYTHON})"), "", 4, ""),
+        "pickled-weight": (set_path(*first, "use_pickle", to=True), config, 4, ""),
+        "weight-path": (set_path(*first, "path_name", to="../../../etc/hostname"), config, 4, ""),
+        "weight-sizes": (set_path(*first, "tensor_meta", "sizes", to=[{"as_int": 2**40}]), config, 3, ""),
+        "weight-negative": (set_path(*first, "tensor_meta", "sizes", to=[{"as_int": -1}]), config, 3, ""),
+        "weight-missing": (set_path(*first, "path_name", to="weight_77"), config, 3, ""),
+        "input-of-terabytes": (set_path(*GRAPH, "tensor_values", "input", "sizes", 1, "as_int", to=2**40), "", 3, ""),
+    }
+    items = [
+        file(f"program-{name}", functools.partial(edit_program, edit, record or "models/model.json"), code, runs=runs)
+        for name, (edit, record, code, runs) in edits.items()
+    ]
+    pickled = saved(touch())
+    constant = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+    constants = "data/constants/model_constants_config.json"
+    records: dict[str, tuple[dict[str, Change], Any, str]] = {
+        "opaque-constant": (
+            {
+                constants: json.dumps({"config": {"c": constant}}).encode(),
+                "data/constants/opaque_obj_0": program(SYSTEM),
+            },
+            4,
+            "export",
+        ),
+        "custom-constant": (
+            {
+                constants: json.dumps({"config": {"c": {**constant, "path_name": "custom_obj_0"}}}).encode(),
+                "data/constants/custom_obj_0": pickled,
+            },
+            4,
+            "",
+        ),
+        "legacy-weights": ({"data/weights/model.pt": pickled}, 4, "export"),
+        "legacy-constants": ({"data/constants/model.pt": pickled}, 4, "export"),
+        "library": ({"data/aotinductor/model/a.so": b"\x7fELF"}, 4, ""),
+        "library-elsewhere": ({"data/x.so": b"\x7fELF"}, 4, ""),
+        "source": ({"data/aotinductor/model/a.cpp": b"int main"}, 4, ""),
+        "python": ({"models/a.py": PYTHON.encode()}, (3, 4), ""),
+        "two-models": ({"models/other.json": b"{}"}, 3, ""),
+        "old-format": ({"archive_format": b"pt1"}, 3, ""),
+        "old-layout": (
+            {
+                "archive_format": None,
+                "models/model.json": None,
+                "version": b"1",
+                "serialized_exported_program.json": b"{}",
+                "serialized_constants.pt": pickled,
+            },
+            3,
+            "",
+        ),
+        "other-version": ({"archive_version": b"99"}, 3, ""),
+        "no-program": ({"models/model.json": None}, 3, ""),
+        "empty-program": ({"models/model.json": b""}, 3, ""),
+        "deep-program": ({"models/model.json": b"[" * 200_000}, 3, ""),
+        "program-of-lists": ({"models/model.json": b"[" + b"[]," * 100_000 + b"1]"}, 3, ""),
+        "empty-weights": ({"data/weights/weight_0": b""}, 3, ""),
+        "cut-weights": ({"data/weights/weight_0": bytes(4)}, 3, ""),
+    }
+    for name, (changes, code, runs) in records.items():
+        items.append(file(f"program-{name}", functools.partial(changed_program, changes), code, runs=runs))
+    return items
+
+
+def changed_program(changes: Mapping[str, Change]) -> bytes:
+    """The exported program with records changed."""
+    return changed(program_archive(), changes)
+
+
+# What is made harmless instead of refused: the rewritten archive lacks it.
+DEFUSED: dict[str, Callable[[], bytes]] = {
+    "guards": lambda: edit_program(set_path("guards_code", to=[IMPORT])),
+    "sample-inputs": lambda: changed_program({"data/sample_inputs/model.pt": saved(touch())}),
+    "notes": lambda: edit_program(set_path(*NODE, "metadata", to={"custom": "{", "source_fn_stack": "a,b.c"})),
+    "extra-files": lambda: changed_program({"extra/a": b"\xff"}),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+BERT = {"model_type": "bert", "architectures": ["BertModel"]}
+
+
+def folder(name: str, files: Mapping[str, Any], code: int, words: str = "") -> Item:
+    """A Hugging Face folder: text, bytes, JSON, or a Path to which a link points."""
+
+    def make(place: Path) -> Path:
+        path = place / "model"
+        path.mkdir()
+        for file_name, content in files.items():
+            target = path / file_name
+            target.parent.mkdir(exist_ok=True)
+            if isinstance(content, Path):
+                target.symlink_to(content)
+            else:
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                target.write_bytes(data)
+        return path
+
+    return Item(f"folder-{name}", make, code, words)
+
+
+def folder_items() -> list[Item]:
+    """Folders that would run code, or read outside themselves; code 2 is that they are not converted at all yet."""
+    weights = saved({"a": TENSOR})
+    index = "model.safetensors.index.json"
+    mapped = {"auto_map": {"AutoModel": "modeling.Net"}}
+    return [
+        folder("auto-map", {"config.json": mapped, "modeling.py": PYTHON.encode()}, 4, "auto_map in config.json"),
+        folder("auto-map-of-a-known-type", {"config.json": {**BERT, **mapped}}, 2, "auto_map in config.json"),
+        folder("auto-map-nested", {"config.json": {**BERT, "text_config": [mapped]}}, 2, "auto_map"),
+        folder(
+            "auto-map-tokenizer", {"config.json": BERT, "tokenizer_config.json": mapped}, 2, "tokenizer_config.json"
+        ),
+        folder(
+            "auto-mapping",
+            {"config.json": BERT, "adapter_config.json": {"auto_mapping": {"parent_library": "x"}}},
+            2,
+            "auto_mapping",
+        ),
+        folder(
+            "custom-generate",
+            {"config.json": BERT, "generation_config.json": {"custom_generate": "a/b"}},
+            2,
+            "custom_generate in generation_config.json",
+        ),
+        folder(
+            "custom-generate-folder",
+            {"config.json": BERT, "custom_generate/generate.py": PYTHON.encode()},
+            2,
+            "custom_generate",
+        ),
+        folder("trust", {"config.json": {**BERT, "trust_remote_code": True}}, 2, "trust_remote_code"),
+        folder(
+            "pipelines", {"config.json": {**BERT, "custom_pipelines": {"x": {"impl": "a.B"}}}}, 2, "custom_pipelines"
+        ),
+        folder("attention-kernel", {"config.json": {**BERT, "_attn_implementation": "someone/kernel"}}, 4, "kernel"),
+        folder(
+            "attention-kernel-nested", {"config.json": {**BERT, "vision": {"attn_implementation": "a/b:c"}}}, 4, "a/b:c"
+        ),
+        folder("attention-kernel-dict", {"config.json": {**BERT, "_attn_implementation": {"": "a/b"}}}, 4, "kernel"),
+        folder("attention-internal", {"config.json": {**BERT, "_attn_implementation_internal": "a/b"}}, 4, "kernel"),
+        folder("experts-kernel", {"config.json": {**BERT, "experts_implementation": "a/b"}}, 4, "kernel"),
+        folder("use-kernels", {"config.json": {**BERT, "use_kernels": True}}, 2, "use_kernels"),
+        folder("quantiser", {"config.json": {**BERT, "quantization_config": {"quant_method": "gptq"}}}, 4, "gptq"),
+        folder(
+            "quantiser-nested", {"config.json": {**BERT, "a": {"quantization_config": {"quant_method": "x\n"}}}}, 4, ""
+        ),
+        folder("adapter", {"adapter_config.json": {"base_model_name_or_path": "someone/base"}}, 4, "someone/base"),
+        folder(
+            "adapter-path", {"config.json": BERT, "adapter_config.json": {"base_model_name_or_path": "../x"}}, 4, "../x"
+        ),
+        folder(
+            "index-parent", {"config.json": BERT, index: {"weight_map": {"a": "../outside.safetensors"}}}, 4, "outside"
+        ),
+        folder("index-absolute", {"config.json": BERT, index: {"weight_map": {"a": "/etc/hostname"}}}, 4, "outside"),
+        folder("index-dots", {"config.json": BERT, index: {"weight_map": {"a": ".."}}}, 4, "outside"),
+        folder("index-number", {"config.json": BERT, index: {"weight_map": {"a": 7}}}, 4, "outside"),
+        folder("index-missing", {"config.json": BERT, index: {"weight_map": {"a": "b.safetensors"}}}, 3, "missing"),
+        folder("index-no-map", {"config.json": BERT, index: {"weight_map": []}}, 3, "weight_map"),
+        folder("index-alone", {index: {"weight_map": {"a": "../../etc/hostname"}}}, 4, "outside"),
+        folder("link-out", {"config.json": BERT, "model.safetensors": Path("/etc/hostname")}, 4, "link"),
+        folder("link-up", {"config.json": BERT, "model.bin": Path("../other")}, 4, "link"),
+        folder("link-config", {"config.json": Path("/etc/hostname")}, 4, "link"),
+        folder(
+            "shadows",
+            {"config.json": BERT, "torch.py": PYTHON.encode(), "transformers.py": PYTHON.encode()},
+            2,
+            "torch.py",
+        ),
+        folder("pickled-tokenizer", {"config.json": BERT, "tokenizer.pickle": program(SYSTEM)}, 2, "tokenizer.pickle"),
+        folder("bin", {"config.json": BERT, "pytorch_model.bin": weights}, 2, ""),
+        folder("config-list", {"config.json": [1]}, 3, "config.json"),
+        folder("config-cut", {"config.json": b'{"a": '}, 3, "config.json"),
+        folder("config-twice", {"config.json": b'{"a": 1, "a": 2}'}, 3, "twice"),
+        folder("config-deep", {"config.json": b"[" * 100_000}, 3, "config.json"),
+        folder("config-encoding", {"config.json": b'{"a": "\xff"}'}, 3, "config.json"),
+        folder("config-number", {"config.json": b'{"a": ' + b"9" * 10_000 + b"}"}, 3, "config.json"),
+        folder("config-folder", {"config.json/x": b""}, 3, "config.json"),
+    ]
+
+
+HOSTILE = called_items() + structure_items() + script_items() + program_items() + folder_items()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# malformed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def good_files() -> dict[str, bytes]:
+    """A good file of each kind; the tensors are large enough to be cut."""
+    from safetensors.torch import save
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).eval()
+    return {
+        "zip": saved(model), "legacy": saved(model, legacy=True), "safetensors": save(model.state_dict()),
+        "script": script_archive(), "program": program_archive(),
+        "plain": pickle.dumps({"é": model.state_dict()["0.weight"].numpy()}, protocol=4),
+    }  # fmt: skip
+
+
+def cut(kind: str, percent: int) -> bytes:
+    """The beginning of a good file."""
+    data = good_files()[kind]
+    return data[: len(data) * percent // 100]
+
+
+def flipped(kind: str, percent: int) -> bytes:
+    """A good file with one bit wrong."""
+    data = bytearray(good_files()[kind])
+    data[len(data) * percent // 100] ^= 4
+    return bytes(data)
+
+
+def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file; a bytes header is taken as it is."""
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(content) if length is None else length) + content + data
+
+
+def tensor(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "F32") -> dict[str, Any]:
+    """An entry of a safetensors header."""
+    return {"dtype": dtype, "shape": shape or [(end - begin) // 4], "data_offsets": [begin, end]}
+
+
+def storage(kind: str = "FloatStorage", key: bytes | None = None, count: int = 4) -> bytes:
+    """The opcodes of a persistent id of a storage."""
+    return b"(" + text("storage") + glob("torch", kind) + (key or text("0")) + text("cpu") + value(count) + b"tQ"
+
+
+def tensor_of(
+    size: bytes, stride: bytes, offset: int = 0, place: bytes | None = None, data: bytes = bytes(16)
+) -> bytes:
+    """An archive with one tensor, over a storage of four floats."""
+    body = (
+        b"("
+        + (place or storage())
+        + value(offset)
+        + size
+        + stride
+        + b"\x89"
+        + glob("collections", "OrderedDict")
+        + b")RtR"
+    )
+    return archive(program(b"}", text("a"), glob("torch._utils", "_rebuild_tensor_v2"), body, b"s"), {"data/0": data})
+
+
+def sized(size: Any, stride: Any, offset: int = 0) -> Callable[[], bytes]:
+    """An archive with a tensor of this size and stride."""
+    return lambda: tensor_of(value(size), value(stride), offset)
+
+
+def shared(times: int, make: bytes, use: bytes) -> bytes:
+    """An archive that makes one large object and uses it `times`."""
+    return archive(program(make, b"q\x000(", use * times, b"t"))
+
+
+def long_list(count: int) -> bytes:
+    """The opcodes of a list of numbers."""
+    return b"](" + b"K\x01" * count + b"e"
+
+
+def doubling(levels: int) -> bytes:
+    """A tuple of two of a tuple of two of ...: small here, 2**levels when it is written out."""
+    return b")q\x00" + b"".join(
+        b"0h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(levels)
+    )
+
+
+def colliding_keys(count: int) -> bytes:
+    """A dictionary whose keys have one hash value: building it takes the square of their number."""
+    keys = b"".join(b"\x8a\x0a" + (index * (2**61 - 1)).to_bytes(10, "little") + b"N" for index in range(1, count))
+    return archive(program(b"}(", keys, b"u"))
+
+
+def modules(depth: int, *, wide: bool) -> bytes:
+    """Modules in modules; `wide` ones contain the same child twice, so that there are 2**depth paths."""
+    layer: nn.Module = nn.ReLU()
+    for _ in range(depth):
+        layer = nn.Sequential(nn.Sequential(layer), nn.Sequential(layer)) if wide else nn.Sequential(layer)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)  # for pickling
+    try:
+        return saved(layer)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def cyclic(*, wrapped: bool) -> bytes:
+    """A module that contains itself, in a checkpoint's entry or alone."""
+    layer = nn.Sequential(nn.Linear(2, 2))
+    layer._modules["self"] = layer
+    return saved({"epoch": 1, "model": layer} if wrapped else layer)
+
+
+def bomb(name: str, size: int) -> bytes:
+    """An archive with one record that is packed a thousandfold."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as output:
+        output.writestr("a/version", "3")
+        output.writestr("a/data.pkl", program(b"}") if name != "data.pkl" else b"]" * size)
+        if name != "data.pkl":
+            output.writestr(f"a/{name}", bytes(size))
+        if name.startswith("code/"):
+            output.writestr("a/constants.pkl", program(b")"))
+    return buffer.getvalue()
+
+
+def overlapping_entries() -> bytes:
+    """A directory of a thousand records that all lie at the same place."""
+    content = bytes(1 << 20)
+    head = b"PK\x03\x04" + struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 0, 0, len(content), len(content), 8, 0) + b"a/data/0"
+    entries = b""
+    for index in range(1000):
+        name = f"a/data/{index}".encode()
+        fields = struct.pack(
+            "<HHHHHHIIIHHHHHII", 20, 20, 0, 0, 0, 0, 0, len(content), len(content), len(name), 0, 0, 0, 0, 0, 0
+        )
+        entries += b"PK\x01\x02" + fields + name
+    data = head + content
+    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1000, 1000, len(entries), len(data), 0)
+    return data + entries + end
+
+
+def entry_named(name: str) -> bytes:
+    """A checkpoint with one more record of this name."""
+    return plain_zip([("a/data.pkl", program(b"}")), ("a/version", b"3"), (name, b"x")])
+
+
+def tar_file() -> bytes:
+    """The layout before PyTorch 0.1.10, as a tar archive."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as output:
+        output.addfile(tarfile.TarInfo("pickle"), io.BytesIO())
+    return buffer.getvalue()
+
+
+def legacy_with(body: bytes, tail: bytes) -> bytes:
+    """A legacy file with another object, list of keys and data."""
+    head = legacy_stream(b"")
+    return head[: -len(pickle.dumps([], protocol=2))] + body + tail
+
+
+def legacy_tensor(count: int, keys: Any, stored: int, data: bytes) -> bytes:
+    """A legacy file with one storage of `count` floats, of which `data` are there."""
+    body = program(b"(", storage(count=count)[1:-2], b"NtQ")
+    return legacy_with(body, pickle.dumps(keys, protocol=2) + struct.pack("<q", stored) + data)
+
+
+def numpy_array(shape: tuple[Any, ...], dtype: bytes, raw: bytes) -> bytes:
+    """An archive with a numpy array of this state."""
+    make = (
+        glob("numpy.core.multiarray", "_reconstruct") + glob("numpy", "ndarray") + value((0,)) + value(b"b") + b"\x87R"
+    )
+    return archive(program(b"}", text("a"), make, b"(K\x01", value(shape), dtype, b"\x89", value(raw), b"tbs"))
+
+
+def numpy_dtype(code: str) -> bytes:
+    """The opcodes of a numpy dtype."""
+    return (
+        glob("numpy", "dtype") + value((code, False, True)) + b"R" + value((3, "<", None, None, None, -1, -1, 0)) + b"b"
+    )
+
+
+def pickle_items() -> list[Item]:
+    """Broken programs, and programs that would take for ever or fill the memory."""
+    exa = struct.pack("<Q", 1 << 60)
+    relu = glob("torch.nn.modules.activation", "ReLU") + b")\x81"
+    million = long_list(100_000)
+    makes: dict[str, tuple[Callable[[], bytes], Any]] = {
+        "no-stop": (lambda: archive(b"\x80\x02}"), 3),
+        "empty": (lambda: archive(b""), 3),
+        "only-stop": (lambda: archive(b"."), 3),
+        "protocol-99": (lambda: archive(b"\x80\x63N."), 3),
+        "unknown-opcode": (lambda: archive(b"\x80\x02\xff."), 3),
+        "stack-underflow": (lambda: archive(program(b"0" * 10)), 3),
+        "no-mark": (lambda: archive(program(b"}u")), 3),
+        "no-memo": (lambda: archive(program(b"j\xff\xff\xff\x7f")), 3),
+        "negative-memo": (lambda: archive(program(b"N", b"p-5\n")), 3),
+        "bytes-of-an-exabyte": (lambda: archive(program(b"\x8e" + exa, protocol=4)), 3),
+        "text-of-an-exabyte": (lambda: archive(program(b"\x8d" + exa, protocol=4)), 3),
+        "frame-of-an-exabyte": (lambda: archive(program(b"\x95" + exa, protocol=4)), 3),
+        "long-of-2-gigabytes": (lambda: archive(program(b"\x8b\xff\xff\xff\x7f")), 3),
+        "negative-length": (lambda: archive(program(b"T\xff\xff\xff\xff")), 3),
+        "legacy-bytes-of-an-exabyte": (lambda: legacy_stream(program(b"\x8e" + exa, protocol=4)), 3),
+        "legacy-text-of-4-gigabytes": (lambda: legacy_stream(program(b"X\xff\xff\xff\xff")), 3),
+        "decimal-of-a-million-digits": (lambda: archive(program(b"L" + b"9" * 1_000_000 + b"L\n")), 3),
+        "no-utf-8": (lambda: archive(program(b"X\x02\0\0\0\xff\xfe")), 3),
+        "nested-a-million": (lambda: archive(program(b"(" * 1_000_000 + b"]" + b"t" * 1_000_000)), 3),
+        "nested-lists": (lambda: archive(program(b"]" * 300_000 + b"a" * 299_999)), 3),
+        "thirty-million-opcodes": (lambda: archive(program(b"N0" * 15_000_000)), 3),
+        "a-million-lists": (lambda: archive(program(b"]" * 12_000_000)), 3),
+        "colliding-keys": (lambda: colliding_keys(60_000), 4),
+        "deep-key": (lambda: archive(program(b"}", doubling(40), b"Ns")), (3, 4)),
+        "wide-key": (lambda: archive(program(b"}(", b"K\x01" * 100_000, b"tNs")), 4),
+        "storage-key-of-tuples": (lambda: archive(program(storage(key=doubling(40)))), 3),
+        "codec-of-tuples": (lambda: archive(program(glob("_codecs", "encode"), text("a"), doubling(40), b"\x86R")), 4),
+        "attribute-of-tuples": (lambda: archive(program(glob("builtins", "getattr"), relu, doubling(40), b"\x86R")), 3),
+        "path-of-modules": (lambda: archive(program(glob("pathlib", "PosixPath"), relu, b"\x85R")), 3),
+        "set-of-a-range": (
+            lambda: archive(program(glob("builtins", "set"), call("builtins", "range", 1 << 50), b"\x85R")),
+            3,
+        ),
+        "size-of-a-range": (
+            lambda: archive(program(glob("torch", "Size"), call("builtins", "range", 1 << 50), b"\x85R")),
+            3,
+        ),
+        "tensor-of-a-range": (lambda: tensor_of(call("builtins", "range", 1 << 50), value((1,))), 3),
+        "one-text-encoded-often": (
+            lambda: shared(
+                60_000, text("a" * 1_000_000), glob("_codecs", "encode") + b"h\x00" + text("latin1") + b"\x86R"
+            ),
+            3,
+        ),
+        "one-list-copied-often": (lambda: shared(20_000, million, glob("builtins", "set") + b"h\x00\x85R"), 3),
+        "one-size-copied-often": (lambda: shared(20_000, million, glob("torch", "Size") + b"h\x00\x85R"), 3),
+        "one-file-opened-often": (
+            lambda: shared(
+                20_000,
+                value(saved(torch.zeros(20_000).untyped_storage(), legacy=True)),
+                glob("torch.storage", "_load_from_bytes") + b"h\x00\x85R",
+            ),
+            3,
+        ),
+        "one-array-copied-often": (
+            lambda: shared(
+                20_000,
+                value(bytes(1_000_000)),
+                glob("numpy.core.multiarray", "scalar") + numpy_dtype("f4") + b"h\x00\x86R",
+            ),
+            3,
+        ),
+        "array-larger-than-its-data": (lambda: numpy_array((1 << 40,), numpy_dtype("f4"), bytes(16)), 3),
+        "array-of-negative-size": (lambda: numpy_array((-4,), numpy_dtype("f4"), bytes(16)), 3),
+        "array-of-odd-shape": (lambda: numpy_array(("a",), numpy_dtype("f4"), bytes(16)), 3),
+        "array-of-many-axes": (lambda: numpy_array((1,) * 100, numpy_dtype("f4"), bytes(4)), 3),
+        "array-of-objects": (lambda: numpy_array((1,), numpy_dtype("O8"), bytes(8)), 4),
+        "array-of-records": (lambda: numpy_array((1,), numpy_dtype("V8"), bytes(8)), 4),
+        "not-a-model": (lambda: archive(program(value([1, 2]))), 3),
+        "a-number": (lambda: archive(program(b"K\x01")), 3),
+        "no-weights": (lambda: archive(program(value({"a": 1}))), 3),
+        "keys-with-escapes": (lambda: archive(program(value({"\x1b[31m\n\u202e\ud800": 1}))), 3),
+        "unknown-storage-type": (lambda: archive(program(storage("StrangeStorage"))), 3),
+        "storage-of-a-string": (lambda: archive(program(b"(", text("storage"), text("0"), b"tQ")), 3),
+        "storage-key-path": (lambda: archive(program(storage(key=text("../../etc/passwd")))), 3),
+        "storage-of-terabytes": (lambda: archive(program(storage(count=1 << 46))), 3),
+        "storage-of-2**63": (lambda: archive(program(storage(count=1 << 63))), 3),
+        "storage-of-minus-one": (lambda: archive(program(storage(count=-1))), 3),
+        "storage-missing": (lambda: archive(program(storage(count=4))), 3),
+        "storage-of-another-dtype": (lambda: tensor_of(value((4,)), value((1,)), place=storage("DoubleStorage")), 3),
+        "storage-shorter": (lambda: tensor_of(value((4,)), value((1,)), data=bytes(8)), 3),
+        "storage-longer": (lambda: tensor_of(value((4,)), value((1,)), data=bytes(64)), 3),
+        "storage-empty": (lambda: tensor_of(value((4,)), value((1,)), data=b""), 3),
+        "tensor-beyond": (sized((1000,), (1,)), 3),
+        "tensor-offset-beyond": (sized((1,), (1,), 1 << 40), 3),
+        "tensor-negative-offset": (sized((1,), (1,), -1), 3),
+        "tensor-negative-stride": (sized((2,), (-1,)), 3),
+        "tensor-negative-size": (sized((-2,), (1,)), 3),
+        "tensor-huge-stride": (sized((2,), (1 << 60,)), 3),
+        "tensor-overlapping-itself": (sized((1 << 40,), (0,)), 3),
+        "tensor-overlapping-rows": (sized((1 << 20, 1 << 20), (0, 0)), 3),
+        "tensor-overflowing": (sized((1 << 40, 1 << 40), (1 << 40, 1)), 3),
+        "tensor-of-other-rank": (sized((2, 2), (1,)), 3),
+        "tensor-of-100-axes": (sized((1,) * 100, (1,) * 100), 3),
+        "tensor-of-text": (sized("ab", "cd"), 3),
+        "tensor-of-floats": (sized((2.5,), (1,)), 3),
+        "tensor-without-storage": (lambda: tensor_of(value((1,)), value((1,)), place=b"N"), 3),
+        "state-of-a-module": (lambda: archive(program(relu, value([1]), b"b")), 3),
+        "parts-of-a-module": (lambda: archive(program(relu, value({"_modules": [1]}), b"b")), 3),
+        "tensors-for-modules": (lambda: archive(program(relu, value({"_modules": {"a": 1}}), b"b")), 3),
+        "module-without-state": (lambda: archive(program(relu)), 3),
+        "modules-in-a-cycle": (lambda: cyclic(wrapped=False), 3),
+        "modules-in-a-cycle-in-an-entry": (lambda: cyclic(wrapped=True), 3),
+        "modules-2-to-the-40": (lambda: modules(40, wide=True), 3),
+        "modules-450-deep": (lambda: modules(450, wide=False), 3),
+    }
+    return [file(f"pickle-{name}", make, code) for name, (make, code) in makes.items()]
+
+
+def archive_items() -> list[Item]:
+    """Broken archives."""
+    big = good_files()["zip"]
+    makes: dict[str, tuple[Callable[[], bytes], Any]] = {
+        "bomb": (lambda: bomb("data/0", 100 << 20), 3),
+        "bomb-of-a-pickle": (lambda: bomb("data.pkl", 70 << 20), 3),
+        "bomb-of-code": (lambda: bomb("code/a.py", 100 << 20), 3),
+        "overlapping-entries": (overlapping_entries, 3),
+        "absolute-path": (lambda: entry_named("/etc/passwd"), 3),
+        "parent-path": (lambda: entry_named("a/../../x"), 3),
+        "parent-path-inside": (lambda: entry_named("a/data/../../../x"), 3),
+        "backslashes": (lambda: entry_named("a/..\\x"), 3),
+        "name-with-escapes": (lambda: entry_named("a/\x1b[31m\n"), (2, 3)),
+        "big-endian": (lambda: archive(program(b"}"), {"byteorder": b"big"}), 3),
+        "odd-byte-order": (lambda: archive(program(b"}"), {"byteorder": b"\x1b[31m"}), 3),
+        "no-data": (lambda: plain_zip([("a/version", b"3")]), 3),
+        "no-entries": (lambda: b"PK\x03\x04" + bytes(30) + b"PK\x05\x06" + bytes(18), 3),
+        "only-the-end": (lambda: b"PK\x05\x06" + bytes(18), 3),
+        "directory-entry": (lambda: plain_zip([("a/data.pkl/", b""), ("a/version", b"3")]), 3),
+        "many-entries": (lambda: plain_zip([(f"a/{i}", b"") for i in range(5_000)]), 3),
+        "wrong-crc-of-data": (lambda: flip_data(big), 3),
+        "garbage-behind": (lambda: big + b"\0" * 70_000, 3),
+        "middle-missing": (lambda: big[: len(big) // 3] + big[len(big) // 2 :], 3),
+        "zeroed-middle": (lambda: big[:2000] + bytes(len(big) - 4000) + big[-2000:], 3),
+        "zeroed-end": (lambda: big[:-3000] + bytes(3000), 3),
+        "script-without-code": (lambda: changed(script_archive(), {"code/*": None}), 3),
+        "script-without-data": (lambda: changed(script_archive(), {"data.pkl": None}), 3),
+        "script-of-nothing": (lambda: archive(program(b"}"), {"constants.pkl": program(b")")}), 3),
+        "script-version-999": (lambda: changed(script_archive(), {"version": b"999"}), (0, 3)),
+        "script-bad-inputs": (
+            lambda: changed(script_archive(), {"traced_inputs.pkl": program(storage(count=1 << 45))}),
+            3,
+        ),
+    }
+    return [file(f"archive-{name}", make, code) for name, (make, code) in makes.items()]
+
+
+def flip_data(data: bytes) -> bytes:
+    """One bit of a tensor's record."""
+    wrong = bytearray(data)
+    wrong[data.index(b"data/0") + 200] ^= 1
+    return bytes(wrong)
+
+
+def safetensors_items() -> list[Item]:
+    """Broken safetensors files."""
+    four = bytes(16)
+    deep = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    makes: dict[str, Callable[[], bytes]] = {
+        "header-of-8-exabytes": lambda: safetensors({"a": tensor(0, 16)}, four, length=(1 << 63) - 1),
+        "header-of-16-exabytes": lambda: safetensors({"a": tensor(0, 16)}, four, length=(1 << 64) - 1),
+        "header-of-100-megabytes": lambda: safetensors({"a": tensor(0, 16)}, four, length=100 << 20),
+        "header-too-long-by-one": lambda: safetensors({"a": tensor(0, 16)}, b"", length=80),
+        "overlap": lambda: safetensors({"a": tensor(0, 16), "b": tensor(8, 16)}, four),
+        "same-place": lambda: safetensors({"a": tensor(0, 16), "b": tensor(0, 16)}, four),
+        "gap": lambda: safetensors({"a": tensor(0, 4), "b": tensor(8, 16)}, four),
+        "gap-at-the-start": lambda: safetensors({"a": tensor(4, 16)}, four),
+        "beyond-the-data": lambda: safetensors({"a": tensor(0, 64)}, four),
+        "data-left": lambda: safetensors({"a": tensor(0, 8)}, four),
+        "backwards": lambda: safetensors({"a": tensor(16, 0, [4])}, four),
+        "negative-offset": lambda: safetensors({"a": tensor(-16, 0, [4])}, four),
+        "shape-too-large": lambda: safetensors({"a": tensor(0, 16, [1 << 40])}, four),
+        "shape-overflows": lambda: safetensors({"a": tensor(0, 16, [1 << 47] * 10)}, four),
+        "shape-negative": lambda: safetensors({"a": tensor(0, 16, [-4])}, four),
+        "shape-of-floats": lambda: safetensors({"a": tensor(0, 16, [4.0])}, four),
+        "shape-of-booleans": lambda: safetensors({"a": tensor(0, 4, [True])}, four[:4]),
+        "shape-of-100-axes": lambda: safetensors({"a": tensor(0, 4, [1] * 100)}, four[:4]),
+        "dtype-of-other-size": lambda: safetensors({"a": tensor(0, 16, [4], "F64")}, four),
+        "dtype-unknown": lambda: safetensors({"a": tensor(0, 16, [4], "\x1b[31m")}, four),
+        "dtype-number": lambda: safetensors({"a": {**tensor(0, 16), "dtype": 7}}, four),
+        "no-offsets": lambda: safetensors({"a": {"dtype": "F32", "shape": [4]}}, four),
+        "three-offsets": lambda: safetensors({"a": {**tensor(0, 16), "data_offsets": [0, 8, 16]}}, four),
+        "entry-of-text": lambda: safetensors({"a": "b"}, four),
+        "twice-the-same": lambda: safetensors(b'{"a":%s,"a":%s}' % ((json.dumps(tensor(0, 16)).encode(),) * 2), four),
+        "not-utf-8": lambda: safetensors(b'{"\xff\xfe": 1}', four),
+        "not-json": lambda: safetensors(b"{not json at all}", four),
+        "json-list": lambda: safetensors(b'{"a": [1]}', four),
+        "deep-json": lambda: safetensors(deep, four),
+        "long-number": lambda: safetensors(b'{"a": ' + b"9" * 100_000 + b"}", four),
+        "name-with-escapes": lambda: safetensors({"\x1b]0;x\x07\n\u202e": tensor(0, 64)}, four),
+        "empty-header": lambda: safetensors(b"{}", four),
+        "nan": lambda: safetensors(b'{"a": NaN}', four),
+        "only-metadata": lambda: safetensors({"__metadata__": {"a": "b"}}, four),
+    }
+    return [file(f"safetensors-{name}", make, 3) for name, make in makes.items()]
+
+
+def legacy_items() -> list[Item]:
+    """Broken files of the layout before PyTorch 1.6."""
+    makes: dict[str, tuple[Callable[[], bytes], Any]] = {
+        "no-data": (lambda: legacy_tensor(4, ["0"], 4, b""), 3),
+        "less-data": (lambda: legacy_tensor(4, ["0"], 4, bytes(8)), 3),
+        "other-count": (lambda: legacy_tensor(4, ["0"], 5, bytes(20)), 3),
+        "negative-count": (lambda: legacy_tensor(4, ["0"], -4, bytes(16)), 3),
+        "missing-keys": (lambda: legacy_tensor(4, [], 4, bytes(16)), 3),
+        "other-keys": (lambda: legacy_tensor(4, ["1"], 4, bytes(16)), 3),
+        "keys-of-text": (lambda: legacy_tensor(4, "0", 4, bytes(16)), 3),
+        "keys-twice": (lambda: legacy_tensor(4, ["0", "0"], 4, bytes(16)), 3),
+        "larger-than-the-file": (lambda: legacy_tensor(1 << 40, ["0"], 1 << 40, bytes(16)), 3),
+        "view": (
+            lambda: legacy_with(program(b"(", storage()[1:-2], value(("1", 0, 1)), b"tQ"), pickle.dumps(["0"], 2)),
+            3,
+        ),
+        "cut-after-the-object": (lambda: legacy_with(program(b"}"), b""), 3),
+        "magic-only": (lambda: pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2), 3),
+        "wrong-magic": (lambda: pickle.dumps(0x1950A86A20F9469CFC6D, protocol=2), 3),
+    }
+    return [file(f"legacy-{name}", make, code) for name, (make, code) in makes.items()]
+
+
+def cut_items() -> list[Item]:
+    """Good files that end too early, or have a bit wrong where that is noticed."""
+    cuts = [
+        file(f"cut-{kind}-at-{percent}-percent", functools.partial(cut, kind, percent), 3)
+        for kind in ("zip", "legacy", "safetensors", "script", "program", "plain")
+        for percent in (3, 30, 70, 99)
+    ]
+    flips = [
+        file(f"flip-zip-at-{percent}-percent", functools.partial(flipped, "zip", percent), (3, 4))  # type: ignore[arg-type]
+        for percent in (15, 30, 50, 60, 80)
+    ]
+    return cuts + flips
+
+
+def other_items() -> list[Item]:
+    """Files of other kinds."""
+    makes: dict[str, tuple[Callable[[], bytes], str]] = {
+        "empty": (lambda: b"", "is empty"),
+        "one-byte": (lambda: b"\x80", "too early"),
+        "zeros": (lambda: bytes(5000), "pass a .pt"),
+        "text": (lambda: b"hello\n", "text file"),
+        "html": (lambda: b"<!DOCTYPE html><html></html>", "HTML"),
+        "lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        "json": (lambda: b'{"a": 1}\n', "text file"),
+        "gguf": (lambda: b"GGUF\3\0\0\0" + bytes(99), "GGUF"),
+        "hdf5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
+        "gzip": (lambda: b"\x1f\x8b\x08" + bytes(99), "gzip"),
+        "7z": (lambda: b"7z\xbc\xaf\x27\x1c" + bytes(99), "7z"),
+        "numpy": (lambda: b"\x93NUMPY\x01\x00" + bytes(99), "NumPy"),
+        "tar": (tar_file, "tar archive"),
+    }
+    return [file(f"other-{name}", make, 3, words) for name, (make, words) in makes.items()]
+
+
+def fifo(place: Path) -> Path:
+    """A pipe that nobody writes into."""
+    os.mkfifo(place / "input.pt")
+    return place / "input.pt"
+
+
+def unix_socket(place: Path) -> Path:
+    """A socket."""
+    current = Path.cwd()
+    os.chdir(place)  # a socket's path may have 108 characters
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("input.pt")
+    finally:
+        os.chdir(current)
+    return place / "input.pt"
+
+
+def link(target: str, name: str = "input.pt") -> Callable[[Path], Path]:
+    """A symbolic link."""
+
+    def make(place: Path) -> Path:
+        (place / name).symlink_to(target)
+        return place / name
+
+    return make
+
+
+def linked_index(place: Path) -> Path:
+    """A folder whose index is a link to the folder itself."""
+    (place / "model.bin.index.json").symlink_to(place)
+    return place
+
+
+def fifo_index(place: Path) -> Path:
+    """A folder whose index is a pipe."""
+    os.mkfifo(place / "model.bin.index.json")
+    return place
+
+
+def fifo_config(place: Path) -> Path:
+    """A Hugging Face folder whose config is a pipe."""
+    os.mkfifo(place / "config.json")
+    return place
+
+
+PATHS = [
+    Item("path-fifo", fifo, 3, "not a regular file"),
+    Item("path-socket", unix_socket, 3, "not a regular file"),
+    Item("path-zero-device", lambda _: Path("/dev/zero"), 3, "not a regular file"),
+    Item("path-null-device", lambda _: Path("/dev/null"), 3, "not a regular file"),
+    Item("path-link-to-a-device", link("/dev/zero"), 3, "not a regular file"),
+    Item("path-link-loop", link("input.pt"), 3, "levels of symbolic links"),
+    Item("path-dangling-link", link("nowhere"), 3, "No such file"),
+    Item("path-escapes", lambda place: place / "\x1b[31m\nx.pt", 3, "No such file"),
+    Item("path-too-long", lambda place: place / ("x" * 300), 3, "too long"),
+    Item("path-empty-folder", lambda place: place, 3, "empty directory"),
+    Item("path-index-of-itself", linked_index, 3, "symbolic links"),
+    Item("path-index-fifo", fifo_index, 3, "not a regular file"),
+    Item("path-config-fifo", fifo_config, 3, "not a regular file"),
+    Item("path-proc-mem", lambda _: Path("/proc/self/mem"), 3, ""),
+]
+
+MALFORMED = [
+    *pickle_items(), *archive_items(), *safetensors_items(), *legacy_items(), *cut_items(), *other_items(), *PATHS,
+]  # fmt: skip

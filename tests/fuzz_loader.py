@@ -1,0 +1,229 @@
+"""Mutation fuzzing of the loader: `python tests/fuzz_loader.py --minutes 10 [--seed 0] [--keep FOLDER]`.
+
+Takes the corpus and good files of every kind, changes them at random (bits, bytes, cuts, copies, numbers, names,
+opcodes, records of archives, JSON) and loads each in a forked child. Only two endings are right: something was loaded,
+or one ConversionError. Anything else (another exception, a crash, 10 s of processor time, much memory, the payload's
+marker, a file that was written) is a finding: it is kept and named, and becomes an item of the corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import corpus
+import forked
+import torch
+
+import convert as product
+
+BATCH = 20  # inputs for one child: a fork takes longer than most of them
+MEMORY = 1_500_000  # kilobytes
+NUMBERS = (0, 1, 255, 127, 128, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, (1 << 63) - 1, (1 << 64) - 1)
+WORDS = (b"posix\nsystem\n", b"builtins\neval\n", b"../", b"\x1b[31m", b"\0", b"\n", b"ops.aten.save", b"[" * 999,
+         b"9" * 99, b"R", b"b", b"\x81", b"\x93", b"o", b"i", b"\x82\x01", b"Q", b"torch.ops.aten.from_file", b"-1",
+         b"1e999")  # fmt: skip
+
+
+def seeds() -> list[bytes]:
+    """The files that mutations start from."""
+    items = corpus.HOSTILE + corpus.MALFORMED
+    found = list(corpus.good_files().values()) * 12
+    with tempfile.TemporaryDirectory() as place:
+        for index, item in enumerate(items):
+            folder = Path(place) / str(index)
+            folder.mkdir()
+            path = item.make(folder)
+            if os.path.isfile(path) and place in str(path) and 0 < path.stat().st_size < 300_000:  # noqa: PTH113
+                found.append(path.read_bytes())
+    return found
+
+
+def mutate_bytes(data: bytes, dice: random.Random, donors: list[bytes]) -> bytes:
+    """A few changes that know nothing of the format."""
+    result = bytearray(data)
+    for _ in range(dice.choice((1, 1, 1, 2, 3, 8))):
+        if not result:
+            break
+        where = dice.randrange(len(result))
+        match dice.randrange(9):
+            case 0:
+                result[where] ^= 1 << dice.randrange(8)
+            case 1:
+                result[where] = dice.randrange(256)
+            case 2:
+                del result[where : where + dice.choice((1, 2, 8, 64, 1024))]
+            case 3:
+                result[where:where] = dice.choice(WORDS)
+            case 4:
+                width = dice.choice((1, 2, 4, 8))
+                result[where : where + width] = (dice.choice(NUMBERS) & (256**width - 1)).to_bytes(width, "little")
+            case 5:
+                del result[where:]
+            case 6:
+                donor = dice.choice(donors)
+                start = dice.randrange(len(donor))
+                result[where:where] = donor[start : start + dice.choice((1, 16, 256))]
+            case 7:
+                part = result[where : where + dice.choice((1, 4, 16, 64))]
+                result[where:where] = part * dice.choice((1, 2, 50))
+            case 8:
+                word = dice.choice(WORDS)
+                result[where : where + len(word)] = word
+    return bytes(result)
+
+
+def mutate_json(data: bytes, dice: random.Random) -> bytes:
+    """Change one value somewhere in a JSON document."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    places = [(node, key) for node in nodes(content) for key in (node if isinstance(node, dict) else range(len(node)))]
+    if places:
+        node, key = dice.choice(places)
+        values = (
+            None,
+            True,
+            -1,
+            1 << 40,
+            1 << 70,
+            2.5,
+            "",
+            "os.system",
+            corpus.IMPORT,
+            "a b",
+            [],
+            {},
+            [[1]],
+            "9**9**9**9",
+        )
+        node[key] = dice.choice(values)
+        if isinstance(node, dict) and dice.random() < 0.2:
+            node[str(dice.choice(values))] = node.pop(key)
+    return json.dumps(content).encode()
+
+
+def nodes(content: object) -> Iterator[dict | list]:
+    """Every container of a JSON document."""
+    waiting = [content]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (dict, list)):
+            yield node
+            waiting.extend(node.values() if isinstance(node, dict) else node)
+
+
+def mutate(data: bytes, dice: random.Random, donors: list[bytes]) -> bytes:
+    """A changed file: as bytes, or inside a record of its archive so that the archive stays whole."""
+    if not data.startswith(b"PK") or dice.random() < 0.25:
+        return mutate_bytes(data, dice, donors)
+    try:
+        reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+        names = [name for name in reader.get_all_records() if not name.startswith(".data/")]
+        weights = [1 if name.startswith("data/") and not name.endswith(".json") else 6 for name in names]
+        name = dice.choices(names, weights)[0]
+        record = reader.get_record(name)
+        if dice.random() < 0.05:
+            return corpus.changed(data, {name: None})
+        change = mutate_json(record, dice) if name.endswith(".json") and dice.random() < 0.8 else None
+        return corpus.changed(data, {name: change or mutate_bytes(record, dice, donors)})
+    except (RuntimeError, UnicodeError, IndexError):
+        return mutate_bytes(data, dice, donors)
+
+
+def attempt(path: Path) -> str:
+    """Load a file; "" for a right ending, else what went wrong."""
+    try:
+        source = product.detect(path)
+        if source.kind in (product.Kind.CHECKPOINT, product.Kind.TORCHSCRIPT, product.Kind.EXPORTED_PROGRAM):
+            product.check_records(path)
+        product.load(source, trust=False)
+    except product.ConversionError as error:
+        return "" if error.status in (2, 3, 4) else f"status {error.status}: {error}"
+    except BaseException:
+        return traceback.format_exc(limit=-3)
+    return ""
+
+
+def run_batch(inputs: list[bytes], folder: Path) -> dict[int, str]:
+    """Load the inputs in one child; the findings by number. After a crash or hang the rest is tried in another one."""
+    findings: dict[int, str] = {}
+    start = 0
+    for index, data in enumerate(inputs):
+        (folder / f"{index}.pt").write_bytes(data)
+    progress = folder / "progress"
+    while start < len(inputs):
+
+        def action(start: int = start) -> int:
+            with progress.open("w", encoding="utf-8") as log:
+                for index in range(start, len(inputs)):
+                    begun = time.process_time()
+                    print("begin", index, file=log, flush=True)
+                    problem = attempt(folder / f"{index}.pt")
+                    if time.process_time() - begun > 10:
+                        problem = f"{time.process_time() - begun:.0f} s of processor time"
+                    print("end", index, json.dumps(problem), file=log, flush=True)
+            return 0
+
+        outcome = forked.in_child(action, folder, seconds=10 + BATCH)
+        lines = [line.split(" ", 2) for line in progress.read_text(encoding="utf-8").splitlines()]
+        findings |= {int(line[1]): json.loads(line[2]) for line in lines if line[0] == "end" and line[2] != '""'}
+        last = int(lines[-1][1]) if lines else start
+        if outcome.code != 0:
+            findings[last] = f"the process ended with {outcome.code}: {outcome.err[-500:]}"
+        elif outcome.kilobytes - forked.idle_memory() > MEMORY:
+            findings[last] = f"a batch took {outcome.kilobytes} kB"
+        if (folder / corpus.MARKER).exists():
+            findings[last] = "the payload was executed by one of this batch"
+            (folder / corpus.MARKER).unlink()
+        start = last + 1
+    return findings
+
+
+def main() -> int:
+    """Fuzz for some minutes; exit 1 if there are findings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for the inputs of findings")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    dice = random.Random(options.seed)  # noqa: S311  (repeatable, not secret)
+    donors = seeds()
+    kinds: collections.Counter[str] = collections.Counter()
+    tried, end = 0, time.monotonic() + options.minutes * 60
+    while time.monotonic() < end:
+        inputs = [mutate(dice.choice(donors), dice, donors) for _ in range(BATCH)]
+        with tempfile.TemporaryDirectory() as folder:
+            for index, problem in run_batch(inputs, Path(folder)).items():
+                kinds[problem.strip().splitlines()[-1][:200]] += 1
+                if options.keep:
+                    options.keep.mkdir(parents=True, exist_ok=True)
+                    (options.keep / f"{tried + index}.bin").write_bytes(inputs[index])
+                    (options.keep / f"{tried + index}.txt").write_text(problem)
+            left = {path.name for path in Path(folder).iterdir() if path.suffix != ".pt"} - {"progress"}
+            if left:
+                kinds[f"files were left: {sorted(left)}"] += 1
+        tried += BATCH
+    print(f"{tried} inputs in {options.minutes:g} minutes with seed {options.seed}, {sum(kinds.values())} findings")
+    for kind, count in kinds.most_common():
+        print(f"{count:6} {kind}")
+    return 1 if kinds else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,158 @@
+"""Every input of the corpus ends in one clean error: nothing runs, nothing is written, time and memory are bounded."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import corpus
+import forked
+import pytest
+import torch
+from conftest import check_error, run_cli
+from corpus import MARKER, Item
+
+import convert as product
+
+MEMORY = 1_000_000  # kilobytes beyond the file's size: torch's code, and the objects of MAX_OPCODES opcodes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> None:
+    """Import what loading imports, so that the children inherit it."""
+    import timm  # noqa: F401
+    import torchvision  # noqa: F401
+
+    warnings.simplefilter("ignore")
+    corpus.good_files()
+    torch.export.load(io.BytesIO(corpus.program_archive()))
+
+
+def named(items: list[Item]) -> list[Any]:
+    """The items as pytest's parameters."""
+    return [pytest.param(item, id=item.name) for item in items]
+
+
+@pytest.mark.parametrize("item", named(corpus.HOSTILE + corpus.MALFORMED))
+def test_corpus(item: Item, tmp_path: Path) -> None:
+    """One [ERROR] line that names the file, the exit code, nothing written, bounded time and memory."""
+    source = item.make(tmp_path)
+    before = forked.snapshot(tmp_path)
+    outcome = forked.convert_in_child(source, tmp_path)
+    codes = item.code if isinstance(item.code, tuple) else (item.code,)
+    assert not forked.flaws(outcome, codes), outcome
+    assert product.printable(source) in outcome.err, outcome
+    assert item.words in outcome.err, outcome
+    assert forked.snapshot(tmp_path) == before
+    size = sum(length for _, length in before) // 1024
+    assert outcome.kilobytes - forked.idle_memory() < MEMORY + size, outcome
+
+
+OPENERS = {
+    "load": lambda path: torch.load(path, weights_only=False),
+    "jit": lambda path: torch.jit.load(path)(torch.ones(2)),
+    "export": lambda path: torch.export.load(io.BytesIO(Path(path).read_bytes())).module()(torch.ones(2, 3)),
+}
+
+
+@pytest.mark.parametrize("item", named([item for item in corpus.HOSTILE if item.runs]))
+def test_the_payload_runs_elsewhere(item: Item, tmp_path: Path) -> None:
+    """The corpus is real: PyTorch's own way of opening the file runs the payload."""
+    source = item.make(tmp_path)
+
+    def opening() -> int:
+        OPENERS[item.runs](str(source))
+        return 0
+
+    outcome = forked.in_child(opening, tmp_path)
+    assert (tmp_path / MARKER).exists(), outcome
+
+
+@pytest.mark.parametrize("name", corpus.DEFUSED)
+def test_what_is_left_out(name: str, tmp_path: Path) -> None:
+    """Parts of an exported program that would run are not in what torch.export.load sees; the rest opens."""
+    path = tmp_path / "input.pt2"
+    path.write_bytes(corpus.DEFUSED[name]())
+
+    def opening() -> int:
+        module = product.load(product.detect(path), trust=False).content.module()
+        return 0 if module(torch.ones(2, 3)).shape == (2, 2) else 1
+
+    outcome = forked.in_child(opening, tmp_path)
+    assert outcome.code == 0, outcome
+    assert not (tmp_path / MARKER).exists()
+
+
+def test_the_corpus_is_large() -> None:
+    """At least 80 of each, every name once."""
+    names = [item.name for item in corpus.HOSTILE + corpus.MALFORMED]
+    assert len(names) == len(set(names))
+    assert min(len(corpus.HOSTILE), len(corpus.MALFORMED)) >= 80
+
+
+def test_good_files_open(tmp_path: Path) -> None:
+    """What the corpus is made of is sound: the same files unharmed load."""
+    for name, data in corpus.good_files().items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        assert product.load(product.detect(path), trust=False).content is not None
+
+
+def test_a_file_that_changes(tmp_path: Path) -> None:
+    """Written to while it is read: said so."""
+    path = tmp_path / "input.pt"
+    path.write_bytes(corpus.good_files()["zip"])
+
+    def opening() -> int:
+        end = threading.Event()
+
+        def write() -> None:
+            while not end.is_set():
+                os.utime(path)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            product.load(product.detect(path), trust=False)
+        except product.ConversionError as error:
+            return int(error.status) if "changed while it was read" in str(error) else 71
+        finally:
+            end.set()
+            writer.join()
+        return 0
+
+    assert forked.in_child(opening, tmp_path).code == 3
+
+
+def test_trusted_folders(tmp_path: Path) -> None:
+    """--trust-remote-code lets pass what would run code, with a [WARN], but not what lies outside the folder."""
+    items = {item.name: item for item in corpus.folder_items()}
+    for name, code in (("attention-kernel", 2), ("auto-map", 2), ("link-out", 4), ("index-parent", 4)):
+        place = tmp_path / name
+        place.mkdir()
+        outcome = forked.convert_in_child(items[f"folder-{name}"].make(place), place, "--trust-remote-code")
+        assert not forked.flaws(outcome, [code]), outcome
+        assert ("[WARN] --trust-remote-code" in outcome.err) == (code == 2), outcome
+
+
+COMMANDS = (
+    "call-posix.system", "call-torch.hub.load", "pickle-escape-codes-in-a-name", "file-nested-legacy-file",
+    "script-ops-alias", "script-setstate-save", "program-expression", "program-tree-enum", "folder-attention-kernel",
+    "pickle-nested-a-million", "pickle-bytes-of-an-exabyte", "archive-bomb", "safetensors-header-of-8-exabytes",
+    "legacy-larger-than-the-file", "path-link-loop", "cut-script-at-70-percent",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("item", named([i for i in corpus.HOSTILE + corpus.MALFORMED if i.name in COMMANDS]))
+def test_through_the_command_line(item: Item, tmp_path: Path) -> None:
+    """The same through the command, with its two processes."""
+    source = item.make(tmp_path)
+    before = forked.snapshot(tmp_path)
+    result = run_cli("-i", str(source), "-o", str(tmp_path / "out" / "m.onnx"), cwd=tmp_path, timeout=30)
+    check_error(result, item.code, product.printable(source), item.words)
+    assert forked.snapshot(tmp_path) == before
+    assert not (tmp_path / MARKER).exists()
