@@ -1398,7 +1398,7 @@ def open_archive(path: Path) -> tuple[Any, list[str]]:
         if total > path.stat().st_size + MAX_EXPANSION:
             raise DamagedFileError("the archive expands to far more than its own size")
         byte_order = reader.get_record("byteorder") if "byteorder" in records else b"little"
-    except (RuntimeError, UnicodeError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:  # the last two: a version that is no number, or a huge one
         raise DamagedFileError(f"it is a damaged or truncated archive ({first_line(error)})") from None
     for name in records:
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:
@@ -2260,16 +2260,29 @@ def traced_inputs(path: Path) -> tuple[InputShape, ...]:
     return tuple(InputShape(tuple(x.shape), None, str(x.dtype).removeprefix("torch.")) for x in examples)
 
 
+@contextlib.contextmanager
+def weights_only(*, enforced: bool) -> Iterator[None]:
+    """Let no torch.load inside unpickle whatever a file says, not even one that asks for it (where `enforced`)."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1" if enforced else "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({name: before} if before is not None else {})
+
+
 def load_exported_program(source: Source, *, trust: bool) -> Loaded:
     """An ExportedProgram with its inputs' shapes and free axes."""
     import torch
 
     if trust:
         LOG.warn(f"--trust-pickle: {source.path} is opened without vetting it")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "0" if trust else "1"
     file = source.path if trust else rewrite_exported_program(source.path)
     try:
-        program = torch.export.load(file)
+        with weights_only(enforced=not trust):
+            program = torch.export.load(file)
         values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
         examples = [(name, values[name]) for name in program.graph_signature.user_inputs]
         sizes = [[getattr(getattr(size, "node", size), "hint", size) for size in value.shape] for _, value in examples]
@@ -4072,7 +4085,7 @@ def check_records(path: Path) -> None:
                     with archive.open(entry) as record:
                         while record.read(1 << 20):
                             pass
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except Exception as error:  # zipfile raises a dozen kinds: offsets before the file, flags of encryption
         message = f"{path} is damaged ({first_line(error)}); copy or download it again"
         raise ConversionError(ExitStatus.INPUT, message) from None
 

@@ -1098,6 +1098,13 @@ def overlapping_entries() -> bytes:
     return data + entries + end
 
 
+def negative_offset() -> bytes:
+    """An archive whose directory says that it lies later than it does, so that records begin before the file."""
+    data = bytearray(plain_zip([("a/data.pkl", program(b"}")), ("a/version", b"3")]))
+    struct.pack_into("<I", data, len(data) - 6, 20 + struct.unpack_from("<I", data, len(data) - 6)[0])
+    return bytes(data)
+
+
 def entry_named(name: str) -> bytes:
     """A checkpoint with one more record of this name."""
     return plain_zip([("a/data.pkl", program(b"}")), ("a/version", b"3"), (name, b"x")])
@@ -1278,6 +1285,9 @@ def archive_items() -> list[Item]:
         "middle-missing": (lambda: big[: len(big) // 3] + big[len(big) // 2 :], 3),
         "zeroed-middle": (lambda: big[:2000] + bytes(len(big) - 4000) + big[-2000:], 3),
         "zeroed-end": (lambda: big[:-3000] + bytes(3000), 3),
+        "version-of-30-digits": (lambda: changed(script_archive(), {"version": b"9" * 30}), 3),
+        "version-of-text": (lambda: changed(script_archive(), {"version": b"three"}), 3),
+        "record-before-the-file": (negative_offset, 3),
         "script-without-code": (lambda: changed(script_archive(), {"code/*": None}), 3),
         "script-without-data": (lambda: changed(script_archive(), {"data.pkl": None}), 3),
         "script-of-nothing": (lambda: archive(program(b"}"), {"constants.pkl": program(b")")}), 3),

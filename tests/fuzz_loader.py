@@ -141,7 +141,7 @@ def mutate(data: bytes, dice: random.Random, donors: list[bytes]) -> bytes:
             return corpus.changed(data, {name: None})
         change = mutate_json(record, dice) if name.endswith(".json") and dice.random() < 0.8 else None
         return corpus.changed(data, {name: change or mutate_bytes(record, dice, donors)})
-    except (RuntimeError, UnicodeError, IndexError):
+    except (RuntimeError, ValueError, IndexError):  # no archive that torch reads: change its bytes
         return mutate_bytes(data, dice, donors)
 
 
