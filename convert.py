@@ -570,6 +570,7 @@ CLASS_MODULES = (
     "transformers.activations",
     "transformers.backbone_utils",
     "transformers.configuration_utils",
+    "transformers.decision.configuration_utils",
     "transformers.generation.configuration_utils",
     "transformers.modeling_layers",
     "transformers.modeling_utils",
@@ -625,6 +626,15 @@ CONFIG_CLASSES = frozenset(
 # those that need a GPU compute the same as "eager".
 BACK_ENDS = {None: None, "eager": "eager", "sdpa": "sdpa", "batched_mm": "batched_mm", "grouped_mm": "grouped_mm",
              "flash_attention_2": "eager", "flash_attention_3": "eager", "flex_attention": "eager"}  # fmt: skip
+# Dictionaries with another name.
+DICT_CLASSES = frozenset(
+    {
+        "collections.OrderedDict",
+        "lightning.fabric.utilities.data.AttributeDict",
+        "lightning_fabric.utilities.data.AttributeDict",
+        "pytorch_lightning.utilities.parsing.AttributeDict",
+    }
+)
 RECONSTRUCTOR = "copyreg._reconstructor"  # protocol 0 and 1's way of making an object
 # Classes that a pickle names but never instantiates.
 VALUE_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"})
@@ -650,6 +660,7 @@ FUNCTIONS = frozenset(
         ("transformers.models.d_fine.modeling_d_fine", "multi_scale_deformable_attention_v2"),
         ("transformers.models.deimv2.modeling_deimv2", "multi_scale_deformable_attention_v2"),
         ("transformers.models.rt_detr_v2.modeling_rt_detr_v2", "multi_scale_deformable_attention_v2"),
+        ("transformers.models.ibert.quant_modules", "SymmetricQuantFunction"),  # an autograd function: its apply
     )
     for name in names.split()
 )
@@ -668,14 +679,20 @@ AUDITED_SETSTATE = frozenset(
 HOOK_CLASSES = frozenset({"torch.nn.utils.weight_norm.WeightNorm", "torch.nn.utils.spectral_norm.SpectralNorm"})
 # Objects that only load_state_dict() or training would use, and wrappers around the module that is wanted.
 IGNORED_MODULES = (
+    "omegaconf",
+    "typing",
+    "torch.torch_version",
     "torch.optim",
     "torch.amp.grad_scaler",
     "torch.cuda.amp.grad_scaler",
     "ultralytics.utils.loss",
     "ultralytics.utils.tal",
+    "torch._dynamo",
 )
 IGNORED_CLASSES = frozenset(
     {
+        "contextlib.nullcontext",
+        "torch._TorchCompileInductorWrapper",
         "torch.nn.modules.module._WrappedHook",
         "torch.nn.parallel.distributed._BucketCapacityConfig",
         "torch.distributed.algorithms.join._JoinConfig",
@@ -1023,17 +1040,22 @@ def rebuild_storage(data: bytes) -> object:
 def rebuild_attribute(target: object, name: str) -> object:
     """builtins.getattr, for the uses that models have.
 
-    They are: a member of an enum, a bound forward method, and a rotary embedding's static methods compute_*.
+    They are: a member of an enum, a bound forward method, a rotary embedding's static methods compute_*, and apply of
+    a listed autograd function.
     """
     import enum
     import types
 
-    from torch import nn
+    from torch import autograd, nn
 
+    if isinstance(target, Ignored) or (isinstance(target, nn.Module) and name == "load_hook"):
+        return Ignored()  # a method that only load_state_dict() would call
     cls = target.value if isinstance(target, Token) and isinstance(target.value, type) else object
     if issubclass(cls, enum.Enum):
         return cls.__members__[name]
     if issubclass(cls, nn.Module) and name.startswith("compute_") and isinstance(vars(cls).get(name), staticmethod):
+        return getattr(cls, name)
+    if issubclass(cls, autograd.Function) and name == "apply":
         return getattr(cls, name)
     if isinstance(target, nn.Module) and name.lstrip("_").startswith("forward"):
         function = next((vars(cls)[name] for cls in type(target).__mro__ if name in vars(cls)), None)
@@ -1079,6 +1101,13 @@ def rebuild_device(*_: object) -> torch.device:
     return torch.device("cpu")
 
 
+def rebuild_generator(*_: object) -> torch.Generator:
+    """torch.Generator: a fresh one, whose state is not taken from the file."""
+    import torch
+
+    return torch.Generator()
+
+
 def ordered(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
     """collections.OrderedDict."""
     import collections
@@ -1088,7 +1117,7 @@ def ordered(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
 
 # Everything that a pickle may call, each re-implemented above or harmless by itself.
 REBUILDERS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": ordered,
+    **dict.fromkeys(DICT_CLASSES, ordered),
     "collections.defaultdict": rebuild_defaultdict,
     "builtins.set": lambda items=(): {hashable(item) for item in items},
     "builtins.frozenset": lambda items=(): frozenset(hashable(item) for item in items),
@@ -1100,6 +1129,8 @@ REBUILDERS: dict[str, Callable[..., Any]] = {
     "functools.partial": rebuild_partial,
     "torch.Size": rebuild_size,
     "torch.device": rebuild_device,
+    "torch._C.Generator": rebuild_generator,
+    "torch._dynamo.eval_frame.OptimizedModule": lambda module, *_: plain(module),  # torch.compile's wrapper
     "torch._utils._rebuild_tensor": rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_meta_tensor_no_storage": rebuild_meta_tensor,
@@ -1139,6 +1170,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, Token):
         if value.name in BUILTIN_TYPES:
             return BUILTIN_TYPES[value.name]
+        if is_ignored(value.name):
+            return Ignored()
         is_layer = isinstance(value.value, type) and belongs(value.value.__module__, VALUE_MODULES)
         if value.name not in FUNCTIONS and not is_layer:
             raise RefusedFileError(f"the file uses {value.name} as a value")
@@ -1156,6 +1189,11 @@ class Ignored:
     """Stands for an object that the forward pass does not need."""
 
 
+def is_ignored(name: str) -> bool:
+    """Whether a global name is one of what the forward pass does not need."""
+    return name in IGNORED_CLASSES or belongs(name, IGNORED_MODULES)
+
+
 class Wrapper:
     """Stands for DataParallel and the like: only the module inside is wanted."""
 
@@ -1171,6 +1209,13 @@ def is_installed(package: str) -> bool:
     with contextlib.suppress(ValueError):  # __main__
         return package in sys.modules or importlib.util.find_spec(package) is not None
     return True
+
+
+# What files that were made to do harm call; models have nothing of them.
+HARMFUL_MODULES = frozenset(
+    {"builtins", "code", "commands", "ctypes", "importlib", "nt", "os", "pip", "posix", "pty", "runpy", "shutil", "socket",
+     "subprocess", "sys", "webbrowser"}
+)  # fmt: skip
 
 
 def explain_refusal(names: Sequence[str]) -> ConversionError:
@@ -1200,7 +1245,7 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
     if found:
         way = f"if these are classes of a package that you installed, pass --allow-class {' '.join(found)}"
         return RefusedFileError(f"{what}; {way}; else save a state dict, {trust}")
-    if any(package in sys.stdlib_module_names for package in packages):
+    if HARMFUL_MODULES.intersection(packages):
         what += "; models do not need them, so it may well be made to do harm"
     return RefusedFileError(f"{what}; get the weights as safetensors or a state dict, {trust}")
 
@@ -1251,15 +1296,8 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
-        known = (
-            REBUILDERS.keys()
-            | BUILTIN_TYPES.keys()
-            | VALUE_CLASSES
-            | IGNORED_CLASSES
-            | WRAPPER_CLASSES
-            | {RECONSTRUCTOR}
-        )
-        if full_name in known or belongs(module, IGNORED_MODULES) or self.is_storage(module, name):
+        known = REBUILDERS.keys() | BUILTIN_TYPES.keys() | VALUE_CLASSES | WRAPPER_CLASSES | {RECONSTRUCTOR}
+        if full_name in known or is_ignored(full_name) or self.is_storage(module, name):
             return Token(full_name)
         if name.isidentifier() and not name.startswith("__"):
             if full_name in FUNCTIONS:
@@ -1294,6 +1332,8 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             self.stack[-1] = REBUILDERS[function.name](*arguments)
         elif isinstance(cls, type) and issubclass(cls, enum.Enum) and len(arguments) == 1:
             self.stack[-1] = cls._value2member_map_[hashable(arguments[0])]
+        elif is_ignored(function.name):
+            self.stack[-1] = Ignored()
         elif function.name == RECONSTRUCTOR:
             self.stack[-1] = self.new_object(arguments[0], ())
         elif isinstance(cls, type) and not arguments and qualified_name(cls) in DATA_CLASSES:
@@ -1322,9 +1362,9 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             raise RefusedFileError("the pickle makes an object of something that is not a class")
         if token.name in WRAPPER_CLASSES:
             return Wrapper()
-        if token.name in IGNORED_CLASSES or belongs(token.name, IGNORED_MODULES):
+        if is_ignored(token.name):
             return Ignored()
-        if token.name in ("collections.OrderedDict", "torch.Size"):
+        if token.name in DICT_CLASSES or token.name == "torch.Size":
             return REBUILDERS[token.name](*arguments)
         cls = token.value
         if self.refused:
@@ -1344,7 +1384,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
 
         state = self.stack.pop()
         target = self.stack[-1]
-        if self.refused or isinstance(target, (Ignored, torch.Tensor)):
+        if self.refused or isinstance(target, (Ignored, torch.Tensor, torch.Generator)):
             return
         if isinstance(target, torch.nn.Module):
             set_module_state(target, state)
@@ -1379,7 +1419,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
     def put(self, items: list[Any]) -> None:
         """Store [key, value, key, value, ...] into the dictionary on the stack."""
         target = self.stack[-1]
-        if self.refused:
+        if self.refused or isinstance(target, Ignored):
             return
         if not isinstance(target, dict):
             raise RefusedFileError(f"the pickle sets items of a {type(target).__name__}")
@@ -1397,7 +1437,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
     def extend(self, items: list[Any]) -> None:
         """Add items to the list on the stack."""
         target = self.stack[-1]
-        if self.refused:
+        if self.refused or isinstance(target, Ignored):
             return
         if type(target) is not list:
             raise RefusedFileError(f"the pickle appends to a {type(target).__name__}")
