@@ -278,6 +278,14 @@ def json_argument(text: str) -> dict[str, Any]:
     return value
 
 
+def class_argument(text: str) -> str:
+    """The type of --allow-class."""
+    names = text.split(".")
+    if len(names) < 2 or not all(name.isidentifier() for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not written package.module.Class")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose usage errors are ConversionErrors: one [ERROR] line like every other."""
 
@@ -336,6 +344,15 @@ def build_parser() -> Parser:
     add("--no-verify", action="store_true", help="do not compare with PyTorch (the checker still runs)")
     add("--atol", type=tolerance_argument, metavar="X", help="absolute tolerance (default: fits dtype and values)")
     add("--rtol", type=tolerance_argument, metavar="X", help="relative tolerance (default: fits dtype and values)")
+    add(
+        "--allow-class",
+        nargs="+",
+        action="extend",
+        type=class_argument,
+        default=[],
+        metavar="package.module.Class",
+        help="more classes that a pickle may hold, of packages that you installed or put on PYTHONPATH",
+    )
     add("--trust-pickle", action="store_true", help="execute the input's pickle or archive as its maker wrote it")
     add("--trust-remote-code", action="store_true", help="allow Python code that a Hugging Face folder brings along")
     add("--json", action="store_true", help="print one JSON object about the result on standard output")
@@ -559,10 +576,39 @@ CLASS_MODULES = (
     "torchvision.ops",
     "timm.models",
     "timm.layers",
+    "transformers.models",
+    "transformers.activations",
+    "transformers.backbone_utils",
+    "transformers.configuration_utils",
+    "transformers.decision.configuration_utils",
+    "transformers.generation.configuration_utils",
+    "transformers.modeling_layers",
+    "transformers.modeling_utils",
+    "transformers.pytorch_utils",
+    "transformers.time_series_utils",
+    "ultralytics.nn.modules",
+    "ultralytics.nn.tasks",
 )
 ENUM_MODULES = ("torchvision.transforms.functional",)
-# Lazy modules run their initialisation at the first call; their state is a class swap.
-DENIED_MODULES = ("torch.nn.modules.lazy",)
+# Never, not even with --allow-class. Lazy modules run their initialisation at the first call, and their state is a
+# class swap; auto classes build whatever a name says; the others of ultralytics download and install at their import.
+DENIED_MODULES = (
+    "torch.nn.modules.lazy",
+    "torch.fx",
+    "torch.jit",
+    "transformers.models.auto",
+    "ultralytics.nn.autobackend",
+    "ultralytics.nn.backends",
+    "ultralytics.nn.text_model",
+)
+# The files of transformers.models.NAME that hold models and their configurations; tokenizers, processors and
+# converters import much more, and no model has them.
+TRANSFORMERS_FILE = re.compile(
+    r"transformers\.models\.\w+\.((modeling|configuration|generation|generation_configuration)_\w+"
+    r"|quant_modules|perceiver|vision)"
+)
+# What modules are called in older files.
+RENAMED_MODULES = {"timm.models.layers": "timm.layers", "ultralytics.yolo": "ultralytics"}
 # Plain data: objects whose attributes the models read.
 DATA_CLASSES = frozenset(
     f"{module}.{name}"
@@ -572,10 +618,32 @@ DATA_CLASSES = frozenset(
         ("torchvision.ops.poolers", "LevelMapper"),
         ("timm.models._features", "FeatureInfo"),
         ("timm.models._pretrained", "PretrainedCfg DefaultCfg"),
+        ("transformers.integrations.heterogeneity.configuration_utils", "_HeterogeneitySpec"),
+        ("ultralytics.utils", "IterableSimpleNamespace"),
         ("types", "SimpleNamespace"),
         ("argparse", "Namespace"),
     )
     for name in names.split()
+)
+# Bases of transformers' configurations: data, although not all are dataclasses.
+CONFIG_CLASSES = frozenset(
+    {
+        "transformers.configuration_utils.PreTrainedConfig",
+        "transformers.generation.configuration_utils.GenerationConfig",
+    }
+)
+# Attention and expert back ends that a configuration may ask for. Other names reach transformers' loader of kernels;
+# those that need a GPU compute the same as "eager".
+BACK_ENDS = {None: None, "eager": "eager", "sdpa": "sdpa", "batched_mm": "batched_mm", "grouped_mm": "grouped_mm",
+             "flash_attention_2": "eager", "flash_attention_3": "eager", "flex_attention": "eager"}  # fmt: skip
+# Dictionaries with another name.
+DICT_CLASSES = frozenset(
+    {
+        "collections.OrderedDict",
+        "lightning.fabric.utilities.data.AttributeDict",
+        "lightning_fabric.utilities.data.AttributeDict",
+        "pytorch_lightning.utilities.parsing.AttributeDict",
+    }
 )
 RECONSTRUCTOR = "copyreg._reconstructor"  # protocol 0 and 1's way of making an object
 # Classes that a pickle names but never instantiates.
@@ -589,13 +657,25 @@ FUNCTIONS = frozenset(
         ("torch.nn.functional", "layer_norm interpolate max_pool2d avg_pool2d adaptive_avg_pool2d dropout linear"),
         ("torch.nn.functional", "adaptive_max_pool2d scaled_dot_product_attention"),
         ("torch._C._nn", "gelu silu mish elu leaky_relu hardswish hardsigmoid hardtanh relu6 softplus linear"),
+        ("torch._C._nn", "log_sigmoid avg_pool2d scaled_dot_product_attention"),
+        ("torch._C._fft", "fft_fftn fft_fft fft_rfft"),
         ("torch", "relu tanh sigmoid sin cos selu exp abs square softmax erf"),
         ("timm.layers.activations", "gelu swish mish sigmoid tanh hard_sigmoid hard_swish quick_gelu gelu_tanh"),
         ("torchvision.ops.boxes", "box_iou generalized_box_iou"),
         ("torchvision.models.optical_flow.raft", "_pass_through_h"),
+        ("transformers.modeling_rope_utils", "_compute_linear_scaling_rope_parameters"),
+        ("transformers.modeling_rope_utils", "_compute_dynamic_ntk_parameters _compute_yarn_parameters"),
+        ("transformers.modeling_rope_utils", "_compute_longrope_parameters _compute_llama3_parameters"),
+        ("transformers.modeling_rope_utils", "_compute_proportional_rope_parameters"),
+        ("transformers.models.d_fine.modeling_d_fine", "multi_scale_deformable_attention_v2"),
+        ("transformers.models.deimv2.modeling_deimv2", "multi_scale_deformable_attention_v2"),
+        ("transformers.models.rt_detr_v2.modeling_rt_detr_v2", "multi_scale_deformable_attention_v2"),
+        ("transformers.models.ibert.quant_modules", "SymmetricQuantFunction"),  # an autograd function: its apply
     )
     for name in names.split()
 )
+# Layers that models keep as classes, to build more of them: the constructors were looked through.
+VALUE_MODULES = ("torch.nn.modules", "torchvision.ops", "timm.layers")
 # Library implementations of __setstate__ that were read: they only fill in attributes of older versions.
 AUDITED_SETSTATE = frozenset(
     f"torch.nn.modules.{name}"
@@ -604,27 +684,51 @@ AUDITED_SETSTATE = frozenset(
         "activation.Softmin", "batchnorm._NormBase", "conv._ConvNd", "pooling.AvgPool3d", "rnn.RNNBase",
         "transformer.TransformerDecoderLayer", "transformer.TransformerEncoderLayer", "upsampling.Upsample",
     )
-) | {"timm.layers.ml_decoder.TransformerDecoderLayerOptimal"}  # fmt: skip
+) | {"timm.layers.ml_decoder.TransformerDecoderLayerOptimal", "ultralytics.nn.modules.block.AAttn"}  # fmt: skip
 # Hooks whose code is torch's own and that the forward pass needs.
 HOOK_CLASSES = frozenset({"torch.nn.utils.weight_norm.WeightNorm", "torch.nn.utils.spectral_norm.SpectralNorm"})
-# Objects that only load_state_dict() would use, and wrappers that only training needs.
+# Objects that only load_state_dict() or training would use, and wrappers around the module that is wanted.
+IGNORED_MODULES = (
+    "omegaconf",
+    "typing",
+    "torch.torch_version",
+    "torch.optim",
+    "torch.amp.grad_scaler",
+    "torch.cuda.amp.grad_scaler",
+    "ultralytics.utils.loss",
+    "ultralytics.utils.tal",
+    "torch._dynamo",
+)
 IGNORED_CLASSES = frozenset(
     {
+        "contextlib.nullcontext",
+        "torch._TorchCompileInductorWrapper",
         "torch.nn.modules.module._WrappedHook",
+        "torch.nn.parallel.distributed._BucketCapacityConfig",
+        "torch.distributed.algorithms.join._JoinConfig",
         "torch.nn.utils.spectral_norm.SpectralNormStateDictHook",
         "torch.nn.utils.spectral_norm.SpectralNormLoadStateDictPreHook",
     }
 )
 WRAPPER_CLASSES = frozenset(
-    {"torch.nn.parallel.data_parallel.DataParallel", "torch.nn.parallel.distributed.DistributedDataParallel"}
+    {
+        "torch.nn.parallel.data_parallel.DataParallel",
+        "torch.nn.parallel.distributed.DistributedDataParallel",
+        "torch.optim.swa_utils.AveragedModel",
+        "timm.utils.model_ema.ModelEmaV2",
+        "timm.utils.model_ema.ModelEmaV3",
+    }
 )
 LOADING_HOOKS = frozenset(
     {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 )
 CALLED_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"})
+# Instance attributes that would be called, or that would change which other attributes are read.
 NEVER_ATTRIBUTES = frozenset(
-    {"_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl", "forward", "eval", "train", "apply"}
-)
+    {"_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl", "eval", "train", "apply",
+     "attribute_map"}
+)  # fmt: skip
+MAX_LAYERS = 10_000  # of an RNN: its __setstate__ makes names for each of them
 MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
 MAX_OPCODES = 5_000_000  # some 3 s; complete pickles of known models have below a million
 MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
@@ -660,21 +764,77 @@ class Token(NamedTuple):
     value: Any = None
 
 
-def import_library(module: str) -> Any:
-    """Import `module` from site-packages only: never from beside the input or from the shell's folder."""
-    if module not in sys.modules:
-        package = module.partition(".")[0]
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise DamagedFileError(f"the file needs the Python package {package}, which is not installed here")
-        import torch
+# --allow-class: classes that the user named, filled in once when the arguments have been read.
+USER_CLASSES: set[str] = set()
 
-        site = Path(torch.__file__).resolve().parents[1]
-        if not spec.origin or site not in Path(spec.origin).resolve().parents:
-            raise RefusedFileError(f"the package {package} would be imported from outside site-packages")
-        if package in ("torchvision", "timm"):
+
+@functools.cache
+def library_folders() -> tuple[Path, ...]:
+    """Where installed packages lie: site-packages, never the shell's folder or that of the input."""
+    import site
+    import sysconfig
+
+    import torch
+
+    folders = [*map(sysconfig.get_path, ("purelib", "platlib")), *site.getsitepackages(), site.getusersitepackages()]
+    return (Path(torch.__file__).resolve().parents[1], *(Path(folder).resolve() for folder in folders))
+
+
+def check_origin(package: str, origins: Iterable[str | None], *, named: bool) -> None:
+    """Raise RefusedFileError if `package` lies outside site-packages; the user's own may lie on PYTHONPATH too.
+
+    An empty entry of PYTHONPATH means the working directory, which nobody asked for.
+    """
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep) if named else []
+    folders = (*library_folders(), *(Path(entry).resolve() for entry in entries if entry))
+    for origin in origins:
+        if not origin or not any(folder in Path(origin).resolve().parents for folder in folders):
+            also = " or PYTHONPATH" if named else ""
+            raise RefusedFileError(f"the package {package} would be imported from outside site-packages{also}")
+
+
+def import_library(module: str, *, named: bool = False) -> Any:
+    """Import `module` from an installed package, after a look at where it would come from; `named` by the user.
+
+    Raises DamagedFileError where it is missing or cannot be imported, RefusedFileError where it lies elsewhere.
+    """
+    if module in sys.modules:
+        return sys.modules[module]
+    package = module.partition(".")[0]
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        advice = "install it or put its folder on PYTHONPATH" if named else "install it, or save a state dict"
+        raise DamagedFileError(f"it needs the Python package {package}, which is not installed here; {advice}")
+    check_origin(package, [spec.origin] if spec.origin else spec.submodule_search_locations or [None], named=named)
+    try:
+        if package in ("torchvision", "timm", "ultralytics"):
             import_torchvision()
-    return importlib.import_module(module)
+        if package == "ultralytics":
+            import_ultralytics()
+        if package == "transformers":
+            os.environ["HF_HUB_OFFLINE"] = "1"  # what a pickle refers to is installed or not: never the network
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and belongs(module, (error.name,)):
+            raise DamagedFileError(missing_from(module)) from None
+        raise DamagedFileError(f"{package} needs the Python package {error.name}, which is not installed") from None
+    except Exception as error:  # whatever a library raises while it is imported
+        raise DamagedFileError(f"{module} cannot be imported here ({first_line(error)})") from None
+    check_origin(package, [getattr(loaded, "__file__", None)], named=named)
+    return loaded
+
+
+def missing_from(full_name: str) -> str:
+    """What to say of a module or class that the installed version of its package does not have."""
+    import importlib.metadata
+
+    package = full_name.partition(".")[0]
+    try:
+        version = f" {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    advice = f"install the version of {package} that saved the file, or save the model's state dict with it"
+    return f"the installed {package}{version} has no {full_name}; {advice}"
 
 
 def import_torchvision() -> None:
@@ -699,6 +859,26 @@ def import_torchvision() -> None:
                 del sys.modules[name]
 
 
+def import_ultralytics() -> None:
+    """Import ultralytics without what it does by the way.
+
+    ultralytics.utils writes a settings file into the home directory, asks the network whether it is there, sets
+    variables for libraries that are loaded later, and lets its checks run pip.
+    """
+    import tempfile
+
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="pt2onnx.") as folder:
+        os.environ |= {"YOLO_CONFIG_DIR": folder, "MPLCONFIGDIR": folder, "YOLO_AUTOINSTALL": "false",
+                       "YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false"}  # fmt: skip
+        try:
+            importlib.import_module("ultralytics.utils")
+        finally:
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
+            os.environ |= before
+
+
 def belongs(module: str, prefixes: Iterable[str]) -> bool:
     """Whether `module` is one of `prefixes` or lies below one."""
     return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
@@ -709,35 +889,58 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def holds_models(module: str) -> bool:
+    """Whether `module` is one whose classes a pickle may hold."""
+    if module.startswith("transformers.models.") and not TRANSFORMERS_FILE.fullmatch(module):
+        return False
+    return belongs(module, CLASS_MODULES) and not belongs(module, DENIED_MODULES)
+
+
 def allowed_class(module: str, name: str) -> type | None:
-    """The library class `module.name` if a pickle may hold instances or members of it, else None."""
+    """The class `module.name` if a pickle may hold instances or members of it, else None."""
     import enum
 
-    from torch import fx, jit, nn
+    from torch import nn
 
     full_name = f"{module}.{name}"
-    if not (belongs(module, CLASS_MODULES + ENUM_MODULES) or full_name in DATA_CLASSES | HOOK_CLASSES):
+    named = full_name in USER_CLASSES
+    listed = full_name in DATA_CLASSES | HOOK_CLASSES
+    if not (named or listed or holds_models(module) or module in ENUM_MODULES):
         return None
-    cls = vars(import_library(module)).get(name)
+    cls = vars(import_library(module, named=named)).get(name)
     if cls is None:
-        package = module.partition(".")[0]
-        advice = "install the version that saved the file, or save its state dict"
-        raise DamagedFileError(f"the installed {package} has no {full_name}; {advice}")
-    if not isinstance(cls, type) or belongs(cls.__module__, DENIED_MODULES):
+        raise DamagedFileError(missing_from(full_name))
+    if not isinstance(cls, type) or is_special(cls):
+        if named:
+            raise RefusedFileError(f"--allow-class {full_name}: it is not a class of plain modules or data")
         return None
-    if full_name in DATA_CLASSES | HOOK_CLASSES:
+    if named or listed or issubclass(cls, enum.Enum):
         return cls
-    if issubclass(cls, enum.Enum):
-        return cls
-    if not belongs(cls.__module__, CLASS_MODULES):  # re-exported from elsewhere
+    if not holds_models(cls.__module__):  # re-exported from elsewhere
         return None
+    own_reduce = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
     if issubclass(cls, nn.Module):
-        special = issubclass(cls, (jit.ScriptModule, fx.GraphModule)) or hasattr(cls, "__del__")
-        own_reduce = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
-        setstate = next(base for base in cls.__mro__ if "__setstate__" in vars(base))
-        return None if special or own_reduce or qualified_name(setstate) not in AUDITED_SETSTATE else cls
-    is_record = hasattr(cls, "_fields") or hasattr(cls, "__dataclass_fields__")
-    return cls if is_record and "__setstate__" not in vars(cls) and not hasattr(cls, "__del__") else None
+        return None if own_reduce or not has_audited_setstate(cls) else cls
+    is_record = hasattr(cls, "_fields") or hasattr(cls, "__dataclass_fields__") or is_config(cls)
+    return cls if is_record and not hasattr(cls, "__setstate__") else None
+
+
+def is_special(cls: type) -> bool:
+    """Whether instances of `cls` are programs, have their own storage, or run code when they are thrown away."""
+    import torch
+
+    denied = any(belongs(base.__module__, DENIED_MODULES) for base in cls.__mro__)
+    return denied or hasattr(cls, "__del__") or issubclass(cls, (torch.Tensor, type))
+
+
+def has_audited_setstate(cls: type) -> bool:
+    """Whether every `__setstate__` that a `cls` has or inherits is one of those that were read."""
+    return all(qualified_name(base) in AUDITED_SETSTATE for base in cls.__mro__ if "__setstate__" in vars(base))
+
+
+def is_config(cls: type) -> bool:
+    """Whether `cls` is a configuration of transformers."""
+    return any(qualified_name(base) in CONFIG_CLASSES for base in cls.__mro__)
 
 
 class NumpyDtype:
@@ -821,6 +1024,18 @@ def rebuild_tensor(storage: Any, offset: int, size: Sequence[int], stride: Seque
     return torch.empty(0, dtype=dtype, device=untyped.device).set_(untyped, offset, tuple(size), tuple(stride))
 
 
+def rebuild_meta_tensor(dtype: object, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
+    """torch._utils._rebuild_meta_tensor_no_storage: sizes without weights; see check_weights."""
+    import torch
+
+    numbers = (*size, *stride)
+    if not isinstance(dtype, torch.dtype) or len(size) != len(stride) or len(size) > 64:
+        raise DamagedFileError("a tensor has a damaged size or type")
+    if any(type(n) is not int or not 0 <= n < 2**48 for n in numbers) or math.prod(size) >= 2**48:
+        raise DamagedFileError("a tensor has a damaged size or stride")
+    return torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device="meta")
+
+
 def rebuild_parameter(data: object, requires_grad: object, *_: object) -> nn.Parameter:
     """torch._utils._rebuild_parameter; gradients are of no use here."""
     import torch
@@ -833,7 +1048,7 @@ def rebuild_parameter(data: object, requires_grad: object, *_: object) -> nn.Par
 def rebuild_from_type(function: Token, cls: Token, arguments: tuple[Any, ...], *_: object) -> Tensor:
     """torch._tensor._rebuild_from_type_v2, for plain tensors and parameters that carry Python attributes (dropped)."""
     rebuild = REBUILDERS.get(function.name)
-    if cls.name not in VALUE_CLASSES or rebuild not in (rebuild_tensor, rebuild_parameter):
+    if cls.name not in VALUE_CLASSES or rebuild not in (rebuild_tensor, rebuild_meta_tensor, rebuild_parameter):
         raise RefusedFileError(f"the file holds a tensor of the class {cls.name}")
     return rebuild(*arguments)
 
@@ -849,16 +1064,27 @@ def rebuild_storage(data: bytes) -> object:
 
 
 def rebuild_attribute(target: object, name: str) -> object:
-    """builtins.getattr, for the two uses that models have: a member of an enum, and a bound forward method."""
+    """builtins.getattr, for the uses that models have.
+
+    They are: a member of an enum, a bound forward method, a rotary embedding's static methods compute_*, and apply of
+    a listed autograd function.
+    """
     import enum
     import types
 
-    from torch import nn
+    from torch import autograd, nn
 
     if type(name) is not str:
         raise DamagedFileError("the file asks for an attribute without a name")
-    if isinstance(target, Token) and isinstance(target.value, type) and issubclass(target.value, enum.Enum):
-        return target.value.__members__[name]
+    if isinstance(target, Ignored) or (isinstance(target, nn.Module) and name == "load_hook"):
+        return Ignored()  # a method that only load_state_dict() would call
+    cls = target.value if isinstance(target, Token) and isinstance(target.value, type) else object
+    if issubclass(cls, enum.Enum):
+        return cls.__members__[name]
+    if issubclass(cls, nn.Module) and name.startswith("compute_") and isinstance(vars(cls).get(name), staticmethod):
+        return getattr(cls, name)
+    if issubclass(cls, autograd.Function) and name == "apply":
+        return getattr(cls, name)
     if isinstance(target, nn.Module) and name.lstrip("_").startswith("forward"):
         function = next((vars(cls)[name] for cls in type(target).__mro__ if name in vars(cls)), None)
         if isinstance(function, types.FunctionType):
@@ -868,9 +1094,10 @@ def rebuild_attribute(target: object, name: str) -> object:
 
 def rebuild_partial(function: Token) -> functools.partial[Any]:
     """functools.partial over a listed function or library layer; BUILD adds the arguments."""
-    if not callable(function.value):
+    value = plain(function)
+    if not callable(value) or function.name in BUILTIN_TYPES:
         raise RefusedFileError(f"the file asks for functools.partial of {function.name}")
-    return functools.partial(function.value)
+    return functools.partial(value)
 
 
 def rebuild_defaultdict(factory: Token | None = None) -> dict[Any, Any]:
@@ -902,6 +1129,13 @@ def rebuild_device(*_: object) -> torch.device:
     return torch.device("cpu")
 
 
+def rebuild_generator(*_: object) -> torch.Generator:
+    """torch.Generator: a fresh one, whose state is not taken from the file."""
+    import torch
+
+    return torch.Generator()
+
+
 def ordered(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
     """collections.OrderedDict."""
     import collections
@@ -925,7 +1159,7 @@ def joined_path(*parts: object) -> str:
 
 # Everything that a pickle may call, each re-implemented above or harmless by itself.
 REBUILDERS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": ordered,
+    **dict.fromkeys(DICT_CLASSES, ordered),
     "collections.defaultdict": rebuild_defaultdict,
     "builtins.set": lambda items=(): {hashable(item) for item in listed(items)},
     "builtins.frozenset": lambda items=(): frozenset(hashable(item) for item in listed(items)),
@@ -937,8 +1171,11 @@ REBUILDERS: dict[str, Callable[..., Any]] = {
     "functools.partial": rebuild_partial,
     "torch.Size": rebuild_size,
     "torch.device": rebuild_device,
+    "torch._C.Generator": rebuild_generator,
+    "torch._dynamo.eval_frame.OptimizedModule": lambda module, *_: plain(module),  # torch.compile's wrapper
     "torch._utils._rebuild_tensor": rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_meta_tensor_no_storage": rebuild_meta_tensor,
     "torch._utils._rebuild_parameter": rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
     "torch._tensor._rebuild_from_type_v2": rebuild_from_type,
@@ -968,6 +1205,8 @@ def hashable(key: Any, depth: int = 0) -> Any:
 
     if isinstance(key, (torch.dtype, enum.Enum)):
         return key
+    if type(key) in (torch.Tensor, torch.nn.Parameter):  # hashed by identity; an optimizer's state has them
+        return key
     small = type(key) in (tuple, frozenset) and depth < 3 and len(key) <= 16
     if small and all(hashable(item, depth + 1) is item for item in key):
         return key
@@ -979,7 +1218,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, Token):
         if value.name in BUILTIN_TYPES:
             return BUILTIN_TYPES[value.name]
-        if value.value is None:
+        if is_ignored(value.name):
+            return Ignored()
+        is_layer = isinstance(value.value, type) and belongs(value.value.__module__, VALUE_MODULES)
+        if value.name not in FUNCTIONS and not is_layer:
             raise RefusedFileError(f"the file uses {value.name} as a value")
         return value.value
     if isinstance(value, (NumpyDtype, NumpyArray)):
@@ -993,6 +1235,11 @@ def plain(value: Any) -> Any:
 
 class Ignored:
     """Stands for an object that the forward pass does not need."""
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a global name is one of what the forward pass does not need."""
+    return name in IGNORED_CLASSES or belongs(name, IGNORED_MODULES)
 
 
 class Wrapper:
@@ -1032,6 +1279,52 @@ def weigh(value: object) -> int:
     return 1
 
 
+def is_installed(package: str) -> bool:
+    """Whether a top-level package can be found; nothing is imported."""
+    with contextlib.suppress(ValueError):  # __main__
+        return package in sys.modules or importlib.util.find_spec(package) is not None
+    return True
+
+
+# What files that were made to do harm call; models have nothing of them.
+HARMFUL_MODULES = frozenset(
+    {"builtins", "code", "commands", "ctypes", "importlib", "nt", "os", "pip", "posix", "pty", "runpy", "shutil",
+     "socket", "subprocess", "sys", "webbrowser"}
+)  # fmt: skip
+
+
+def explain_refusal(names: Sequence[str]) -> ConversionError:
+    """The error for a pickle that refers to `names`: what that usually means, and the way out."""
+    packages = [name.partition(".")[0] for name in names]
+    missing = sorted({package for package in packages if not is_installed(package)})
+    found = [
+        name
+        for name, package in zip(names, packages, strict=True)
+        if package not in {*missing, *sys.stdlib_module_names, "torch"} and name.rpartition(".")[2][:1].isupper()
+    ]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    listed = ", ".join(shorten(name, 100) for name in names[:8]) + more
+    trust = "or pass --trust-pickle if you trust its maker"
+    if any(belongs(name, ("models.yolo", "models.common", "models.experimental")) for name in names):
+        what = f"it is a model of a YOLOv5 or YOLOv7 repository ({listed}), whose classes are in no package"
+        way = "export it there to TorchScript (python export.py --include torchscript) or save its state dict"
+        return (DamagedFileError if missing else RefusedFileError)(f"{what}; {way}, {trust}")
+    if any(belongs(name, ("__main__",)) for name in names):
+        what = f"it refers to {listed}: classes that were defined in the script that saved it, so opening it needs that"
+        way = "save a state dict there (torch.save(model.state_dict(), PATH)) and pass it with --model-class"
+        return RefusedFileError(f"{what}; {way}, {trust}")
+    if missing and all(package in missing for package in packages):
+        what = f"it refers to {listed}, but the Python package {', '.join(missing)} is not installed here"
+        return DamagedFileError(f"{what}; install it and pass --allow-class with these names, or save a state dict")
+    what = f"it refers to {listed}, outside the known model libraries, so opening it could run code that comes with it"
+    if found:
+        way = f"if these are classes of a package that you installed, pass --allow-class {' '.join(found)}"
+        return RefusedFileError(f"{what}; {way}; else save a state dict, {trust}")
+    if HARMFUL_MODULES.intersection(packages):
+        what += "; models do not need them, so it may well be made to do harm"
+    return RefusedFileError(f"{what}; get the weights as safetensors or a state dict, {trust}")
+
+
 class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: SLF001  (the C version cannot be overridden)
     """Python's own unpickler with every opcode that can call, import or assign replaced by ours.
 
@@ -1046,7 +1339,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
     def __init__(self, file: io.BufferedIOBase, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
         super().__init__(BoundedFile(file, size), fix_imports=True, encoding="latin1")
         self.persistent_load = read_storage
-        self.refused: dict[str, str] = {}
+        self.refused: dict[str, None] = {}
         self.allowance = 4 * size + (1 << 20)
 
     def run(self) -> Any:
@@ -1092,12 +1385,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
                     f"the pickle is damaged ({first_line(error)}); copy or download it again"
                 ) from None
         if self.refused:
-            names = [shorten(name, 100) for name in self.refused]
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            raise RefusedFileError(
-                f"it refers to {', '.join(names[:8])}{more}, outside the known model libraries, so opening it would "
-                "run code that comes with it; save a state dict instead, or pass --trust-pickle if you trust its maker"
-            )
+            raise explain_refusal(list(self.refused))
         return result
 
     def find_class(self, module: str, name: str) -> Any:
@@ -1107,21 +1395,15 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         if self.proto < 3:  # what Python 2 called it
             module, name = pickle._compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # type: ignore[attr-defined]  # noqa: SLF001
             module = pickle._compat_pickle.IMPORT_MAPPING.get(module, module)  # type: ignore[attr-defined]  # noqa: SLF001
-        if belongs(module, ("timm.models.layers",)):  # where timm kept them before 0.9
-            module = module.replace("timm.models.layers", "timm.layers", 1)
+        for old, new in RENAMED_MODULES.items():
+            if belongs(module, (old,)):
+                module = new + module.removeprefix(old)
         full_name = f"{module}.{name}"
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
-        known = (
-            REBUILDERS.keys()
-            | BUILTIN_TYPES.keys()
-            | VALUE_CLASSES
-            | IGNORED_CLASSES
-            | WRAPPER_CLASSES
-            | {RECONSTRUCTOR}
-        )
-        if full_name in known or self.is_storage(module, name):
+        known = REBUILDERS.keys() | BUILTIN_TYPES.keys() | VALUE_CLASSES | WRAPPER_CLASSES | {RECONSTRUCTOR}
+        if full_name in known or is_ignored(full_name) or self.is_storage(module, name):
             return Token(full_name)
         if name.isidentifier() and not name.startswith("__"):
             if full_name in FUNCTIONS:
@@ -1129,7 +1411,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             cls = allowed_class(module, name)
             if cls is not None:
                 return Token(full_name, cls)
-        self.refused[full_name] = ""
+        self.refused[full_name] = None
         return Token(full_name)
 
     @staticmethod
@@ -1157,6 +1439,8 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             self.stack[-1] = REBUILDERS[function.name](*arguments)
         elif isinstance(cls, type) and issubclass(cls, enum.Enum) and len(arguments) == 1:
             self.stack[-1] = cls._value2member_map_[hashable(arguments[0])]
+        elif is_ignored(function.name):
+            self.stack[-1] = Ignored()
         elif function.name == RECONSTRUCTOR:
             self.stack[-1] = self.new_object(arguments[0], ())
         elif isinstance(cls, type) and not arguments and qualified_name(cls) in DATA_CLASSES:
@@ -1178,22 +1462,28 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
 
     def new_object(self, token: object, arguments: object) -> Any:
         """An instance of an allowed class by `object.__new__`; never its own `__new__` or `__init__`."""
+        import enum
+        import types
+
         if not isinstance(token, Token) or type(arguments) is not tuple:
             raise RefusedFileError("the pickle makes an object of something that is not a class")
         if token.name in WRAPPER_CLASSES:
             return Wrapper()
-        if token.name in IGNORED_CLASSES:
+        if is_ignored(token.name):
             return Ignored()
-        if token.name in ("collections.OrderedDict", "torch.Size"):
+        if token.name in DICT_CLASSES or token.name == "torch.Size":
             return REBUILDERS[token.name](*arguments)
         cls = token.value
         if self.refused:
             return token
         if isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields"):
-            return tuple.__new__(cls, arguments)
-        if not isinstance(cls, type) or arguments:
+            return tuple.__new__(cls, map(plain, arguments))
+        if not isinstance(cls, type) or issubclass(cls, enum.Enum) or arguments:
             raise RefusedFileError(f"the pickle makes an object of {token.name}")
-        return object.__new__(cls) if token.name != "types.SimpleNamespace" else cls()
+        try:
+            return (types.SimpleNamespace if issubclass(cls, types.SimpleNamespace) else object).__new__(cls)
+        except TypeError:  # a subclass of dict and the like
+            raise RefusedFileError(f"a {token.name} is not a plain object") from None
 
     def run_build(self) -> None:
         """BUILD: give an object its state, after checking it."""
@@ -1201,7 +1491,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
 
         state = self.stack.pop()
         target = self.stack[-1]
-        if self.refused or isinstance(target, (Ignored, torch.Tensor)):
+        if self.refused or isinstance(target, (Ignored, torch.Tensor, torch.Generator)):
             return
         self.spend(state, *(state.values() if type(state) is dict else state if type(state) is tuple else ()))
         if isinstance(target, torch.nn.Module):
@@ -1237,7 +1527,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
     def put(self, items: list[Any]) -> None:
         """Store [key, value, key, value, ...] into the dictionary on the stack."""
         target = self.stack[-1]
-        if self.refused:
+        if self.refused or isinstance(target, Ignored):
             return
         if not isinstance(target, dict):
             raise RefusedFileError(f"the pickle sets items of a {type(target).__name__}")
@@ -1255,7 +1545,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
     def extend(self, items: list[Any]) -> None:
         """Add items to the list on the stack."""
         target = self.stack[-1]
-        if self.refused:
+        if self.refused or isinstance(target, Ignored):
             return
         if type(target) is not list:
             raise RefusedFileError(f"the pickle appends to a {type(target).__name__}")
@@ -1303,6 +1593,35 @@ InertUnpickler.dispatch.update(
 Unpickler = Callable[[Any, int, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, size, read_storage)
 
 
+def check_attributes(target: object, state: object) -> dict[str, Any]:
+    """The attributes in `state`, if they are data and nothing that the class or its forward pass would call by name.
+
+    Raises RefusedFileError, or DamagedFileError.
+    """
+    name = qualified_name(type(target))
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise DamagedFileError(f"the state of a {name} is damaged")
+    for key, value in state.items():
+        if key.startswith("__") or (key in NEVER_ATTRIBUTES and value is not None):
+            raise RefusedFileError(f"a {name} carries its own {key}")
+        if callable(value) and replaces_method(target, key, value):
+            raise RefusedFileError(f"a {name} carries its own {key}, in place of the class's method")
+    settle_back_ends(name, state, set())
+    return state
+
+
+def settle_back_ends(owner: str, attributes: dict[Any, Any], seen: set[int]) -> None:
+    """Let `attributes`, and the dictionaries below, name only back ends that can run here; raises RefusedFileError."""
+    seen.add(id(attributes))
+    for key, value in attributes.items():
+        if str(key).endswith(("_implementation", "_implementation_internal")):
+            if not isinstance(value, (str, type(None))) or value not in BACK_ENDS:
+                raise RefusedFileError(f"a {owner} asks for the back end {value!r}")
+            attributes[key] = BACK_ENDS[value]
+        elif isinstance(value, dict) and id(value) not in seen:
+            settle_back_ends(owner, value, seen)
+
+
 def set_module_state(module: nn.Module, state: object) -> None:
     """Give `module` its `__dict__`, if that holds modules, tensors and data and nothing that the model would run."""
     import torch
@@ -1310,48 +1629,52 @@ def set_module_state(module: nn.Module, state: object) -> None:
 
     cls = type(module)
     name = qualified_name(cls)
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise DamagedFileError(f"the state of a {name} is damaged")
-    for key, value in state.items():
-        if key.startswith("__") or (key in NEVER_ATTRIBUTES and value is not None):
-            raise RefusedFileError(f"a {name} carries its own {key}")
-        if key in LOADING_HOOKS:
-            state[key] = ordered()
-        elif key in CALLED_HOOKS and any(qualified_name(type(hook)) not in HOOK_CLASSES for hook in value.values()):
+    attributes = check_attributes(module, state)
+    for key in LOADING_HOOKS & attributes.keys():
+        attributes[key] = ordered()
+    for key in CALLED_HOOKS & attributes.keys():
+        attributes[key] = ordered(list(attributes[key].items()))  # a copy: what the pickle adds to its own comes too late
+        if any(qualified_name(type(hook)) not in HOOK_CLASSES for hook in attributes[key].values()):
             raise RefusedFileError(f"a {name} carries a hook that would run with the model")
-        elif callable(value) and replaces_method(module, key, value):
-            raise RefusedFileError(f"a {name} carries its own {key}, in place of the class's method")
     for key, kind in (("_parameters", torch.Tensor), ("_buffers", torch.Tensor), ("_modules", nn.Module)):
-        entries = state.setdefault(key, {})
-        if not isinstance(entries, dict) or not all(
-            isinstance(entry, str) and (value is None or isinstance(value, kind)) for entry, value in entries.items()
-        ):
+        entries = attributes.get(key, {})
+        if not isinstance(entries, dict):
             raise DamagedFileError(f"{key} of a {name} holds something else")
-    cls.__setstate__(module, state)  # an audited library implementation: see allowed_class
+        attributes[key] = {entry: value for entry, value in entries.items() if not isinstance(value, Ignored)}
+        if not all(isinstance(k, str) and (v is None or isinstance(v, kind)) for k, v in attributes[key].items()):
+            raise DamagedFileError(f"{key} of a {name} holds something else")
+    if issubclass(cls, nn.RNNBase) and attributes.get("num_layers", 1) not in range(MAX_LAYERS):
+        raise DamagedFileError(f"a {name} has too many layers")
+    # An audited library implementation (see allowed_class), or for a class that the user named the plain one.
+    (cls if has_audited_setstate(cls) else nn.Module).__setstate__(module, attributes)
 
 
-def replaces_method(module: nn.Module, key: str, value: object) -> bool:
+def replaces_method(target: object, key: str, value: object) -> bool:
     """Whether the attribute `key` hides a method of the class behind a callable that is not one of its own methods."""
     import types
 
-    cls = type(module)
     methods = (types.FunctionType, staticmethod, classmethod, property)
-    if not isinstance(next((vars(base)[key] for base in cls.__mro__ if key in vars(base)), None), methods):
+    if not isinstance(next((vars(base)[key] for base in type(target).__mro__ if key in vars(base)), None), methods):
         return False
-    own = isinstance(value, types.MethodType) and value.__self__ is module
-    return not own
+    return not (isinstance(value, types.MethodType) and value.__self__ is target)
 
 
 def set_data_state(target: object, state: object) -> None:
-    """Give a plain data object its attributes."""
+    """Give a plain data object, or a hook of HOOK_CLASSES, its attributes; properties and __setattr__ do not run."""
+    import inspect
+
     name = qualified_name(type(target))
-    if name not in DATA_CLASSES | HOOK_CLASSES and not hasattr(target, "__dataclass_fields__"):
+    known = name in DATA_CLASSES | HOOK_CLASSES | USER_CLASSES or hasattr(target, "__dataclass_fields__")
+    if not known and not is_config(type(target)):
         raise RefusedFileError(f"the pickle sets attributes of a {name}")
-    attributes = state[1] if isinstance(state, tuple) and len(state) == 2 and state[0] is None else state
-    if not isinstance(attributes, dict) or any(not isinstance(key, str) or key.startswith("__") for key in attributes):
-        raise RefusedFileError(f"the state of a {name} is not plain")
-    for key, value in attributes.items():
-        object.__setattr__(target, key, plain(value))
+    both = state if isinstance(state, tuple) and len(state) == 2 else (state, None)  # (__dict__, slots)
+    attributes = {key: plain(value) for part in both if part is not None for key, value in part.items()}
+    for key, value in check_attributes(target, attributes).items():
+        slot = getattr(type(target), key, None)
+        if inspect.ismemberdescriptor(slot):
+            slot.__set__(target, value)
+        else:
+            vars(target)[key] = value
 
 
 def set_partial_state(target: functools.partial[Any], state: object) -> None:
@@ -1564,7 +1887,7 @@ class ScriptUnpickler(InertUnpickler):
         own = SCRIPT_NAME.fullmatch(full_name) and not denied_script_name(full_name.split("."))
         scheme = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.qscheme))
         if not (own or scheme or full_name in SCRIPT_REBUILDERS or self.is_storage(module, name)):
-            self.refused[full_name] = ""
+            self.refused[full_name] = None
         return Token(full_name)
 
     def run_reduce(self) -> None:
@@ -3990,6 +4313,7 @@ def convert_state_dict_model(
         except DamagedFileError as error:
             raise ConversionError(error.status, f"{options.input}: {error}") from None
         return convert_module(weights, loaded, options, metadata)
+    check_weights(weights.values(), options.input)
     if not options.model_class:
         names = list(weights)
         some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in names[:2])
@@ -4002,6 +4326,14 @@ def convert_state_dict_model(
         hints = hints if isinstance(hints, Mapping) else {}
         model = model_from_weights(options.model_class, options.model_args, weights, hints)
     return convert_module(model, loaded, options, metadata)
+
+
+def check_weights(tensors: Iterable[Tensor], path: Path) -> None:
+    """Raise ConversionError (INPUT) where `tensors` have sizes only."""
+    if any(tensor.is_meta for tensor in tensors):
+        raise ConversionError(
+            ExitStatus.INPUT, f"{path} holds no weights, only sizes (the meta device); save it again with its weights"
+        )
 
 
 def convert_huggingface_model(options: argparse.Namespace) -> NoReturn:
@@ -4019,6 +4351,7 @@ def convert_module(
     """Reference, export and verification of a module in memory."""
     import torch
 
+    check_weights(itertools.chain(model.parameters(), model.buffers()), options.input)
     if not isinstance(model, torch.fx.GraphModule):
         model.eval()
     if float_dtype(model) is torch.bfloat16:
@@ -4522,6 +4855,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     try:
         options = parse_arguments(arguments, supervisor or str(os.getpid()))
+        USER_CLASSES.update(options.allow_class)
         source = detect(options.input)
         if supervisor is None:
             return supervise(arguments, options)

@@ -204,7 +204,7 @@ def test_hostile_file_through_the_command(tmp_path: Path) -> None:
     (tmp_path / "shady.py").write_text("import torch\nclass Net(torch.nn.Linear):\n    pass\n")
     maker = "import torch, shady; torch.save(shady.Net(3, 2), 'own.pt')"
     subprocess.run([sys.executable, "-c", maker], cwd=tmp_path, check=True)
-    check_error(run_cli("-i", "own.pt", "-o", "m.onnx", cwd=tmp_path), 4, "shady.Net")
+    check_error(run_cli("-i", "own.pt", "-o", "m.onnx", cwd=tmp_path), 3, "shady.Net", "is not installed")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     trusted = run_cli("-i", "own.pt", "-o", "m.onnx", "--trust-pickle", cwd=tmp_path, env=environment)
     assert trusted.code == 0, trusted.err
