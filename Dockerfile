@@ -12,7 +12,7 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --no-cache-dir -r requirements.txt
 
-COPY convert.py entrypoint.sh ./
+COPY convert.py architectures.json.xz entrypoint.sh ./
 
 # No telemetry, no bytecode in a read-only image, and caches where any user may write.
 ENV ORT_DISABLE_TELEMETRY=1 \

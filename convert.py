@@ -2,12 +2,14 @@
 """PT2ONNX: a PyTorch model in, a verified ONNX model out.
 
 In:   a complete model (torch.save(model)), TorchScript (torch.jit.save), an exported program (torch.export.save), or
-      weights (a state dict or safetensors file) together with --model-class. Files are told apart by their content.
+      weights (a state dict or safetensors file) of a model of torchvision or timm, or together with --model-class.
+      Files are told apart by their content.
 Out:  one .onnx file (plus NAME.onnx.data from 2 GB on) that ONNX Runtime computes as PyTorch does, at shapes it was
       not traced with, at the opset that was asked for; or one [ERROR] line, an exit code and nothing written.
 
-The file is laid out in the order in which a model travels through it: arguments - detect - load - model from weights -
-inputs - export - verify - write - the converters - main. Nothing named by an input file is executed (see "load").
+The file is laid out in the order in which a model travels through it: arguments - detect - load - recognise -
+model from weights - inputs - export - verify - write - the converters - main. Nothing named by an input file is
+executed (see "load").
 """
 
 from __future__ import annotations
@@ -322,7 +324,11 @@ def build_parser() -> Parser:
         help=f"ONNX opset version (default: {DEFAULT_OPSET}, or the lowest that can express the model)",
     )
     add("--task", metavar="NAME", help="what the model is for, e.g. image-classification; kept in the model's metadata")
-    add("--model-class", metavar="NAME", help="class of bare weights: a torchvision name, or package.module:Class")
+    add(
+        "--model-class",
+        metavar="NAME",
+        help="class of bare weights: a torchvision or timm name, or package.module:Class (default: recognised)",
+    )
     add("--model-args", type=json_argument, default={}, metavar="JSON", help="keyword arguments for --model-class")
     add("--checkpoint-key", metavar="KEY", help="entry of the checkpoint that holds the weights, e.g. ema.module")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to load, run and export (default: cpu)")
@@ -1633,7 +1639,9 @@ def set_module_state(module: nn.Module, state: object) -> None:
     for key in LOADING_HOOKS & attributes.keys():
         attributes[key] = ordered()
     for key in CALLED_HOOKS & attributes.keys():
-        attributes[key] = ordered(list(attributes[key].items()))  # a copy: what the pickle adds to its own comes too late
+        attributes[key] = ordered(
+            list(attributes[key].items())
+        )  # a copy: what the pickle adds to its own comes too late
         if any(qualified_name(type(hook)) not in HOOK_CLASSES for hook in attributes[key].values()):
             raise RefusedFileError(f"a {name} carries a hook that would run with the model")
     for key, kind in (("_parameters", torch.Tensor), ("_buffers", torch.Tensor), ("_modules", nn.Module)):
@@ -2622,6 +2630,306 @@ def load_exported_program(source: Source, *, trust: bool) -> Loaded:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# recognise: whose weights these are, told by the names and shapes of the tensors
+#
+# ARCHITECTURES lists the tensors of every model of torchvision and timm, with the number of classes (C) and of input
+# channels (I) left open, and which models of one layout compute the same; tests/make_architectures.py writes it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = Path(__file__).with_name("architectures.json.xz")
+SIZE = re.compile(r"(\d*)([CI])([+-]\d+)?")  # 4C+4: four times the number of classes, and four
+IMAGE_CHANNELS = 3  # what torchvision's models take, all of them, and timm's unless told otherwise
+NEAR = 0.5  # a layout of which less than half agrees is not worth naming
+# Names that only transformers writes, and the family that they tell; the first that occurs counts.
+TRANSFORMERS_NAMES = tuple(
+    (family, re.compile(pattern, re.MULTILINE))
+    for family, pattern in (
+        ("DETR", r"^(model\.)?(query_position_embeddings\.|backbone\.conv_encoder\.)"),
+        ("Whisper", r"^(model\.)?encoder\.conv2\.weight$(?s:.*)decoder\.layers\.0\.encoder_attn"),
+        ("SigLIP", r"^(siglip\.)?vision_model\.head\.probe$"),
+        ("CLIP", r"^(clip\.)?text_model\.encoder\.layers\.0\.self_attn|^(clip\.)?vision_model\.pre_layrnorm\."),
+        ("SAM", r"^vision_encoder\.layers\.0\.attn\.qkv\."),
+        ("BLIP", r"^text_(model|encoder|decoder)\..*\.layer\.0\.(crossattention|attention\.self)\.|^qformer\."),
+        ("wav2vec 2.0", r"^(wav2vec2\.|hubert\.|wavlm\.)?feature_extractor\.conv_layers\.0\.conv\.weight$"),
+        ("T5", r"^(decoder|encoder)\.block\.0\.layer\.0\.SelfAttention\.q\."),
+        ("BART", r"^(model\.)?decoder\.layers\.0\.encoder_attn\.k_proj\."),
+        ("GPT-2", r"^(transformer\.)?h\.0\.attn\.c_attn\."),
+        ("GPT-Neo", r"^(transformer\.)?h\.0\.attn\.attention\.q_proj\."),
+        ("GPT-J", r"^(transformer\.)?h\.0\.attn\.q_proj\."),
+        ("GPT-NeoX", r"^(gpt_neox\.)?layers\.0\.attention\.query_key_value\."),
+        ("BLOOM, Falcon", r"^(transformer\.)?h\.0\.self_attention\.query_key_value\."),
+        ("OPT", r"^(model\.)?decoder\.layers\.0\.self_attn\.q_proj\."),
+        ("Mamba", r"^(backbone\.|model\.)?layers\.0\.mixer\.in_proj\."),
+        ("Llama, Mistral, Qwen, Gemma", r"^(.*\.)?layers\.0\.self_attn\.(q|qkv)_proj\."),
+        ("DistilBERT", r"^(distilbert\.)?transformer\.layer\.0\.attention\.q_lin\."),
+        ("ALBERT", r"^(albert\.)?encoder\.albert_layer_groups\.0\."),
+        ("DeBERTa", r"^(deberta\.)?encoder\.(rel_embeddings\.|layer\.0\.attention\.self\.(query_proj|in_proj)\.)"),
+        ("RoBERTa", r"^(xlm_)?roberta\.encoder\.layer\.0\."),
+        ("ELECTRA", r"^electra\.encoder\.layer\.0\."),
+        ("Swin", r"^(swin\.|swinv2\.)?encoder\.layers\.0\.blocks\.0\.attention\.(self\.query|q_proj)\."),
+        ("SegFormer", r"^(segformer\.)?(encoder\.patch_embeddings\.0|stages\.0\.patch_embeddings)\.proj\."),
+        ("ConvNeXt", r"^(convnext\.|convnextv2\.)?encoder\.stages\.0\.layers\.0\.dwconv\."),
+        ("ResNet", r"^(resnet\.)?embedder\.embedder\.convolution\."),
+        ("BEiT", r"^beit\.(encoder\.layer|layers)\.0\."),
+        ("DINOv2", r"^(dinov2\.)?encoder\.layer\.0\.layer_scale1\."),
+        ("ViT, DeiT", r"^(vit\.|deit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\."),
+        ("MPNet", r"^(mpnet\.)?encoder\.layer\.0\.attention\.attn\.q\."),
+        ("BERT", r"^(\w+\.)?encoder\.layer\.0\.attention\.self\.query\."),
+    )
+)
+
+
+class Size(NamedTuple):
+    """One axis of a tensor in ARCHITECTURES: `factor` times what is `unknown` ("C", "I", or "" for none), and more."""
+
+    factor: int
+    unknown: str
+    offset: int
+
+
+class Layout(NamedTuple):
+    """The tensors that some models share, as numbers of the table; `head` is absent where the classifier is.
+
+    `groups` are the models as `package.module:function` (and JSON arguments); those in one group compute the same.
+    `unlike` are those that are made for images of another size, mean or deviation than the first of their group.
+    """
+
+    tensors: list[int]
+    head: frozenset[int]
+    groups: list[list[str]]
+    unlike: frozenset[str]
+
+
+class Architectures(NamedTuple):
+    """The data file: the table of tensors by name (each with its number) and the layouts."""
+
+    names: list[str]
+    sizes: list[str]  # 64x3x7x7
+    numbers: dict[str, int]  # `name sizes` without unknowns
+    patterns: dict[str, list[int]]  # those with unknowns, by name
+    layouts: list[Layout]
+    torchvision: frozenset[str]  # the names that need no package
+
+
+class Recognition(NamedTuple):
+    """Whose weights these are.
+
+    `candidates` are names for --model-class: one group is an answer, and any of its members computes the same; several
+    groups differ in results; none means unknown. `arguments` are the first candidate's, told by the shapes.
+    """
+
+    candidates: tuple[tuple[str, ...], ...]
+    arguments: dict[str, Any]
+    explanation: str
+
+
+@functools.cache
+def read_architectures() -> Architectures:
+    """The data file beside this script; raises ConversionError (USAGE) where it is not there."""
+    import lzma
+
+    try:
+        content = json.loads(lzma.decompress(ARCHITECTURES.read_bytes()))
+    except (OSError, lzma.LZMAError, ValueError) as error:
+        raise ConversionError(
+            ExitStatus.USAGE, f"{ARCHITECTURES.name} cannot be read ({first_line(error)}); pass --model-class"
+        ) from None
+    names, sizes = content["names"], content["sizes"]
+    numbers: dict[str, int] = {}
+    patterns: dict[str, list[int]] = {}
+    for number, (name, text) in enumerate(zip(names, sizes, strict=True)):
+        if "C" in text or "I" in text:
+            patterns.setdefault(name, []).append(number)
+        else:
+            numbers[f"{name} {text}"] = number
+    layouts = [
+        Layout(
+            [number for first, count in layout["runs"] for number in range(first, first + count)],
+            frozenset(layout["head"]),
+            layout["groups"],
+            frozenset(layout.get("unlike", ())),
+        )
+        for layout in content["layouts"]
+    ]
+    members = itertools.chain.from_iterable(itertools.chain.from_iterable(layout.groups for layout in layouts))
+    own = frozenset(re.findall(r"torchvision\.models:(\w+)", "\n".join(members)))
+    return Architectures(names, sizes, numbers, patterns, layouts, own)
+
+
+def parse_sizes(text: str) -> list[Size]:
+    """`4C+4x256x3x3`."""
+    sizes = []
+    for part in text.split("x"):
+        match = SIZE.fullmatch(part)
+        sizes.append(Size(int(match[1] or 1), match[2], int(match[3] or 0)) if match else Size(0, "", int(part)))
+    return sizes
+
+
+def solve(sizes: Sequence[Size], shape: Sequence[int]) -> dict[str, int] | None:
+    """What the unknowns are where `sizes` describe `shape`; None where they cannot."""
+    found: dict[str, int] = {}
+    if len(sizes) != len(shape):
+        return None
+    for size, number in zip(sizes, shape, strict=True):
+        if not size.unknown:
+            if number != size.offset:
+                return None
+            continue
+        value, rest = divmod(number - size.offset, size.factor)
+        if rest or value < 1 or found.setdefault(size.unknown, value) != value:
+            return None
+    return found
+
+
+def match_tensors(shapes: Mapping[str, Sequence[int]]) -> dict[int, dict[str, int]]:
+    """The numbers of the table's tensors that are in `shapes`, each with what its unknowns are."""
+    known = read_architectures()
+    matches: dict[int, dict[str, int]] = {}
+    for name, shape in shapes.items():
+        number = known.numbers.get(f"{name} {shape_text(shape)}")
+        if number is not None:
+            matches[number] = {}
+        for pattern in known.patterns.get(name, ()):
+            found = solve(parse_sizes(known.sizes[pattern]), shape)
+            if found is not None:
+                matches[pattern] = found
+    return matches
+
+
+def layout_fit(layout: Layout, matches: Mapping[int, Mapping[str, int]], count: int) -> dict[str, int] | None:
+    """The unknowns for which `layout` is exactly the `count` tensors that were matched; None where it is not.
+
+    The number of classes is 0 where the classifier alone is absent, as timm builds it for num_classes=0.
+    """
+    tensors = layout.tensors
+    found: dict[str, int] = {}
+    if layout.head and count == len(tensors) - len(layout.head):
+        tensors = [number for number in tensors if number not in layout.head]
+        found["C"] = 0
+    if count != len(tensors):
+        return None
+    for number in tensors:
+        if number not in matches or any(found.setdefault(k, v) != v for k, v in matches[number].items()):
+            return None
+    return found
+
+
+def arguments_for(member: str, unknowns: Mapping[str, int]) -> dict[str, Any] | None:
+    """The keyword arguments with which `member` of a layout is built; None where it cannot be built so.
+
+    torchvision's models have three input channels and a classifier.
+    """
+    name, _, fixed = member.partition(" ")
+    channels = unknowns.get("I", IMAGE_CHANNELS)
+    if name.startswith("torchvision.") and (channels != IMAGE_CHANNELS or unknowns.get("C") == 0):
+        return None
+    arguments = {"num_classes": unknowns["C"]} if "C" in unknowns else {}
+    return {**arguments, **({"in_chans": channels} if channels != IMAGE_CHANNELS else {}), **json.loads(fixed or "{}")}
+
+
+def short_name(member: str) -> str:
+    """What to pass as --model-class: the bare name where it means this model, else `timm.models:name`."""
+    module, _, name = member.partition(" ")[0].partition(":")
+    return name if module == "torchvision.models" or name not in read_architectures().torchvision else member
+
+
+def find_architecture(shapes: Mapping[str, Sequence[int]]) -> Recognition | None:
+    """The models whose tensors are exactly `shapes`, torchvision's first; None where there are none."""
+    matches = match_tensors(shapes)
+    candidates: list[tuple[str, ...]] = []
+    texts: list[str] = []
+    told: dict[str, Any] = {}
+    for layout in read_architectures().layouts:
+        unknowns = layout_fit(layout, matches, len(shapes))
+        if unknowns is None:
+            continue
+        for group in layout.groups:
+            usable = [member for member in group if arguments_for(member, unknowns) is not None]
+            if usable:
+                told = told or arguments_for(usable[0], unknowns) or {}
+                candidates.append(tuple(short_name(member) for member in usable))
+                texts.append(describe_group(usable, layout.unlike))
+    if not candidates:
+        return None
+    arguments = "".join(f", {key}={value}" for key, value in told.items())
+    explanation = f"{texts[0]}{arguments}, by the names and shapes of its {len(shapes)} tensors"
+    if len(candidates) > 1:
+        explanation = f"{len(texts)} models have these tensors but need not compute the same: {'; '.join(texts)}"
+    return Recognition(tuple(candidates), told, explanation)
+
+
+def describe_group(members: Sequence[str], unlike: Collection[str]) -> str:
+    """The first of `members`, and the others, which compute the same."""
+    first, *others = [short_name(member) + " (other preprocessing)" * (member in unlike) for member in members]
+    return first + (f" (the same as {', '.join(others)})" if others else "")
+
+
+def unprefixed(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
+    """`shapes` without counters and wrappers' names, then without each prefix that all names share (`model.`)."""
+    names = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
+    while names:
+        yield names
+        prefix = next(iter(names)).partition(".")[0] + "."
+        if not all(name.startswith(prefix) for name in names):
+            return
+        names = {name.removeprefix(prefix): shape for name, shape in names.items()}
+
+
+def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
+    """Whose weights have tensors of these names and `shapes`: models of torchvision and timm, or a transformers family.
+
+    Raises ConversionError where the data file is missing or the weights are FSDP's flattened shards.
+    """
+    variants = list(itertools.islice(unprefixed(shapes), 8))  # prefixes may be as deep as a file likes
+    for names in variants:
+        found = find_architecture(names)
+        if found:
+            return found
+    for names in variants:
+        text = "\n".join(names)
+        family = next((family for family, pattern in TRANSFORMERS_NAMES if pattern.search(text)), None)
+        if family:
+            advice = "their config is needed too: pass the folder that has config.json beside the weights"
+            return Recognition((), {}, f"by their names they are of transformers ({family} or a relative); {advice}")
+    return Recognition((), {}, nearest_architectures(variants))
+
+
+def nearest_architectures(variants: Sequence[Mapping[str, Sequence[int]]]) -> str:
+    """The models that most of the tensors fit, and what differs; `variants` are the same tensors under other names."""
+    scored = []
+    for names in variants:
+        matches = match_tensors(names)
+        for layout in read_architectures().layouts:
+            common = sum(number in matches for number in layout.tensors)
+            union = len(layout.tensors) + len(names) - common
+            if common >= NEAR * union:
+                scored.append((common / union, layout, names, matches))
+    scored.sort(key=lambda item: -item[0])
+    texts = [
+        f"{short_name(layout.groups[0][0])} ({layout_difference(layout, names, matches)})"
+        for _, layout, names, matches in scored[:3]
+    ]
+    return f"nearest: {'; '.join(texts)}" if texts else "no model of torchvision or timm has such tensors"
+
+
+def layout_difference(layout: Layout, names: Mapping[str, Sequence[int]], matches: Collection[int]) -> str:
+    """`3 of 320 tensors differ: a.weight is 8x4, not 8x3`."""
+    known = read_architectures()
+    sizes = {known.names[number]: known.sizes[number] for number in layout.tensors}
+    agreeing = {known.names[number] for number in layout.tensors if number in matches}
+    reshaped = [name for name in names if name in sizes and name not in agreeing]
+    differences = [
+        *(f"{name} is {shape_text(names[name])}, not {re.sub(SIZE, '?', sizes[name])}" for name in reshaped),
+        *(f"{name} is missing" for name in sizes if name not in names),
+        *(f"{name} is not in it" for name in names if name not in sizes),
+    ]
+    if not differences:  # each tensor fits, but they contradict each other
+        return "its tensors disagree about the number of classes or channels"
+    more = f" and {len(differences) - 2} more" if len(differences) > 2 else ""
+    return f"{len(differences)} of {len(names.keys() | sizes)} tensors differ: {', '.join(differences[:2])}{more}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # a model from weights: find the weights in a checkpoint, build the class, and let the shapes tell its arguments
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2718,33 +3026,43 @@ def resolve_model_class(name: str) -> Callable[..., nn.Module]:
     """The class or builder function that --model-class names; raises ConversionError (USAGE) with near misses."""
     if ":" in name:
         module, _, attribute = name.partition(":")
+        load = import_library if belongs(module, ("torchvision", "timm")) else importlib.import_module
         try:
-            target = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+            target = functools.reduce(getattr, attribute.split("."), load(module))
         except (ImportError, AttributeError, ValueError) as error:
             raise ConversionError(
                 ExitStatus.USAGE,
                 f"--model-class {name}: {first_line(error)}; install its package, or put its folder on PYTHONPATH",
             ) from None
+        if not callable(target):
+            what = type(target).__name__
+            raise ConversionError(ExitStatus.USAGE, f"--model-class {name}: that is a {what}, not a class")
     else:
-        import difflib
-        import inspect
-
-        torchvision_models = import_library("torchvision.models")
-        try:
-            target = torchvision_models.get_model_builder(name)
-        except ValueError:
-            near = difflib.get_close_matches(name.lower(), torchvision_models.list_models(), n=4, cutoff=0.4)
-            raise ConversionError(
-                ExitStatus.USAGE,
-                f"--model-class {name}: torchvision has no such model"
-                + (f" (near: {', '.join(near)})" if near else "")
-                + "; a class of another package is written package.module:Class",
-            ) from None
-        backbone = "weights_backbone" in inspect.signature(target).parameters
-        return functools.partial(target, weights=None, **({"weights_backbone": None} if backbone else {}))
-    if not callable(target):
-        raise ConversionError(ExitStatus.USAGE, f"--model-class {name}: that is a {type(target).__name__}, not a class")
+        target = library_model(name)
+    own = belongs(getattr(target, "__module__", ""), ("torchvision",))
+    if own and accepts(target, "weights_backbone", by_name=True):  # it would download the backbone's
+        return functools.partial(target, weights=None, weights_backbone=None)
     return target
+
+
+def library_model(name: str) -> Callable[..., nn.Module]:
+    """The builder of that name, torchvision's first, or timm's; raises ConversionError (USAGE) with near misses."""
+    import difflib
+
+    own = import_library("torchvision.models")
+    with contextlib.suppress(ValueError):
+        return own.get_model_builder(name)
+    timm = import_library("timm")
+    if timm.is_model(name):
+        return functools.partial(timm.create_model, name)
+    lists = (own.list_models(), timm.list_models())
+    near = itertools.chain.from_iterable(difflib.get_close_matches(name.lower(), n, n=3, cutoff=0.4) for n in lists)
+    text = ", ".join(dict.fromkeys(near)) or "none"
+    raise ConversionError(
+        ExitStatus.USAGE,
+        f"--model-class {name}: torchvision and timm have no such model (near: {text}); a class of another package is "
+        "written package.module:Class",
+    )
 
 
 def accepts(function: Callable[..., Any], argument: str, *, by_name: bool = False) -> bool:
@@ -4304,7 +4622,7 @@ def convert_pytorch_model(
 def convert_state_dict_model(
     loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
 ) -> tuple[Plan, Result]:
-    """Convert weights with the class that --model-class names."""
+    """Convert weights with the class that --model-class names, or that they are recognised to belong to."""
     weights = find_weights(loaded.content, options.checkpoint_key).content
     hints = loaded.content.get("hyper_parameters")
     if not isinstance(weights, Mapping):
@@ -4315,13 +4633,7 @@ def convert_state_dict_model(
         return convert_module(weights, loaded, options, metadata)
     check_weights(weights.values(), options.input)
     if not options.model_class:
-        names = list(weights)
-        some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in names[:2])
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"{options.input} holds weights only ({len(names)} tensors: {some}, ...), so the class that they belong to "
-            "is needed; pass --model-class with a torchvision name or package.module:Class",
-        )
+        options = recognised_class(weights, options)
     with LOG.step(f"build: {options.model_class}"):
         hints = hints if isinstance(hints, Mapping) else {}
         model = model_from_weights(options.model_class, options.model_args, weights, hints)
@@ -4334,6 +4646,22 @@ def check_weights(tensors: Iterable[Tensor], path: Path) -> None:
         raise ConversionError(
             ExitStatus.INPUT, f"{path} holds no weights, only sizes (the meta device); save it again with its weights"
         )
+
+
+def recognised_class(weights: Mapping[str, Tensor], options: argparse.Namespace) -> argparse.Namespace:
+    """The same options with the class that the weights tell; raises ConversionError (USAGE) unless there is one."""
+    recognition = recognise({name: tuple(tensor.shape) for name, tensor in weights.items()})
+    if len(recognition.candidates) == 1:
+        LOG.info(f"recognised: {recognition.explanation}")
+        arguments = {**recognition.arguments, **options.model_args}
+        told = {"model_class": recognition.candidates[0][0], "model_args": arguments}
+        return argparse.Namespace(**{**vars(options), **told})
+    some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in list(weights)[:2])
+    raise ConversionError(
+        ExitStatus.USAGE,
+        f"{options.input} holds weights only ({len(weights)} tensors: {some}, ...); {recognition.explanation}; pass "
+        "--model-class with their class: a torchvision or timm name, or package.module:Class",
+    )
 
 
 def convert_huggingface_model(options: argparse.Namespace) -> NoReturn:
