@@ -4,6 +4,13 @@ Takes the corpus and good files of every kind, changes them at random (bits, byt
 opcodes, records of archives, JSON) and loads each in a forked child. Only two endings are right: something was loaded,
 or one ConversionError. Anything else (another exception, a crash, 10 s of processor time, much memory, the payload's
 marker, a file that was written) is a finding: it is kept and named, and becomes an item of the corpus.
+
+Ran on two busy cores (torch 2.14.1):
+  seed 0, until the fuzzer itself failed: an archive whose records begin before the file (OSError of zipfile in
+      check_records), now archive-record-before-the-file
+  seed 5, 2 minutes, 3,160 inputs: an archive whose version is no number or too large a one (IndexError of torch's
+      reader), now archive-version-of-30-digits and archive-version-of-text
+  seed 1, 10 minutes, 20,260 inputs, after both were mended: no findings
 """
 
 from __future__ import annotations
