@@ -2894,6 +2894,16 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
     return Recognition((), {}, nearest_architectures(variants))
 
 
+def choose_recorded(recognition: Recognition, content: Mapping[Any, Any]) -> Recognition:
+    """`recognition` with the candidate alone that the checkpoint names in its entry `arch`, as training scripts do."""
+    name = content.get("arch")
+    chosen = tuple(group for group in recognition.candidates if isinstance(name, str) and name in group)
+    if len(recognition.candidates) < 2 or len(chosen) != 1:
+        return recognition
+    explanation = f"{name}, by the tensors, which other models have too, and the checkpoint's entry 'arch'"
+    return Recognition(chosen, recognition.arguments, explanation)
+
+
 def nearest_architectures(variants: Sequence[Mapping[str, Sequence[int]]]) -> str:
     """The models that most of the tensors fit, and what differs; `variants` are the same tensors under other names."""
     scored = []
@@ -4633,7 +4643,7 @@ def convert_state_dict_model(
         return convert_module(weights, loaded, options, metadata)
     check_weights(weights.values(), options.input)
     if not options.model_class:
-        options = recognised_class(weights, options)
+        options = recognised_class(weights, loaded.content, options)
     with LOG.step(f"build: {options.model_class}"):
         hints = hints if isinstance(hints, Mapping) else {}
         model = model_from_weights(options.model_class, options.model_args, weights, hints)
@@ -4648,9 +4658,14 @@ def check_weights(tensors: Iterable[Tensor], path: Path) -> None:
         )
 
 
-def recognised_class(weights: Mapping[str, Tensor], options: argparse.Namespace) -> argparse.Namespace:
-    """The same options with the class that the weights tell; raises ConversionError (USAGE) unless there is one."""
-    recognition = recognise({name: tuple(tensor.shape) for name, tensor in weights.items()})
+def recognised_class(
+    weights: Mapping[str, Tensor], content: Mapping[Any, Any], options: argparse.Namespace
+) -> argparse.Namespace:
+    """The same options with the class that the `weights` in the checkpoint `content` tell.
+
+    Raises ConversionError (USAGE) unless there is exactly one.
+    """
+    recognition = choose_recorded(recognise({name: tuple(tensor.shape) for name, tensor in weights.items()}), content)
     if len(recognition.candidates) == 1:
         LOG.info(f"recognised: {recognition.explanation}")
         arguments = {**recognition.arguments, **options.model_args}
@@ -4908,19 +4923,26 @@ def inspect_weights(source: Source, content: Mapping[Any, Any], options: argpars
     shapes = {name: tuple(tensor.shape) for name, tensor in found.content.items()}
     dtypes = ((str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in found.content.values())
     where = f"weights in the entry {found.key!r} of a checkpoint" if found.key else "weights without a model"
-    return {"what": where, **count_elements(dtypes), **inspect_shapes(source, shapes)}
+    return {"what": where, **count_elements(dtypes), **inspect_shapes(source, shapes, content, options)}
 
 
-def inspect_shapes(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Weights of which only names and shapes are known."""
+def inspect_shapes(
+    source: Source, shapes: Mapping[str, tuple[int, ...]], content: Mapping[Any, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Weights of which only names and shapes are known: whose they are."""
+    recognition = choose_recorded(recognise(shapes), content)
+    known = len(recognition.candidates) == 1
+    key = ["--checkpoint-key", options.checkpoint_key] if options.checkpoint_key else []
     return {
         "tensors": len(shapes),
+        "architecture": recognition.explanation,
+        "candidates": recognition.candidates,
         "mode": "state_dict",
-        "command": command_for(source, "--model-class", "CLASS"),
+        "command": command_for(source, *key, *([] if known else ["--model-class", "CLASS"])),
     }
 
 
-def inspect_safetensors(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001  (one signature)
+def inspect_safetensors(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """A safetensors file or an index of such files: from their headers alone."""
     files = [source.path]
     if source.kind is Kind.SHARDED_WEIGHTS:
@@ -4928,10 +4950,14 @@ def inspect_safetensors(source: Source, options: argparse.Namespace) -> dict[str
     header = {name: entry for file in files for name, entry in safetensors_header(file).items()}
     elements = [(entry["dtype"], math.prod(entry["shape"])) for entry in header.values()]
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    return {"what": "weights without a model", **count_elements(elements), **inspect_shapes(source, shapes)}
+    return {
+        "what": "weights without a model",
+        **count_elements(elements),
+        **inspect_shapes(source, shapes, {}, options),
+    }
 
 
-def inspect_torchscript(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001
+def inspect_torchscript(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001  (one signature)
     """A TorchScript archive: from its pickles' names and its code, which is read and not run."""
     vet_torchscript(source.path)
     reader, _ = open_archive(source.path)

@@ -118,6 +118,22 @@ def test_weights(tmp_path: Path) -> None:
         assert facts["tensors"] == 2
 
 
+def test_recognised_weights(tmp_path: Path) -> None:
+    """The architecture, and a command that needs no class; several, and one that asks for it."""
+    torch.save(torchvision.models.squeezenet1_1(num_classes=7).state_dict(), tmp_path / "net.pth")
+    facts = inspected(tmp_path / "net.pth")
+    assert facts["candidates"] == [["squeezenet1_1"]]
+    assert "num_classes=7" in facts["architecture"]
+    assert "--model-class" not in facts["command"]
+    command = facts["command"].replace("python convert.py", f"{sys.executable} {CONVERT}")
+    subprocess.run(shlex.split(command), cwd=tmp_path, check=True, capture_output=True)
+    save_file(torchvision.models.resnet18().state_dict(), tmp_path / "net.safetensors")
+    facts = inspected(tmp_path / "net.safetensors")
+    assert ["resnet18", "timm.models:resnet18"] in facts["candidates"]
+    assert len(facts["candidates"]) == 2
+    assert facts["command"].endswith("--model-class CLASS")
+
+
 def test_archives(models: Path) -> None:
     """TorchScript and .pt2, from their records alone."""
     flat = torch.load(models / "flat.pt", weights_only=False)

@@ -142,6 +142,14 @@ def test_models_that_differ_are_all_listed() -> None:
     assert found.candidates == (("resnet18", "timm.models:resnet18"), ("resnetblur18",))
 
 
+def test_the_checkpoint_may_name_one_of_several() -> None:
+    """The entry `arch` of training scripts settles it, if it is one of those that fit."""
+    found = recognise(timm_shapes("tf_efficientnet_b0", num_classes=7))
+    assert only(convert.choose_recorded(found, {"arch": "tf_efficientnet_b0"})) == "tf_efficientnet_b0"
+    for content in ({}, {"arch": "resnet50"}, {"arch": 7}):
+        assert convert.choose_recorded(found, content) == found
+
+
 def test_the_nearest_are_named_with_what_differs() -> None:
     """One tensor of another shape, a head of the user's own, and nothing alike."""
     shapes = timm_shapes("resnet50", num_classes=7)
