@@ -1267,7 +1267,7 @@ class BoundedFile:
     def read(self, size: int) -> bytes:
         """`size` bytes; raises DamagedFileError where the file has fewer."""
         if size > self.left:
-            raise DamagedFileError("its pickle ends too early or declares more than the file holds")
+            raise DamagedFileError("its pickle is damaged: it ends too early or declares more than the file holds")
         self.left -= size
         return self.file.read(size)
 

@@ -141,10 +141,9 @@ def test_trusted_folders(tmp_path: Path) -> None:
 
 
 COMMANDS = (
-    "call-posix.system",  "pickle-escape-codes-in-a-name", "file-nested-legacy-file",
-    "script-ops-alias",  "program-expression",  "folder-attention-kernel",
-    "pickle-nested-a-million", "pickle-bytes-of-an-exabyte", "archive-bomb", "safetensors-header-of-8-exabytes",
-     "path-link-loop", "cut-script-at-70-percent",
+    "call-posix.system", "pickle-escape-codes-in-a-name", "file-nested-legacy-file", "script-ops-alias",
+    "program-expression", "folder-attention-kernel", "pickle-nested-a-million", "pickle-bytes-of-an-exabyte",
+    "archive-bomb", "safetensors-header-of-8-exabytes", "path-link-loop", "cut-script-at-70-percent",
 )  # fmt: skip
 
 
