@@ -625,6 +625,7 @@ DATA_CLASSES = frozenset(
         ("timm.models._features", "FeatureInfo"),
         ("timm.models._pretrained", "PretrainedCfg DefaultCfg"),
         ("transformers.integrations.heterogeneity.configuration_utils", "_HeterogeneitySpec"),
+        ("transformers.models.omdet_turbo.modeling_omdet_turbo", "OmDetTurboLRUCache"),
         ("ultralytics.utils", "IterableSimpleNamespace"),
         ("types", "SimpleNamespace"),
         ("argparse", "Namespace"),
@@ -676,10 +677,16 @@ FUNCTIONS = frozenset(
         ("transformers.models.d_fine.modeling_d_fine", "multi_scale_deformable_attention_v2"),
         ("transformers.models.deimv2.modeling_deimv2", "multi_scale_deformable_attention_v2"),
         ("transformers.models.rt_detr_v2.modeling_rt_detr_v2", "multi_scale_deformable_attention_v2"),
+        ("transformers.models.xlstm.modeling_xlstm", "mlstm_chunkwise_native_autograd mlstm_recurrent_step_native"),
+        ("transformers.models.xlstm.modeling_xlstm", "mlstm_recurrent_sequence_native wrap_chunkwise_pad_zeros"),
+        ("transformers.models.xlstm.modeling_xlstm", "wrap_chunkwise_arbitrary_sequence_length"),
         ("transformers.models.ibert.quant_modules", "SymmetricQuantFunction"),  # an autograd function: its apply
     )
     for name in names.split()
 )
+# Methods of their own class that models keep as attributes, bound to a module or static.
+KEPT_METHODS = re.compile(r"_?forward\w*|_gelu_python")
+KEPT_STATIC_METHODS = re.compile(r"compute_\w+|num_patches")
 # Layers that models keep as classes, to build more of them: the constructors were looked through.
 VALUE_MODULES = ("torch.nn.modules", "torchvision.ops", "timm.layers")
 # Library implementations of __setstate__ that were read: they only fill in attributes of older versions.
@@ -1072,8 +1079,7 @@ def rebuild_storage(data: bytes) -> object:
 def rebuild_attribute(target: object, name: str) -> object:
     """builtins.getattr, for the uses that models have.
 
-    They are: a member of an enum, a bound forward method, a rotary embedding's static methods compute_*, and apply of
-    a listed autograd function.
+    They are: a member of an enum, a module's own method or static method, and apply of a listed autograd function.
     """
     import enum
     import types
@@ -1087,11 +1093,12 @@ def rebuild_attribute(target: object, name: str) -> object:
     cls = target.value if isinstance(target, Token) and isinstance(target.value, type) else object
     if issubclass(cls, enum.Enum):
         return cls.__members__[name]
-    if issubclass(cls, nn.Module) and name.startswith("compute_") and isinstance(vars(cls).get(name), staticmethod):
+    static = issubclass(cls, nn.Module) and isinstance(vars(cls).get(name), staticmethod)
+    if static and KEPT_STATIC_METHODS.fullmatch(name):
         return getattr(cls, name)
     if issubclass(cls, autograd.Function) and name == "apply":
         return getattr(cls, name)
-    if isinstance(target, nn.Module) and name.lstrip("_").startswith("forward"):
+    if isinstance(target, nn.Module) and KEPT_METHODS.fullmatch(name):
         function = next((vars(cls)[name] for cls in type(target).__mro__ if name in vars(cls)), None)
         if isinstance(function, types.FunctionType):
             return types.MethodType(function, target)

