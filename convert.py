@@ -373,6 +373,7 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     Raises ConversionError.
     """
     options = build_parser().parse_args(argv)
+    options.run = run
     options.input = Path(options.input)
     if options.output is None and not options.inspect:
         raise ConversionError(ExitStatus.USAGE, "the following arguments are required: -o/--output (or pass --inspect)")
@@ -466,6 +467,8 @@ MISTAKES: tuple[tuple[bytes, str], ...] = (
 )
 MAX_INDEX_BYTES = 64 << 20  # of the JSON that says which shard holds which tensor; a model of 10**6 tensors has 100 MB
 PICKLE_STARTS = (b"\x80", b"}", b"]", b"(", b"c")  # PROTO, or protocol 0's first opcodes
+HUB_ID = re.compile(r"[\w-]+/[\w.-]+")  # an organisation and a model
+NO_HUB = "a hub id is not downloaded: download the model, mount its folder and pass that path"
 
 
 def detect(path: Path) -> Source:
@@ -480,7 +483,8 @@ def detect(path: Path) -> Source:
             head = file.read(512)
             rest = file.read(MAX_INDEX_BYTES) if head[:1] == b"{" else b""
     except OSError as error:
-        raise ConversionError(ExitStatus.INPUT, f"cannot read {path}: {error.strerror}; check -i") from None
+        hub = f"; {NO_HUB}" if HUB_ID.fullmatch(str(path)) and not path.parent.exists() else ""
+        raise ConversionError(ExitStatus.INPUT, f"cannot read {path}: {error.strerror}; check -i{hub}") from None
     if not head:
         raise ConversionError(ExitStatus.INPUT, f"{path} is empty; copy or download it again")
     if head.startswith(b"PK\x03\x04"):
@@ -5055,7 +5059,11 @@ def report_inspection(facts: Mapping[str, Any]) -> None:
 # another process can then still speak, remove the staging folder and choose the exit code.
 # ---------------------------------------------------------------------------------------------------------------------
 
-WORKER_VARIABLE = "PT2ONNX_SUPERVISOR"  # set for the worker: its supervisor's process id
+# Set for the worker: the run's name. A process id alone is no name: it is 1 in every container.
+WORKER_VARIABLE = "PT2ONNX_RUN"
+# The kernel drops these for the first process of a container while nobody handles them, so entrypoint.sh blocks them
+# until there is a handler; until then they wait.
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 # glibc then asks for 2 MB pages for large blocks: a quarter less time for a 350 MB model, which is copied a few times.
 # It is read when a process starts, so the worker is a new program and not only a fork. (glibc manual, "Tunables")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -5073,14 +5081,29 @@ def describe_success(report: Mapping[str, Any]) -> str:
     return f"{report['output']} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
 
 
+def cgroup_memory_files() -> Iterator[Path]:
+    """The files that may hold a memory limit of this process, of both versions of cgroups (cgroups(7)).
+
+    A limit of any group around the process's own counts. In a container the path may be the one that the host sees;
+    what is mounted is then the container's own group, at the end of the walk.
+    """
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root, name = Path("/sys/fs/cgroup", controllers), "limit_in_bytes" if controllers else "max"
+            inner = root / group.strip("/")
+            yield from (folder / f"memory.{name}" for folder in (inner, *inner.parents) if folder.is_relative_to(root))
+
+
 def memory_limit() -> str:
-    """The memory that this process may use: its cgroup's limit where there is one, else the machine's."""
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            limit = int(Path(file).read_text(encoding="ascii"))
-            if limit < 2**60:
-                return f"the container's limit is {limit / 1e9:.1f} GB"
-    return f"this machine has {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    """The memory that this process may use: the smallest limit of its cgroups, or all that the machine has."""
+    machine = smallest = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError):  # no Linux
+        for file in cgroup_memory_files():
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                smallest = min(smallest, int(file.read_text(encoding="ascii")))
+    limited = smallest < machine
+    return f"{'the container is limited to' if limited else 'this machine has'} {smallest / 1e9:.3g} GB"
 
 
 BAD_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -5138,13 +5161,13 @@ def work(source: Source, options: argparse.Namespace) -> int:
     return ExitStatus.OK
 
 
-def become_worker(arguments: Sequence[str]) -> NoReturn:
+def become_worker(arguments: Sequence[str], run: str) -> NoReturn:
     """Replace this process by one that runs the same command as a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the supervisor
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
-    environment = {**os.environ, WORKER_VARIABLE: str(os.getppid()), "GLIBC_TUNABLES": tunables}
+    environment = {**os.environ, WORKER_VARIABLE: run, "GLIBC_TUNABLES": tunables}
     os.execve(sys.executable, [sys.executable, "-P", __file__, *arguments], environment)  # noqa: S606
 
 
@@ -5162,11 +5185,12 @@ def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
         if worker:
             os.kill(worker, signal.SIGKILL)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     worker = os.fork()
     if worker == 0:
-        become_worker(arguments)
+        become_worker(arguments, options.run)
     if interrupted:  # between the two lines above
         os.kill(worker, signal.SIGKILL)
     _, status = os.waitpid(worker, 0)
@@ -5212,13 +5236,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         os.open(os.devnull, os.O_RDWR)
     arguments = sys.argv[1:] if argv is None else list(argv)
-    supervisor = os.environ.pop(WORKER_VARIABLE, None)
+    run = os.environ.pop(WORKER_VARIABLE, None)
     as_json = "--json" in arguments
     try:
-        options = parse_arguments(arguments, supervisor or str(os.getpid()))
+        options = parse_arguments(arguments, run or f"{os.getpid()}.{os.urandom(4).hex()}")
         USER_CLASSES.update(options.allow_class)
         source = detect(options.input)
-        if supervisor is None:
+        if run is None:
             return supervise(arguments, options)
     except (ConversionError, OSError) as error:
         known = as_conversion_error(error)
