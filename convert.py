@@ -1313,7 +1313,8 @@ HARMFUL_MODULES = frozenset(
 def explain_refusal(names: Sequence[str]) -> ConversionError:
     """The error for a pickle that refers to `names`: what that usually means, and the way out."""
     packages = [name.partition(".")[0] for name in names]
-    missing = sorted({package for package in packages if not is_installed(package)})
+    real = {package for package in packages if package.isidentifier() and len(package) < 80 and package[:2] != "__"}
+    missing = sorted(package for package in real - sys.stdlib_module_names if not is_installed(package))
     found = [
         name
         for name, package in zip(names, packages, strict=True)
