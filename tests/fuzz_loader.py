@@ -11,6 +11,7 @@ Ran on two busy cores (torch 2.14.1):
   seed 5, 2 minutes, 3,160 inputs: an archive whose version is no number or too large a one (IndexError of torch's
       reader), now archive-version-of-30-digits and archive-version-of-text
   seed 1, 10 minutes, 20,260 inputs, after both were mended: no findings
+  seed 2, 4 minutes, 18,520 inputs, with the policy for classes merged: no findings
 """
 
 from __future__ import annotations
