@@ -3181,6 +3181,8 @@ def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
         return {name for name in names if not name.endswith("num_batches_tracked")}
 
     wanted = lasting(expected)
+    if not any("." in name for name in wanted):  # a single layer: any layer of its kind has these names
+        return ""
     anchor = f".{next(iter(wanted), '')}"
     prefixes = sorted(name.removesuffix(anchor) + "." for name in weights if name.endswith(anchor))
     parts = [

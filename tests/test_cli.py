@@ -20,7 +20,7 @@ SECONDS = 0.3  # for an answer that needs no model
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("-i/--input", "-o/--output")),
+        ((), ("-i/--input",)),
         (("-i", "x.pt"), ("-o/--output",)),
         (("-i", "x.pt", "-o", "y.onnx", "--opset", "6"), ("'6' is not an opset from 7 to 25",)),
         (("-i", "x.pt", "-o", "y.onnx", "--opset", "26"), ("'26' is not an opset from 7 to 25",)),
