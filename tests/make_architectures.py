@@ -41,7 +41,7 @@ VARIANTS = {
 EQUAL = 1e-9  # relative, in float64: the same formula in another order of summation errs by 1e-13
 LARGE = 250_000_000  # parameters: float64 would take 2 GB, so these run in float32 and must agree in every bit
 TOO_LARGE = 700_000_000  # parameters: over 3 GB; these count as different
-SENSITIVE = 1e-3  # relative: outputs of two images that are closer than this would hide what the models do to them
+SENSITIVE = 1e-6  # relative: two images whose outputs are closer than this would hide what the models do to them
 SMALL = ((3, 96, 96), (3, 128, 128))  # even sizes, at which kinds of padding differ, down to strides of 32
 INITIALISERS = re.compile(r"(kaiming_|xavier_|trunc_)?(normal|uniform)_|trunc_normal_tf_|variance_scaling_|orthogonal_|"
                           r"lecun_normal_|constant_|zeros_|ones_|eye_|dirac_")  # fmt: skip

@@ -273,7 +273,7 @@ def test_unknown_weights_name_the_nearest_or_the_family(tmp_path: Path) -> None:
     bert = {"bert.encoder.layer.0.attention.self.query.weight": torch.zeros(4, 4)}
     torch.save(bert, tmp_path / "bert.bin")
     result = run_cli("-i", str(tmp_path / "bert.bin"), "-o", str(tmp_path / "x.onnx"))
-    check_error(result, 2, "BERT of transformers", "config.json")
+    check_error(result, 2, "of transformers (BERT or a relative)", "config.json")
 
 
 def test_a_missing_data_file_is_told(tmp_path: Path, models: Path) -> None:
