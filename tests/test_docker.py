@@ -235,6 +235,7 @@ def test_two_containers_share_an_output_folder(image: str, folders: Folders) -> 
     with ThreadPoolExecutor() as pool:
         for result in pool.map(run, names):
             assert result.code == 0, result.err
+            assert "opset 14, torchscript" in lines(result, "SUCCESS")[0]  # not the rung after a disturbed one
     assert sorted(path.name for path in folders.target.iterdir()) == ["a.onnx", "b.onnx"]
     for name in names:
         check_digits(folders.target / f"{name}.onnx")
