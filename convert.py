@@ -693,7 +693,7 @@ KEPT_METHODS = re.compile(r"_?forward\w*|_gelu_python")
 KEPT_STATIC_METHODS = re.compile(r"compute_\w+|num_patches")
 # Layers that models keep as classes, to build more of them. Nothing in these packages evaluates text, imports by name
 # or opens files (searched in torch 2.14.1, torchvision 0.29.1 and timm 1.0.31).
-VALUE_MODULES = ("torch.nn.modules", "torchvision.ops", "timm.layers")
+VALUE_MODULES = ("torch.nn.modules", "torchvision.ops", "timm.layers", "timm.models.nextvit")
 # Library implementations of __setstate__ that were read: they only fill in attributes of older versions.
 AUDITED_SETSTATE = frozenset(
     f"torch.nn.modules.{name}"
