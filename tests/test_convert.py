@@ -184,7 +184,7 @@ def test_weights_are_loaded_as_they_are(name: str) -> None:
     slow = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
     weights = torchvision.models.get_model(name, weights=None, **slow).state_dict()
     start = time.monotonic()
-    loaded = product.model_from_weights(name, {}, weights).state_dict()
+    loaded = product.model_from_weights(name, {}, weights, {}).state_dict()
     assert time.monotonic() - start < 20
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[key], weights[key]) for key in weights)
@@ -225,7 +225,7 @@ def test_checkpoint_with_several_candidates(models: Path, tmp_path: Path) -> Non
         '{"in_features": 4, "out_features": 3, "bias": false}',
     )
     result = convert(tmp_path / "two.pth", tmp_path / "m.onnx", *options)
-    assert "taken from 'ema'; the file also has model" in result.err
+    assert "from the entry 'ema' of the checkpoint; it also has model" in result.err
     assert onnx_outputs(tmp_path / "m.onnx", {"input": np.ones((1, 4), np.float32)})["output"].max() == 8
     convert(tmp_path / "two.pth", tmp_path / "m.onnx", *options, "--checkpoint-key", "model")
     assert onnx_outputs(tmp_path / "m.onnx", {"input": np.ones((1, 4), np.float32)})["output"].max() == 4
