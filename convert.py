@@ -1334,7 +1334,8 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
         return RefusedFileError(f"{what}; {way}, {trust}")
     if missing and all(package in missing for package in packages):
         what = f"it refers to {listed}, but the Python package {', '.join(missing)} is not installed here"
-        return DamagedFileError(f"{what}; install it and pass --allow-class with these names, or save a state dict")
+        way = "install it, or put the folder of its maker's code on PYTHONPATH, and pass --allow-class with these names"
+        return DamagedFileError(f"{what}; {way}, or save a state dict")
     what = f"it refers to {listed}, outside the known model libraries, so opening it could run code that comes with it"
     if found:
         way = f"if these are classes of a package that you installed, pass --allow-class {' '.join(found)}"
