@@ -312,8 +312,8 @@ def load_product(folder: Path) -> Any:
     sys.path.insert(0, str(folder))
     product: Any = importlib.import_module("convert")
 
-    def become_worker(arguments: list[str]) -> None:
-        os.environ[product.WORKER_VARIABLE] = str(os.getppid())
+    def become_worker(arguments: list[str], run: str) -> None:
+        os.environ[product.WORKER_VARIABLE] = run
         os._exit(product.main(arguments))
 
     product.become_worker = become_worker
