@@ -68,6 +68,7 @@ MAX_OPSET = 25  # the newest one that onnxscript 0.7's version converter reaches
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf itself ends at 2**31 - 1
 STREAMED_BYTES = 1 << 16  # weights of this size and more are not copied into the serialiser's message first
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODES = ("auto", "pytorch", "huggingface", "state_dict")
 
 
@@ -331,6 +332,21 @@ def build_parser() -> Parser:
     )
     add("--model-args", type=json_argument, default={}, metavar="JSON", help="keyword arguments for --model-class")
     add("--checkpoint-key", metavar="KEY", help="entry of the checkpoint that holds the weights, e.g. ema.module")
+    add(
+        "--no-cache", action="store_true", help="text generation without past_key_values inputs: the whole text at once"
+    )
+    add(
+        "--dtype",
+        choices=tuple(DTYPE_NAMES),
+        default="fp32",
+        help="of a Hugging Face model's weights in the graph (default: fp32)",
+    )
+    add(
+        "--layout",
+        choices=("onnx", "transformersjs"),
+        default="onnx",
+        help="of a Hugging Face model's folder: DIR/model.onnx, or DIR/onnx/model.onnx as transformers.js wants it",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to load, run and export (default: cpu)")
     add(
         "--exporter",
@@ -378,7 +394,7 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     if options.output is None and not options.inspect:
         raise ConversionError(ExitStatus.USAGE, "the following arguments are required: -o/--output (or pass --inspect)")
     if not options.inspect:
-        options.output = output_file(options.output, options.input)
+        options.folder, options.output = output_place(options.output, options.input, options.layout)
         # Work is done beside the target, so that the last step is a rename, in a folder that can be removed as a whole.
         options.staging = options.output.parent / f".pt2onnx.{run}.partial"
     if options.no_verify and (options.atol is not None or options.rtol is not None):
@@ -403,11 +419,13 @@ def cuda_devices() -> int:
     return count.value if ok else 0
 
 
-def output_file(text: str, source: Path) -> Path:
-    """The .onnx file that -o means; raises ConversionError where it can never be written."""
+def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
+    """The folder and the .onnx file in it that -o means; raises ConversionError where they can never be written."""
     path = Path(text)
     if path.is_dir() or text.endswith(os.sep) or not path.suffix:
-        path = path / "model.onnx"
+        path = path / ("onnx/model.onnx" if layout == "transformersjs" else "model.onnx")
+    elif layout == "transformersjs":
+        raise ConversionError(ExitStatus.USAGE, f"-o {text}: --layout transformersjs fills a directory; name one")
     elif path.suffix != ".onnx":
         raise ConversionError(ExitStatus.USAGE, f"-o {text}: name a .onnx file or a directory")
     if path.exists() and not path.is_file():
@@ -423,7 +441,7 @@ def output_file(text: str, source: Path) -> Path:
             f"-o {text}: {parent} is not writable by uid {os.getuid()}; choose another directory, change its "
             "permissions, or run the container with --user $(id -u):$(id -g)",
         )
-    return path
+    return path.parent.parent if layout == "transformersjs" else path.parent, path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2318,12 +2336,12 @@ class FolderFindings(NamedTuple):
 
 
 def vet_folder(path: Path, *, trust: bool) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder without anything that would run code from the folder or the hub.
+    """The JSON files of a Hugging Face folder out of which something was taken that would run code, without it.
 
     Raises ConversionError for what cannot be left out (unless `trust`, --trust-remote-code) and for files that lie
     outside the folder; says in [WARN] lines what is ignored.
     """
-    config: dict[str, Any] = {}
+    cleaned: dict[str, Any] = {}
     findings = FolderFindings([], [])
     try:
         names = sorted(entry.name for entry in path.iterdir())
@@ -2333,9 +2351,10 @@ def vet_folder(path: Path, *, trust: bool) -> dict[str, Any]:
                 shard_files(path / name)
             elif name.endswith(".json"):
                 content = read_json(path / name)
-                if name == "config.json":
-                    config = content
+                before = len(findings.ignored)
                 vet_settings(content, name, findings)
+                if len(findings.ignored) > before:
+                    cleaned[name] = content
                 if name == "adapter_config.json":
                     findings.refused.extend(adapter_base(path, content))
     except (RefusedFileError, DamagedFileError) as error:
@@ -2343,7 +2362,7 @@ def vet_folder(path: Path, *, trust: bool) -> dict[str, Any]:
     findings.ignored.extend(f"the file {name}" for name in names if name.endswith(CODE_FILES))
     if trust:
         LOG.warn(f"--trust-remote-code: code that comes with {path} may run")
-        return read_json(path / "config.json") if config else {}
+        return {}
     if findings.refused:
         what = ", ".join(shorten(item, 120) for item in findings.refused[:4])
         advice = "pass --trust-remote-code if you trust its maker"
@@ -2351,7 +2370,7 @@ def vet_folder(path: Path, *, trust: bool) -> dict[str, Any]:
     if findings.ignored:
         what = ", ".join(shorten(item, 80) for item in findings.ignored[:6])
         LOG.warn(f"{path}: ignored, since it would run code: {what} (--trust-remote-code)")
-    return config
+    return cleaned
 
 
 def check_inside(folder: Path, name: str) -> None:
@@ -3320,6 +3339,178 @@ def shape_text(sizes: Iterable[int]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders: what the folder may hold was vetted above; here its task, its class and the model with weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Every task that is converted. Where a class serves several (BartForConditionalGeneration, CLIPModel), the first counts.
+TASKS = ("text2text-generation", "text-generation", "zero-shot-image-classification", "automatic-speech-recognition",
+         "semantic-segmentation", "text-classification", "token-classification", "question-answering",
+         "multiple-choice", "fill-mask", "image-classification", "object-detection", "image-segmentation",
+         "depth-estimation", "audio-classification", "sentence-similarity", "feature-extraction")  # fmt: skip
+# What each task's graph returns; of the others everything that is a tensor.
+TASK_OUTPUTS = {
+    "feature-extraction": ("last_hidden_state", "pooler_output"),
+    "sentence-similarity": ("last_hidden_state", "sentence_embedding"),
+    "question-answering": ("start_logits", "end_logits"),
+    "object-detection": ("logits", "pred_boxes"),
+    "depth-estimation": ("predicted_depth",),
+    "zero-shot-image-classification": ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
+}
+EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
+# Heads that may be missing from a checkpoint for these tasks, with the output that then is left out.
+OPTIONAL_HEADS = {"pooler": "pooler_output"}
+DEFAULT_TASK = "text-generation"
+# What a user of the model needs beside the graph; the index of shards and adapters belong to the weights.
+SIDE_FILES = re.compile(r"(?!.*\.index\.json|adapter_config\.json).*\.(json|txt|model|jinja|vocab|bpe|tiktoken)")
+# Files that other programs' weights and training states lie in: never read, never copied.
+FOREIGN_FILES = (".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".data", ".pt", ".pth", ".ckpt", ".tflite", ".mlmodel",
+                 ".tar", ".gz", ".zip", ".npz")  # fmt: skip
+
+
+class FolderModel(NamedTuple):
+    """A Hugging Face model in memory: what it is for, and the outputs that its checkpoint has no weights for."""
+
+    model: Any  # PreTrainedModel
+    task: str
+    missing: frozenset[str]
+
+
+def copy_without_code(source: Path, cleaned: Mapping[str, Any], target: Path, *, trust: bool) -> Path:
+    """A folder of links to the files of `source`, without those that are code and with the `cleaned` JSON files.
+
+    transformers reads this folder, so that no setting of the original can reach it. With `trust` it has everything.
+    """
+    target.mkdir(parents=True)
+    for entry in sorted(source.iterdir()):
+        if trust or not (entry.is_dir() or entry.name.endswith((*CODE_FILES, *FOREIGN_FILES))):
+            if entry.name in cleaned and not trust:
+                (target / entry.name).write_text(json.dumps(cleaned[entry.name], indent=2) + "\n", encoding="utf-8")
+            else:
+                (target / entry.name).symlink_to(entry.resolve())
+    return target
+
+
+def import_transformers() -> Any:
+    """transformers, told to stay off the network and to be quiet."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ[variable] = "1"
+    return import_library("transformers")
+
+
+def read_config(folder: Path, *, trust: bool) -> Any:
+    """The folder's configuration as transformers has it; raises ConversionError (INPUT) where it knows no such type."""
+    transformers = import_transformers()
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    except Exception as error:  # validation raises a dozen kinds
+        model_type = read_json(folder / "config.json").get("model_type")
+        if model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+            known = f"transformers {transformers.__version__} knows no model_type {shorten(str(model_type), 60)!r}"
+            raise ConversionError(
+                ExitStatus.INPUT, f"{known}; check config.json, or pass the model as a file (torch.export.save)"
+            ) from None
+        raise ConversionError(
+            ExitStatus.INPUT, f"config.json is not accepted by transformers ({first_line(error)}); repair it"
+        ) from error
+
+
+def task_class(task: str, config: Any) -> Any:
+    """The class that does `task` for `config`'s architecture, by optimum's table and transformers' own; else None."""
+    from optimum.exporters.tasks import TasksManager
+
+    with contextlib.suppress(KeyError, ValueError, AttributeError):
+        auto = TasksManager.get_model_class_for_task(task, model_type=config.model_type)
+        found = auto._model_mapping[type(config)]  # noqa: SLF001  (there is no public way to ask)
+        return found[0] if isinstance(found, (list, tuple)) else found
+    return None
+
+
+def choose_task(config: Any, options: argparse.Namespace, *, embeds_sentences: bool) -> tuple[str, Any]:
+    """The task and the class for it: --task, or what the class that config.json names is for.
+
+    Raises ConversionError (USAGE) that lists the tasks that fit.
+    """
+    transformers = import_transformers()
+    from optimum.exporters.tasks import TasksManager
+
+    name = str((getattr(config, "architectures", None) or [""])[0])
+    own = getattr(transformers, name, None)
+    fitting = {task: cls for task in TASKS if (cls := task_class(task, config)) is not None}
+    if own is not None and own not in fitting.values():  # a part, such as an encoder alone
+        fitting["feature-extraction"] = own
+    if options.task is not None:
+        given = options.task.removesuffix("-with-past")
+        task = given if given in TASKS else TasksManager.map_from_synonym(given)
+    else:
+        known = next((task for task, cls in fitting.items() if cls is own), None)
+        task, why = (known, f"its class, {name}") if known else (DEFAULT_TASK, "the default")
+        if embeds_sentences and "sentence-similarity" in fitting:
+            task, why = "sentence-similarity", "modules.json"
+        LOG.info(f"task: {task}, told by {why} (--task overrides)")
+    if task not in fitting:
+        fits = ", ".join(fitting) or "none"
+        raise ConversionError(
+            ExitStatus.USAGE, f"--task {task} does not fit a model of type {config.model_type}; it can do: {fits}"
+        )
+    return task, fitting[task]
+
+
+def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: argparse.Namespace) -> FolderModel:
+    """The model with every weight that it needs, in the dtype of --dtype; raises ConversionError (INPUT) otherwise."""
+    import torch
+
+    sources: dict[str, Any] = {"use_safetensors": True}
+    if not any(name.suffix == ".safetensors" for name in folder.iterdir()):
+        sources = {"state_dict": load_bin(folder, trust=options.trust_pickle)}
+    try:
+        model, told = cls.from_pretrained(
+            None if "state_dict" in sources else folder,
+            config=config,
+            dtype=getattr(torch, DTYPE_NAMES[options.dtype]),
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are an error of our own below
+            **sources,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged headers, packages that are not there
+        raise ConversionError(
+            ExitStatus.INPUT, f"{options.input}: transformers cannot load it ({first_line(error)})"
+        ) from error
+    for name, stored, wanted in told["mismatched_keys"]:
+        sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
+        raise ConversionError(ExitStatus.INPUT, f"{options.input}: {sizes}; they do not belong together")
+    unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
+    missing = sorted(told["missing_keys"])
+    needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
+    if needed:
+        some = ", ".join(needed[:3]) + (f" and {len(needed) - 3} more" if len(needed) > 3 else "")
+        raise ConversionError(
+            ExitStatus.INPUT,
+            f"{options.input} lacks weights that {cls.__name__} needs for {task}: {some}; pass the --task that it was "
+            "trained for, or the complete checkpoint",
+        )
+    heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
+    return FolderModel(model.eval().requires_grad_(requires_grad=False), task, heads)
+
+
+def load_bin(folder: Path, *, trust: bool) -> dict[str, Tensor]:
+    """The weights of pytorch_model.bin, whole or in shards, read inertly; raises ConversionError where there is none."""
+    for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"):
+        if (folder / name).exists():
+            content = state_dict_of(load(detect((folder / name).resolve()), trust=trust).content)
+            if content is None:
+                raise ConversionError(ExitStatus.INPUT, f"{name} does not hold a state dict; save the model again")
+            return content
+    raise ConversionError(
+        ExitStatus.INPUT,
+        "the folder has a config.json but no weights (model.safetensors or pytorch_model.bin); copy or download them",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # inputs: what the model is called with, and which axes are free
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3580,6 +3771,9 @@ def program_axes(specs: Sequence[InputSpec], free: Sequence[Mapping[int, str]]) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 Arrays = dict[str, Any]  # name -> numpy array
+# Seeded inputs for sizes of the free axes and a seed.
+Examples = Callable[[Mapping[str, int], int], "list[Tensor]"]
+MAX_LABELLED = 4  # inputs whose shapes are told in messages
 
 
 class Case(NamedTuple):
@@ -3591,13 +3785,18 @@ class Case(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to export and what to compare it with: `traced` are the sizes of the free axes in the example inputs."""
+    """What to export as which file, and what to compare it with: `traced` are the inputs that it is traced with.
+
+    `further_checks` says more about a session than the cases do, and raises RungError.
+    """
 
     model: nn.Module
     specs: list[InputSpec]
     outputs: list[str]
-    traced: dict[str, int]
+    traced: list[Tensor]
     cases: list[Case]
+    file: str
+    further_checks: Callable[[Any, Plan, argparse.Namespace], list[Difference]] | None = None
 
 
 class RejectedInputError(Exception):
@@ -3614,7 +3813,7 @@ def flatten_outputs(value: Any) -> dict[str, Tensor]:
         if isinstance(item, torch.Tensor):
             text = "_".join(path)
             name = text if text and not text[0].isdigit() else f"output_{text}".rstrip("_")
-            found[re.sub(r"\W", "_", name)] = item
+            found[re.sub(r"[^\w.]", "_", name)] = item
         elif isinstance(item, Mapping):
             for key, entry in item.items():
                 walk(entry, (*path, str(key)))
@@ -3651,9 +3850,7 @@ def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return Flat()
 
 
-def make_inputs(
-    specs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int, highest: int, device: str
-) -> list[Tensor]:
+def make_inputs(specs: Sequence[InputSpec], highest: int, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
     """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen."""
     import torch
 
@@ -3673,7 +3870,7 @@ def make_inputs(
         else:
             limit = min(highest, torch.iinfo(spec.dtype).max)
             values = torch.randint(0, limit, shape, generator=generator).to(spec.dtype)
-        result.append(values.to(device))
+        result.append(values)
     return result
 
 
@@ -3708,21 +3905,22 @@ def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str])
 class Reference:
     """Calls the model at chosen sizes and keeps its answers as cases."""
 
-    def __init__(self, model: nn.Module, specs: Sequence[InputSpec], device: str) -> None:
+    def __init__(self, model: nn.Module, specs: Sequence[InputSpec], device: str, examples: Examples | None = None):
         self.model, self.specs, self.device = model, list(specs), device
         self.names = [spec.name for spec in specs]
-        self.highest = highest_index(model)
+        self.examples = examples or functools.partial(make_inputs, self.specs, highest_index(model))
 
     def tensors(self, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
         """Example inputs at `sizes`."""
-        return make_inputs(self.specs, sizes, seed, self.highest, self.device)
+        return [tensor.to(self.device) for tensor in self.examples(sizes, seed)]
 
     def run(self, sizes: Mapping[str, int], seed: int) -> Case:
         """PyTorch's answer at `sizes`; raises RejectedInputError where the model does not accept them."""
         inputs = self.tensors(sizes, seed)
         given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
         outputs = call_model(self.model, inputs, self.names)
-        label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in given.items())
+        few = list(given.items())[:MAX_LABELLED]  # not the keys and values of every layer
+        label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few)
         return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()})
 
 
@@ -3889,7 +4087,8 @@ def make_plan(model: nn.Module, loaded: Loaded, known: Mapping[str, Any], option
     check_outputs(given)
     for case in cases:
         check_finite(case)
-    return Plan(model, reference.specs, list(given.outputs), base | {BATCH: max(2, batch)}, cases)
+    traced = reference.tensors(base | {BATCH: max(2, batch)}, seed=0)
+    return Plan(model, reference.specs, list(given.outputs), traced, cases, options.output.name)
 
 
 def odd_sizes(base: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -3940,11 +4139,423 @@ def fixed_batch(options: argparse.Namespace, specs: Sequence[InputSpec]) -> argp
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the graphs of a Hugging Face model: modules that take and return flat tensors under the ecosystem's names
+# ---------------------------------------------------------------------------------------------------------------------
+
+SEQUENCE, PAST, TOTAL = "sequence_length", "past_sequence_length", "total_sequence_length"
+ENCODER_SEQUENCE = "encoder_sequence_length"
+# Sizes of the free axes: what is traced first, then what is verified beside it. No two axes change alike.
+TEXT_SIZES = ({BATCH: 2, SEQUENCE: 12}, {BATCH: 1, SEQUENCE: 7}, {BATCH: 3, SEQUENCE: 18})
+DECODER_SIZES = ({BATCH: 2, PAST: 6, SEQUENCE: 5}, {BATCH: 1, PAST: 0, SEQUENCE: 9}, {BATCH: 3, PAST: 11, SEQUENCE: 1},
+                 {BATCH: 2, PAST: 0, SEQUENCE: 14})  # fmt: skip
+WINDOW_BYTES = 512_000_000  # of a cache that is longer than the sliding window: beyond, the window goes unverified
+GENERATED = 10  # tokens that PyTorch and ONNX Runtime generate for the same prompts
+CHOICES = 3  # answers of a multiple-choice question in the examples
+AUDIO_SAMPLES = 16000  # a second, as the feature extractors resample
+
+
+class Graph(NamedTuple):
+    """One graph of a model: its file, its module, its inputs at the traced sizes, and how to make examples of them."""
+
+    file: str
+    module: nn.Module  # tensors in, by position; a dict of tensors out
+    specs: list[InputSpec]
+    examples: Examples
+    sizes: tuple[dict[str, int], ...]
+    further_checks: Callable[[Any, Plan, argparse.Namespace], list[Difference]] | None = None
+
+
+def padding_mask(batch: int, length: int, *, left: bool) -> Tensor:
+    """A mask (int64, batch x length) of ones whose later rows begin (`left`) or end with ever more zeros."""
+    import torch
+
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    for row in range(1, batch):
+        empty = min(length - 1, row * length // (batch + 1))
+        mask[row, : empty if left else 0] = 0
+        mask[row, length if left else length - empty :] = 0
+    return mask
+
+
+def token_ids(config: Any, shape: Sequence[int], generator: Any) -> Tensor:
+    """Random tokens (int64) of the vocabulary that are none of the special ones."""
+    import torch
+
+    special = {value for key, value in config.to_dict().items() if key.endswith("_token_id") and type(value) is int}
+    usual = torch.tensor([token for token in range(min(config.vocab_size, 50000)) if token not in special] or [0])
+    return usual[torch.randint(0, len(usual), tuple(shape), generator=generator)]
+
+
+def example_tensors(
+    specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int, *, left: bool = False
+) -> list[Tensor]:
+    """Seeded inputs at `sizes` such as a tokenizer or processor makes: padded rows (`left` or right), real positions."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor] = {}
+    for spec in sorted(specs, key=lambda spec: "mask" not in spec.name):  # the masks first: others follow them
+        shape = spec.resized(sizes)
+        if spec.name in ("attention_mask", "encoder_attention_mask"):
+            rows = padding_mask(math.prod(shape[:-1]), shape[-1], left=left)
+            made[spec.name] = rows.view(shape)
+        elif spec.name in ("input_ids", "decoder_input_ids"):
+            made[spec.name] = padded_ids(config, token_ids(config, shape, generator), made.get("attention_mask"))
+        elif spec.name == "token_type_ids":
+            made[spec.name] = (torch.arange(shape[-1]) >= shape[-1] // 2).to(torch.int64).expand(shape).clone()
+        elif spec.name == "position_ids":
+            made[spec.name] = (made["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, -shape[-1] :]
+        elif spec.name == "bbox":
+            corners = torch.randint(0, 500, shape, generator=generator)
+            made[spec.name] = corners + torch.tensor([0, 0, 400, 400])
+        elif spec.dtype is torch.bool:
+            made[spec.name] = torch.full(shape, sizes.get(PAST, 0) > 0)
+        else:
+            made[spec.name] = torch.randn(shape, generator=generator).to(spec.dtype)
+    return [made[spec.name] for spec in specs]
+
+
+def padded_ids(config: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """`ids` with the padding token where `mask` is zero, and one end token in every row where the model counts them."""
+    if mask is None or mask.shape[-1] < ids.shape[-1]:
+        return ids
+    mask = mask[..., -ids.shape[-1] :]
+    pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
+    ids = ids.masked_fill(mask == 0, pad)
+    if getattr(config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
+        ids.scatter_(-1, mask.sum(-1, keepdim=True) - 1, config.eos_token_id)
+    return ids
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward names this argument."""
+    return accepts(model.forward, name, by_name=True)
+
+
+def text_specs(model: Any, task: str) -> list[InputSpec]:
+    """The inputs of a text encoder, as its tokenizer makes them."""
+    import torch
+
+    names = ["input_ids", "attention_mask"]
+    if takes(model, "token_type_ids") and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+        names.append("token_type_ids")
+    if takes(model, "bbox"):
+        names.append("bbox")
+    dims, axes = (TEXT_SIZES[0][BATCH], TEXT_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
+    if task == "multiple-choice":
+        dims, axes = (dims[0], CHOICES, dims[1]), {0: BATCH, 1: "num_choices", 2: SEQUENCE}
+    specs = [InputSpec(name, dims, torch.int64, axes) for name in names if takes(model, name)]
+    return [spec._replace(dims=(*dims, 4)) if spec.name == "bbox" else spec for spec in specs]
+
+
+def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
+    """Channels, height and width of the images, and whether the processor keeps their proportions.
+
+    Told by preprocessor_config.json, else by the model's own image_size; 3, 224 and 224 where nothing tells.
+    """
+    vision = getattr(config, "vision_config", config)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    file = folder / "preprocessor_config.json"
+    settings = read_json(file) if file.exists() else {}
+    size = settings.get("size")
+    if settings.get("do_center_crop") and settings.get("crop_size"):
+        size = settings["crop_size"]
+    free = isinstance(size, dict) and "longest_edge" in size
+    own = getattr(vision, "image_size", None)
+    if isinstance(own, (int, list, tuple)) and not free:
+        size = own if size is None or (isinstance(own, int) and not settings) else size
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge") or 224
+        return channels, size.get("height", edge), size.get("width", edge), free
+    if isinstance(size, (list, tuple)):
+        return channels, int(size[0]), int(size[-1]), free
+    return channels, size or 224, size or 224, free
+
+
+def image_spec(model: Any, folder: Path, task: str) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
+    """pixel_values and the sizes to try: height and width are free where a detector's processor keeps proportions."""
+    channels, height, width, free = image_settings(model.config, folder)
+    dtype = float_dtype(model)
+    if not free or task != "object-detection":
+        spec = InputSpec("pixel_values", (2, channels, height, width), dtype, {0: BATCH})
+        return spec, ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
+    spec = InputSpec("pixel_values", (2, channels, 256, 320), dtype, {0: BATCH, 2: "height", 3: "width"})
+    sizes = ({"height": 256, "width": 320}, {"height": 224, "width": 288}, {"height": 320, "width": 256})
+    return spec, tuple({BATCH: batch, **size} for batch, size in zip((2, 1, 3), sizes, strict=True))
+
+
+def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
+    """input_values (samples, or a spectrogram of fixed length) or input_features (mel spectrogram)."""
+    config, name, dtype = model.config, model.main_input_name, float_dtype(model)
+    batches: tuple[dict[str, int], ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None)
+    if name == "input_values" and bins and getattr(config, "max_length", None):  # AST
+        return InputSpec(name, (2, config.max_length, bins), dtype, {0: BATCH}), batches
+    if name == "input_values":
+        lengths = (AUDIO_SAMPLES, AUDIO_SAMPLES // 2 + 80, AUDIO_SAMPLES + 4321)
+        sizes = tuple({**batch, "audio_length": length} for batch, length in zip(batches, lengths, strict=True))
+        return InputSpec(name, (2, AUDIO_SAMPLES), dtype, {0: BATCH, 1: "audio_length"}), sizes
+    if getattr(config, "model_type", "") == "whisper":  # bins first, and always 30 seconds
+        return InputSpec(name, (2, bins, 2 * config.max_source_positions), dtype, {0: BATCH}), batches
+    sizes = tuple({**batch, "frames": frames} for batch, frames in zip(batches, (96, 64, 160), strict=True))
+    return InputSpec(name, (2, 96, bins or 80), dtype, {0: BATCH, 1: "frames"}), sizes
+
+
+def named_call(model: nn.Module, names: Sequence[str], choose: Callable[[Any], dict[str, Tensor]]) -> nn.Module:
+    """A module that takes tensors by position, calls `model` with them by name and returns what `choose` picks."""
+    from torch import nn
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            return choose(self.inner(**dict(zip(names, inputs, strict=True)), return_dict=True))
+
+    return Named()
+
+
+def task_outputs(task: str, missing: Collection[str]) -> Callable[[Any], dict[str, Tensor]]:
+    """What picks the task's tensors from a model's output: those of TASK_OUTPUTS, logits, or every tensor."""
+    import torch
+
+    wanted = [name for name in TASK_OUTPUTS.get(task, ("logits",)) if name not in missing]
+
+    def choose(output: Any) -> dict[str, Tensor]:
+        tensors = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+        return {name: tensors[name] for name in wanted if name in tensors} or tensors
+
+    return choose
+
+
+def single_graph(found: FolderModel, folder: Path) -> Graph:
+    """The graph of a model that is called once: text, image, audio or both of the first two."""
+    model, task = found.model, found.task
+    text_sizes = TEXT_SIZES
+    if model.main_input_name == "pixel_values" and task == "zero-shot-image-classification":
+        image, _ = image_spec(model, folder, task)
+        texts = [spec._replace(axes={0: "text_batch_size", 1: SEQUENCE}) for spec in text_specs(model, task)]
+        limit = getattr(model.config.text_config, "max_position_embeddings", 1000)
+        specs = [*texts[:1], image._replace(axes={0: "image_batch_size"}), *texts[1:]]
+        batches = ((2, 3), (1, 2), (4, 1))
+        sizes = tuple(
+            {"text_batch_size": few, "image_batch_size": many, SEQUENCE: min(size[SEQUENCE], limit - turn)}
+            for turn, ((few, many), size) in enumerate(zip(batches, TEXT_SIZES, strict=True))
+        )
+        config = model.config.text_config
+    elif model.main_input_name == "pixel_values":
+        image, sizes = image_spec(model, folder, task)
+        specs, config = [image], model.config
+    elif model.main_input_name in ("input_values", "input_features"):
+        audio, sizes = audio_spec(model)
+        specs, config = [audio], model.config
+    else:
+        specs, config = text_specs(model, task), model.config.get_text_config()
+        sizes = tuple({**size, "num_choices": CHOICES + turn} for turn, size in enumerate(text_sizes))
+    module = named_call(model, [spec.name for spec in specs], task_outputs(task, found.missing))
+    return Graph("model", module, specs, functools.partial(example_tensors, specs, config), sizes)
+
+
+def cache_layer(key: Tensor, value: Tensor) -> Any:
+    """One layer of a cache that holds `key` and `value` and grows, whatever window the model looks through.
+
+    The sliding layers of transformers forget what is out of the window; the masks hide it just as well.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    layer = DynamicLayer()
+    layer.lazy_initialization(key, value)
+    layer.keys, layer.values = key, value
+    return layer
+
+
+def cache_of(tensors: Sequence[Tensor]) -> Any:
+    """A cache with the layers key, value, key, value, ..."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    cache.layers = [cache_layer(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
+    return cache
+
+
+def cache_tensors(cache: Any, prefix: str = "", kind: str = "") -> dict[str, Tensor]:
+    """`present.N.key` and `present.N.value` of every layer (for encoder-decoder models `present.N.decoder.key`)."""
+    named = {}
+    for index, layer in enumerate(cache.layers):
+        named[f"{prefix}.{index}{kind}.key"], named[f"{prefix}.{index}{kind}.value"] = layer.keys, layer.values
+    return named
+
+
+def decoder_graph(found: FolderModel, *, cached: bool) -> Graph:
+    """The graph of a decoder: prefill (an empty past) and decoding in one, or without a cache."""
+    import torch
+
+    model, dtype = found.model, float_dtype(found.model)
+    names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes(model, name)]
+    dims, axes = (2, DECODER_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
+    specs = [InputSpec(name, dims, torch.int64, axes) for name in names]
+    config = model.config.get_text_config(decoder=True)
+    examples = functools.partial(example_tensors, specs, config, left=True)
+    if not cached:
+        module = named_call(model, names, task_outputs(found.task, ()))
+        return Graph("model", module, specs, examples, TEXT_SIZES)
+    with torch.no_grad():
+        probe = model(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=True).past_key_values
+    shapes = [tensor.shape for tensor in cache_tensors(probe).values()]
+    specs = [spec._replace(axes={0: BATCH, 1: TOTAL}) if "mask" in spec.name else spec for spec in specs]
+    specs += [
+        InputSpec(name.replace("present", "past_key_values", 1), (2, heads, 6, size), dtype, {0: BATCH, 2: PAST})
+        for name, (_, heads, _, size) in zip(cache_tensors(probe, "present"), shapes, strict=True)
+    ]
+    every = (*DECODER_SIZES, *window_sizes(config, shapes))
+    sizes = tuple({**size, TOTAL: size[PAST] + size[SEQUENCE]} for size in every)
+    examples = functools.partial(example_tensors, specs, config, left=True)
+    check = functools.partial(check_generation, generate(model, config), specs) if model.can_generate() else None
+    return Graph("model", cached_call(model, names), specs, examples, sizes, check)
+
+
+class Generated(NamedTuple):
+    """A batch of prompts and what PyTorch generates for them greedily."""
+
+    prompt: Tensor  # int64, batch x length
+    mask: Tensor  # int64, batch x length: zeros where the rows are padded on the left
+    tokens: Any  # numpy int64, batch x GENERATED
+    logits: Any  # numpy, batch x GENERATED x vocabulary
+
+
+def generate(model: Any, config: Any) -> Generated:
+    """What `model` generates, by transformers' own loop, without any of its generation settings."""
+    import torch
+    from transformers import GenerationConfig
+
+    spec = InputSpec("input_ids", (2, 6), torch.int64)
+    mask = padding_mask(*spec.dims, left=True)
+    prompt = padded_ids(config, token_ids(config, spec.dims, torch.Generator().manual_seed(5)), mask)
+    pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    settings = GenerationConfig(
+        max_new_tokens=GENERATED, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=None
+    )
+    settings.output_logits = settings.return_dict_in_generate = True
+    with torch.no_grad():
+        result = model.generate(
+            prompt.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+        )
+    logits = torch.stack(result.logits, 1)
+    return Generated(prompt, mask, to_numpy(result.sequences[:, prompt.shape[1] :]), to_numpy(logits))
+
+
+def check_generation(
+    expected: Generated, specs: Sequence[InputSpec], session: Any, plan: Plan, options: argparse.Namespace
+) -> list[Difference]:
+    """Generate with the exported graph, prefill and then token by token, and compare; raises RungError.
+
+    Where PyTorch's own best two tokens lie closer than rounding, what follows is another text and is not compared.
+    """
+    import numpy as np
+
+    names = [output.name for output in session.get_outputs()]
+    batch, length = expected.prompt.shape
+    mask, ids = expected.mask.numpy(), expected.prompt.numpy()
+    cache = {
+        spec.name: np.zeros(spec.resized({BATCH: batch, PAST: 0}), str(spec.dtype).removeprefix("torch."))
+        for spec in specs
+        if PAST in spec.axes.values()
+    }
+    steps = []
+    for _ in range(GENERATED):
+        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
+        wanted = {spec.name: given[spec.name] for spec in specs}
+        results = dict(zip(names, session.run(None, wanted), strict=True))
+        steps.append(results.pop("logits")[:, -1])
+        cache = {name.replace("present", "past_key_values", 1): value for name, value in results.items()}
+        ids = steps[-1].argmax(-1)[:, None]
+        mask = np.concatenate([mask, np.ones((batch, 1), mask.dtype)], 1)
+    return compare_generated(expected, np.stack(steps, 1), f"{GENERATED} tokens after {batch}x{length}", plan, options)
+
+
+def compare_generated(
+    expected: Generated, logits: Any, label: str, plan: Plan, options: argparse.Namespace
+) -> list[Difference]:
+    """Compare `logits` (batch x GENERATED x vocabulary) row by row, as far as both chose the same tokens."""
+    found = []
+    for row, tokens in enumerate(logits.argmax(-1)):
+        same = next((step for step, token in enumerate(tokens) if token != expected.tokens[row][step]), GENERATED - 1)
+        case = Case(label, {}, {"logits": expected.logits[row, : same + 1]})
+        found.append(compare(case, "logits", logits[row, : same + 1], plan, options))
+    bad = [item for item in found if item.problem]
+    if bad:
+        raise RungError(f"generating {label}: {bad[0].problem}", exported=True)
+    return found
+
+
+def window_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> list[dict[str, int]]:
+    """A past that is longer than the sliding window, where the model has one and the cache stays small."""
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+    if not isinstance(window, int) or window < 1:
+        return []
+    if 4 * sum(math.prod(shape) for shape in shapes) * (window + 3) > WINDOW_BYTES:
+        LOG.warn(f"the sliding window of {window} tokens is longer than the sequences that are compared")
+        return []
+    return [{BATCH: 1, PAST: window + 3, SEQUENCE: 2}]
+
+
+def routed_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """A mixture of experts as a graph without loops: each expert works on the tokens that were routed to it.
+
+    `self` is a transformers module of experts, with the attributes that transformers.integrations.moe's own
+    implementations read; tokens x hidden in and out. Those branch on values, or copy the weights for every token.
+    """
+    import torch
+
+    def weights(name: str, expert: int) -> tuple[Tensor, Tensor | None]:
+        matrix = getattr(self, name)[expert]
+        bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+        return (matrix.T if self.is_transposed else matrix), bias
+
+    result = torch.zeros_like(hidden_states)
+    for expert in range(self.num_experts):
+        token, place = torch.where(top_k_index == expert)
+        inner = torch.nn.functional.linear(
+            hidden_states[token], *weights("gate_up_proj" if self.has_gate else "up_proj", expert)
+        )
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        outer = torch.nn.functional.linear(inner, *weights("down_proj", expert))
+        if self.has_post_expert_norm:
+            outer = self.post_expert_norm(outer)
+        share = (outer * top_k_weights[token, place, None]).to(result.dtype)
+        result = result.index_put((token,), result[token] + share)  # a token chooses an expert at most once
+    return result
+
+
+def cached_call(model: Any, names: Sequence[str]) -> nn.Module:
+    """A module that takes `names` and a flat cache, and returns the logits and the grown cache."""
+    from torch import nn
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            arguments = dict(zip(names, inputs, strict=False))
+            cache = cache_of(inputs[len(names) :])
+            output = self.inner(**arguments, past_key_values=cache, use_cache=True, return_dict=True)
+            return {"logits": output.logits, **cache_tensors(output.past_key_values, "present")}
+
+    return Cached()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # export: a ladder of exporters, each result accepted only after verification
 #
 # The TorchScript exporter is faster and writes opsets 7 to 20; the torch.export one ("dynamo") knows more operators,
 # at 18 and up. They fail on different models, so the next one is tried when the first one's model is wrong.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+APART_BYTES = 32 << 20  # weights of this size and more do not go through the TorchScript exporter
 
 
 class Rung(NamedTuple):
@@ -3974,7 +4585,7 @@ class RungError(Exception):
         return RungError(f"{self}{note}", exported=self.exported, needs=self.needs, slight=self.slight)
 
 
-def export_torchscript(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset: int, folder: Path) -> ir.Model:
+def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.Model:
     """Trace and export with torch.onnx's TorchScript exporter; above its newest opset, converted up from there."""
     import onnx_ir as ir
     import torch
@@ -3983,19 +4594,26 @@ def export_torchscript(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset:
     if isinstance(
         plan.model, (torch.jit.ScriptModule, torch.fx.GraphModule)
     ):  # the exporter's own tracing fails on them
-        flat = torch.jit.trace(flat, tuple(inputs), check_trace=False)
+        flat = torch.jit.trace(flat, tuple(plan.traced), check_trace=False)
+    export = functools.partial(
+        torch.onnx.export,
+        flat,
+        tuple(plan.traced),
+        str(path),
+        dynamo=False,
+        opset_version=min(opset, TORCHSCRIPT_MAX_OPSET),
+        input_names=[spec.name for spec in plan.specs],
+        output_names=plan.outputs,
+        dynamic_axes={spec.name: dict(spec.axes) for spec in plan.specs if spec.axes},
+    )
     with exact_detection_sizes():
-        torch.onnx.export(
-            flat,
-            tuple(inputs),
-            str(path),
-            dynamo=False,
-            opset_version=min(opset, TORCHSCRIPT_MAX_OPSET),
-            input_names=[spec.name for spec in plan.specs],
-            output_names=plan.outputs,
-            dynamic_axes={spec.name: dict(spec.axes) for spec in plan.specs if spec.axes},
-        )
-    model = ir.load(path)
+        model = None
+        if sum(tensor.nbytes for tensor in flat.state_dict().values()) >= APART_BYTES:
+            export(export_params=False, do_constant_folding=False)
+            model = attach_weights(ir.load(path), plan, flat.state_dict(keep_vars=True))
+        if model is None:
+            export()
+            model = ir.load(path)
     if opset > TORCHSCRIPT_MAX_OPSET:
         from onnxscript.version_converter import convert_version
 
@@ -4003,7 +4621,56 @@ def export_torchscript(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset:
     return model
 
 
-def export_dynamo(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
+def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -> ir.Model | None:
+    """Give a graph that was exported without its weights those of the model: views, read when they are written.
+
+    The exporter itself holds several copies of all of them. A weight that is only used transposed is stored so; one
+    that several names share is stored once. None where the exporter made weights of its own (fused batch norms).
+    """
+    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    graph, own = model.graph, {spec.name for spec in plan.specs}
+    first: dict[tuple[Any, ...], ir.Value] = {}
+    for value in [value for value in graph.inputs if value.name not in own]:
+        tensor = weights.get(str(value.name))
+        if tensor is None:
+            return None
+        tensor = tensor.detach()
+        value.const_value = TorchTensor(tensor, value.name)
+        graph.inputs.remove(value)
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in first:
+            ir.convenience.replace_all_uses_with(value, first[place])
+            continue
+        first[place] = value
+        graph.initializers.add(value)
+    for value in first.values():
+        turn_weight(graph, value)
+    return model
+
+
+def turn_weight(graph: ir.Graph, value: ir.Value) -> None:
+    """Store the weight `value` as its Transpose nodes want it, where they are all that use it and agree."""
+    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    nodes = list(value.consumers())
+    orders = {tuple(node.attributes.get_ints("perm", ())) if node.op_type == "Transpose" else None for node in nodes}
+    if len(orders) != 1 or not (order := orders.pop()):
+        return
+    tensor: Any = value.const_value
+    turned = tensor.raw.permute(order)
+    name = value.name
+    del graph.initializers[name]
+    new = ir.Value(name=name, shape=ir.Shape(turned.shape), type=value.type, const_value=TorchTensor(turned, name))
+    graph.initializers.add(new)
+    for node in nodes:
+        ir.convenience.replace_all_uses_with(node.outputs[0], new)
+        node.graph.remove(node, safe=True)
+
+
+def export_dynamo(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
     """Export through torch.export; a ScriptModule is turned into an exported program first."""
     import torch
 
@@ -4011,12 +4678,12 @@ def export_dynamo(flat: nn.Module, plan: Plan, inputs: list[Tensor], opset: int,
         from torch._export.converter import TS2EPConverter
 
         flat = flat_module(
-            TS2EPConverter(flat.inner, tuple(inputs)).convert().module(), [spec.name for spec in plan.specs]
+            TS2EPConverter(flat.inner, tuple(plan.traced)).convert().module(), [spec.name for spec in plan.specs]
         )
     shapes = tuple(dict.fromkeys(spec.axes, torch.export.Dim.AUTO) for spec in plan.specs)
     program = torch.onnx.export(
         flat,
-        tuple(inputs),
+        tuple(plan.traced),
         dynamo=True,
         opset_version=opset,
         dynamic_shapes=(shapes,),
@@ -4073,7 +4740,7 @@ def plan_rungs(exporter: str, opset: int | None) -> list[Rung]:
     ]
 
 
-def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: Path) -> tuple[ir.Model, str]:
+def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     """One exporter's model, and a note on what it may have fixed; raises RungError with what stood in the way."""
     import warnings
 
@@ -4085,7 +4752,7 @@ def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: 
         flat.eval()
     try:
         with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
-            model = EXPORTERS[rung.exporter](flat, plan, reference_inputs, rung.opset, folder)
+            model = EXPORTERS[rung.exporter](flat, plan, rung.opset, folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except OSError as error:
@@ -4098,9 +4765,7 @@ def export_rung(rung: Rung, plan: Plan, reference_inputs: list[Tensor], folder: 
         if LOG.verbose:
             traceback.print_exc(file=LOG.stream)
         needs = re.search(r"(?:added in version|try opset version) (\d+)", str(error))
-        raise RungError(
-            explain_failure(error, flat, reference_inputs), needs=int(needs[1]) if needs else None
-        ) from error
+        raise RungError(explain_failure(error, flat, plan.traced), needs=int(needs[1]) if needs else None) from error
     for warning in caught:
         warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
     if model.opset_imports.get("") != rung.opset:
@@ -4438,6 +5103,8 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
             slight = all(item.largest <= SLIGHT * item.allowed for item in bad)
             raise RungError(worst.problem, exported=True, slight=worst.largest if slight else None)
         differences += found
+    if plan.further_checks:
+        differences += plan.further_checks(session, plan, options)
     if not differences:
         raise RungError("PyTorch's own answers are too unstable to compare with", exported=True)
     return differences
@@ -4500,23 +5167,22 @@ def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Array
 
 
 class Result(NamedTuple):
-    """An accepted model in the staging folder."""
+    """An accepted graph in the staging folder."""
 
     rung: Rung
     path: Path
     differences: list[Difference]
 
 
-def try_rung(
-    rung: Rung, plan: Plan, inputs: list[Tensor], metadata: Mapping[str, str], options: argparse.Namespace
-) -> Result:
-    """Export, finish, write, check and verify one rung; raises RungError."""
-    shutil.rmtree(options.staging, ignore_errors=True)
-    work = options.staging / "work"
+def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argparse.Namespace) -> Result:
+    """Export, finish, write, check and verify one rung, in a folder of the graph's own; raises RungError."""
+    folder = options.staging / plan.file.removesuffix(".onnx")
+    shutil.rmtree(folder, ignore_errors=True)
+    work = folder / "work"
     work.mkdir(parents=True)
     with LOG.step(f"export: {rung}"):
-        exported, note = export_rung(rung, plan, inputs, work)
-    path = options.staging / options.output.name
+        exported, note = export_rung(rung, plan, work)
+    path = folder / plan.file
     with LOG.step("check: onnx.checker"):
         write_graph(
             finish_graph(exported, plan, {**metadata, "exporter": f"{rung.exporter} of torch {torch_version()}"}), path
@@ -4564,11 +5230,9 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
     """The first rung that holds, at the opset that was asked for; raises ConversionError (EXPORT or VERIFY)."""
     if options.no_verify:
         LOG.warn("--no-verify: nothing proves that the exported model computes the same")
-    reference = Reference(plan.model, plan.specs, options.device)
-    inputs = reference.tensors(plan.traced, seed=0)
 
     def attempt(rung: Rung) -> Result:
-        return try_rung(rung, plan, inputs, metadata, options)
+        return try_rung(rung, plan, metadata, options)
 
     def attempt_exactly(rung: Rung) -> Result:
         if rung.opset != options.opset:
@@ -4610,17 +5274,29 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
     raise ConversionError(status, f"no exporter holds ({reasons}); {advice}")
 
 
-def move_into_place(result: Result, output: Path) -> list[Path]:
-    """Rename the files of `result` to their final names, the weights first; returns where they are."""
-    files = sorted(result.path.parent.iterdir(), key=lambda file: file == result.path)
-    placed = [output.with_name(file.name) for file in files]
-    for file, target in zip(files, placed, strict=True):
+class Converted(NamedTuple):
+    """A graph with the plan that it was accepted by."""
+
+    plan: Plan
+    result: Result
+
+
+def move_into_place(converted: Sequence[Converted], options: argparse.Namespace) -> list[Path]:
+    """Rename staged files to their final names, the graphs last; returns where they are."""
+    beside = options.staging / "beside"
+    pairs = [(file, options.folder / file.name) for file in (sorted(beside.iterdir()) if beside.exists() else ())]
+    graphs = [file for item in converted for file in item.result.path.parent.iterdir()]
+    pairs += [
+        (file, options.output.with_name(file.name)) for file in sorted(graphs, key=lambda file: file.suffix == ".onnx")
+    ]
+    for file, target in pairs:
         file.replace(target)
-    folder = os.open(output.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-    result.path.parent.rmdir()
-    return placed
+    for parent in {target.parent for _, target in pairs}:
+        folder = os.open(parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    shutil.rmtree(options.staging)
+    return [target for _, target in pairs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4628,9 +5304,7 @@ def move_into_place(result: Result, output: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def convert_pytorch_model(
-    loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
-) -> tuple[Plan, Result]:
+def convert_pytorch_model(loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]) -> list[Converted]:
     """Convert a complete model, a ScriptModule or an ExportedProgram."""
     import torch
 
@@ -4647,7 +5321,7 @@ def convert_pytorch_model(
 
 def convert_state_dict_model(
     loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
-) -> tuple[Plan, Result]:
+) -> list[Converted]:
     """Convert weights with the class that --model-class names, or that they are recognised to belong to."""
     weights = find_weights(loaded.content, options.checkpoint_key).content
     hints = loaded.content.get("hyper_parameters")
@@ -4695,18 +5369,88 @@ def recognised_class(
     )
 
 
-def convert_huggingface_model(options: argparse.Namespace) -> NoReturn:
-    """Hugging Face folders are not converted by this version; the error says what works instead."""
-    raise ConversionError(
-        ExitStatus.USAGE,
-        f"{options.input}: this version does not convert Hugging Face models; save the model with torch.export.save or "
-        "torch.jit.save and pass that file",
-    )
+def convert_huggingface_model(source: Source, options: argparse.Namespace) -> list[Converted]:
+    """Convert the model in a Hugging Face folder for its task, and stage the files that belong beside the graphs."""
+    digest = ThreadPoolExecutor(1).submit(folder_digest, source.path)
+    vetted = vet_folder(source.path, trust=options.trust_remote_code)
+    folder = copy_without_code(source.path, vetted, options.staging / "source", trust=options.trust_remote_code)
+    with LOG.step(f"load: {source.path}"):
+        config = read_config(folder, trust=options.trust_remote_code)
+        task, cls = choose_task(config, options, embeds_sentences=(source.path / "modules.json").exists())
+        found = load_pretrained(folder, config, task, cls, options)
+    LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")
+    metadata = {"mode": "huggingface", "task": task, **label_metadata(config)}
+    with LOG.step("reference: PyTorch's answers"):
+        graphs = graphs_of(found, folder, options)
+        found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
+        plans = [plan_graph(graph, options) for graph in graphs]
+    use_routed_experts(found.model)
+    metadata["source_sha256"] = digest.result()
+    converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
+    stage_side_files(folder, options.staging / "beside")
+    return converted
+
+
+def graphs_of(found: FolderModel, folder: Path, options: argparse.Namespace) -> list[Graph]:
+    """The graphs that the model becomes."""
+    if found.task == "text-generation":
+        return [decoder_graph(found, cached=not options.no_cache)]
+    return [single_graph(found, folder)]
+
+
+def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
+    """PyTorch's answers for the graph's examples at all its sizes."""
+    reference = Reference(graph.module, graph.specs, options.device, graph.examples)
+    cases = []
+    for seed, sizes in enumerate(graph.sizes):
+        try:
+            cases.append(reference.run(sizes, seed))
+        except RejectedInputError as error:
+            raise ConversionError(
+                ExitStatus.EXPORT, f"the model does not run at {sizes}: {error}; is the folder complete?"
+            ) from error.__cause__
+    check_deterministic(reference, cases[0], graph.sizes[0], 0)
+    check_outputs(cases[0])
+    for case in cases:
+        check_finite(case)
+    traced = reference.tensors(graph.sizes[0], 0)
+    specs = [spec._replace(dims=tuple(tensor.shape)) for spec, tensor in zip(graph.specs, traced, strict=True)]
+    file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
+    return Plan(graph.module, specs, list(cases[0].outputs), traced, cases, file, graph.further_checks)
+
+
+def label_metadata(config: Any) -> dict[str, str]:
+    """The labels of a classifier as metadata."""
+    labels = getattr(config, "id2label", None)
+    return {"id2label": json.dumps({str(key): value for key, value in labels.items()})} if labels else {}
+
+
+def use_routed_experts(model: Any) -> None:
+    """Let a mixture of experts run as exporters can follow it; PyTorch's answers are taken before."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
+    model.set_experts_implementation("pt2onnx")
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the names and digests of the folder's own files."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    text = "\n".join(f"{name} {file_digest(folder / name)}" for name in names)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stage_side_files(folder: Path, target: Path) -> None:
+    """Copy what a user of the model needs beside the graph: configuration, tokenizer, processor, chat template."""
+    target.mkdir()
+    for entry in sorted(folder.iterdir()):
+        if entry.is_file() and not entry.name.startswith(".") and SIDE_FILES.fullmatch(entry.name):
+            shutil.copyfile(entry, target / entry.name)
 
 
 def convert_module(
     model: nn.Module, loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
-) -> tuple[Plan, Result]:
+) -> list[Converted]:
     """Reference, export and verification of a module in memory."""
     import torch
 
@@ -4725,7 +5469,7 @@ def convert_module(
     facts = {**metadata, **({"task": options.task} if options.task else {})}
     if known:
         facts["preprocessing"] = json.dumps(known, default=str, sort_keys=True)
-    return plan, export_and_verify(plan, facts, options)
+    return [Converted(plan, export_and_verify(plan, facts, options))]
 
 
 def choose_mode(source: Source, loaded: Loaded, options: argparse.Namespace) -> str:
@@ -4786,22 +5530,32 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """Convert `source` as `options` say; returns the report that --json prints. Raises ConversionError."""
     start = time.monotonic()
     if source.kind is Kind.HUGGINGFACE:
-        vet_folder(source.path, trust=options.trust_remote_code)
-    if source.kind is Kind.HUGGINGFACE or options.mode == "huggingface":
-        convert_huggingface_model(options)
-    digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
-    with LOG.step(f"load: {source.path}"):
-        loaded = load(source, trust=options.trust_pickle)
-    mode = choose_mode(source, loaded, options)
-    metadata = {"source_sha256": digest.result(), "mode": mode}
-    converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
-    plan, result = converters[mode](loaded, options, metadata)
-    files = move_into_place(result, options.output)
+        mode, converted = "huggingface", convert_huggingface_model(source, options)
+    else:
+        digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
+        with LOG.step(f"load: {source.path}"):
+            loaded = load(source, trust=options.trust_pickle)
+        mode = choose_mode(source, loaded, options)
+        metadata = {"source_sha256": digest.result(), "mode": mode}
+        converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
+        converted = converters[mode](loaded, options, metadata)
+    files = move_into_place(converted, options)
+    graphs = [describe_graph(item, options) for item in converted]
     return {
         "status": "ok",
-        "output": str(options.output),
+        **graphs[0],
         "files": {str(file): file.stat().st_size for file in files},
         "mode": mode,
+        **({"graphs": graphs} if len(graphs) > 1 else {}),
+        "seconds": round(time.monotonic() - start, 2),
+    }
+
+
+def describe_graph(item: Converted, options: argparse.Namespace) -> dict[str, Any]:
+    """One graph for the report."""
+    plan, result = item
+    return {
+        "output": str(options.output.with_name(plan.file)),
         "exporter": result.rung.exporter,
         "opset": result.rung.opset,
         "inputs": {
@@ -4809,7 +5563,6 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         },
         "outputs": plan.outputs,
         "verified": [difference._asdict() for difference in result.differences],
-        "seconds": round(time.monotonic() - start, 2),
     }
 
 

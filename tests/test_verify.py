@@ -42,8 +42,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Plan, Pa
     options = argparse.Namespace(**{**vars(OPTIONS), "input_shape": [product.InputShape((1, 3, 16, 16))]})
     plan = product.make_plan(Net().eval(), product.Loaded(None, "a test"), {}, options)
     flat = product.flat_module(plan.model, ["input"]).eval()
-    inputs = product.Reference(plan.model, plan.specs, "cpu").tensors(plan.traced, 0)
-    model = product.finish_graph(product.export_torchscript(flat, plan, inputs, 14, folder), plan, {})
+    model = product.finish_graph(product.export_torchscript(flat, plan, 14, folder), plan, {})
     product.write_graph(model, folder / "right.onnx")
     return plan, folder / "right.onnx"
 
