@@ -12,6 +12,8 @@ generates, tokenizer.json or preprocessor_config.json. The weights are drawn wid
 import argparse
 import json
 import math
+import re
+import string
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,6 +35,8 @@ SENTENCES = [
     "She sells sea shells by the sea shore; he reads the paper in the morning.",
     "In the beginning there was nothing, and then there was a test that failed.",
 ]
+WORDS = sorted(set(re.findall(r"\w+", " ".join(SENTENCES).lower())))
+CHARACTERS = string.ascii_lowercase + string.digits + ".,;:?!'-"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -57,7 +61,7 @@ class Tiny(NamedTuple):
     task: str
     config: Json
     style: str = ""  # of the tokenizer, a key of STYLES
-    processor: Json = {}  # settings of the image processor or the feature extractor
+    processor: Json | None = None  # settings of the image processor or the feature extractor
     auto: str = ""  # the auto class, where it is not the task's
 
 
@@ -155,8 +159,38 @@ ENCODERS: dict[str, tuple[str, Json]] = {  # task: fill-mask
         | {"relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True}
         | {"pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "pooler_hidden_size": 32},
     ),
+    "deberta": (
+        "bert",
+        BERT
+        | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 16}
+        | {"position_biased_input": False, "pooler_hidden_size": 32},
+    ),
     "mpnet": ("roberta", BERT),
     "modernbert": ("bert", BERT | {"local_attention": 8, "layer_types": WINDOW["layer_types"]}),
+    "camembert": ("roberta", BERT | {"type_vocab_size": 1}),
+    "layoutlm": ("bert", BERT | {"max_2d_position_embeddings": 128}),
+    "xlm": ("roberta", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}),
+    "flaubert": ("roberta", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}),
+    "funnel": (
+        "bert",
+        {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64},
+    ),
+    "convbert": ("bert", BERT | {"embedding_size": 16, "conv_kernel_size": 3}),
+    "mobilebert": ("bert", BERT | {"embedding_size": 16, "intra_bottleneck_size": 16, "intermediate_size": 32}),
+    "squeezebert": ("bert", BERT | {"embedding_size": 32}),
+    "nystromformer": ("bert", BERT | {"num_landmarks": 16, "segment_means_seq_len": 16, "conv_kernel_size": 5}),
+    "big_bird": ("roberta", BERT | {"attention_type": "original_full"}),
+    "longformer": ("roberta", BERT | {"attention_window": 8, "type_vocab_size": 1}),
+    "rembert": ("bert", BERT | {"input_embedding_size": 16, "output_embedding_size": 32}),
+    "ernie": ("bert", BERT),
+    "fnet": ("bert", BERT),
+    "roformer": ("bert", BERT | {"embedding_size": 16}),
+    "megatron-bert": ("bert", BERT),
+    "data2vec-text": ("roberta", BERT | {"type_vocab_size": 1}),
+    "roberta-prelayernorm": ("roberta", BERT | {"type_vocab_size": 1}),
+    "esm": ("roberta", BERT | {"position_embedding_type": "rotary", "token_dropout": False}),
+    "eurobert": ("roberta", BERT | {"num_key_value_heads": 4}),
+    "nomic_bert": ("bert", BERT),
 }
 DECODERS: dict[str, tuple[str, Json]] = {  # task: text-generation
     "gpt2": ("gpt", GPT2),
@@ -165,7 +199,10 @@ DECODERS: dict[str, tuple[str, Json]] = {  # task: text-generation
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 8, "max_position_embeddings": 128}
         | {"attention_types": [[["global", "local"], 1]]},
     ),
-    "gpt_neox": ("gpt", BERT | {"rotary_pct": 0.5}),
+    "gpt_neox": ("gpt", BERT),
+    "gpt_bigcode": ("gpt", GPT2),
+    "gptj": ("gpt", GPT2 | {"rotary_dim": 4}),
+    "codegen": ("gpt", GPT2 | {"rotary_dim": 4}),
     "opt": ("roberta", SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128}),
     "bloom": ("llama", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "llama": ("llama", GROUPED),
@@ -193,9 +230,105 @@ DECODERS: dict[str, tuple[str, Json]] = {  # task: text-generation
         GROUPED | WINDOW | EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
 }
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+LATENT |= {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+FINE = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16}  # many small experts
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 4}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}
+DECODERS |= {
+    "qwen2_moe": ("llama", GROUPED | FINE | {"shared_expert_intermediate_size": 32}),
+    "qwen3_next": ("llama", GROUPED | FINE | LINEAR | {"shared_expert_intermediate_size": 32}),
+    "qwen3_5_text": ("llama", GROUPED | LINEAR),
+    "gemma": ("llama", GROUPED),
+    "phi": ("llama", GROUPED),
+    "olmo": ("llama", GROUPED),
+    "granitemoe": ("llama", GROUPED | EXPERTS | {"attention_multiplier": 0.3}),
+    "cohere": ("llama", GROUPED | {"logit_scale": 1.0}),
+    "cohere2": ("llama", GROUPED | WINDOW | {"logit_scale": 1.0}),
+    "stablelm": ("llama", GROUPED),
+    "starcoder2": ("llama", GROUPED),
+    "mpt": ("gpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128}),
+    "biogpt": ("roberta", BERT),
+    "xglm": (
+        "roberta",
+        {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 128},
+    ),
+    "glm": ("llama", GROUPED),
+    "glm4": ("llama", GROUPED),
+    "nemotron": ("llama", GROUPED),
+    "exaone4": ("llama", GROUPED | WINDOW),
+    "ernie4_5": ("llama", GROUPED),
+    "deepseek_v2": ("llama", GROUPED | LATENT),
+    "deepseek_v3": ("llama", GROUPED | LATENT),
+    "llama4_text": (
+        "llama",
+        GROUPED | EXPERTS | {"intermediate_size_mlp": 64, "attention_chunk_size": 16, "no_rope_layer_interval": 2},
+    ),
+    "mamba": ("llama", MAMBA),
+    "falcon_mamba": ("llama", MAMBA),
+    "mamba2": ("llama", MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16}),
+    "lfm2": ("llama", GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "jamba": (
+        "llama",
+        GROUPED
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_dt_rank": 4, "mamba_d_state": 8}
+        | {"use_mamba_kernels": False},
+    ),
+    "bamba": (
+        "llama",
+        GROUPED
+        | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+        | {"mamba_chunk_size": 16},
+    ),
+    "zamba2": (
+        "llama",
+        SIZES
+        | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_d_state": 8}
+        | {"n_mamba_heads": 8, "chunk_size": 16, "max_position_embeddings": 128, "use_mamba_kernels": False},
+    ),
+    "rwkv": (
+        "gpt",
+        {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        | {"context_length": 128},
+    ),
+    "recurrent_gemma": (
+        "llama",
+        SIZES | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16, "num_key_value_heads": 2},
+    ),
+    "olmoe": ("llama", GROUPED | FINE),
+    "phimoe": ("llama", GROUPED | EXPERTS),
+    "glm4_moe": ("llama", GROUPED | LATENT | {"num_key_value_heads": 2}),
+    "seed_oss": ("llama", GROUPED),
+    "hunyuan_v1_dense": ("llama", GROUPED),
+}
 SEQ2SEQS: dict[str, tuple[str, Json]] = {  # task: text2text-generation
     "t5": ("t5", T5),
+    "mt5": ("t5", T5 | {"feed_forward_proj": "gated-gelu"}),
+    "umt5": ("t5", T5 | {"feed_forward_proj": "gated-gelu"}),
+    "longt5": ("t5", T5 | {"local_radius": 7}),
+    "switch_transformers": (
+        "t5",
+        T5 | {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 64},
+    ),
     "bart": ("roberta", SEQ2SEQ),
+    "mbart": ("roberta", SEQ2SEQ | {"decoder_start_token_id": 2}),
+    "m2m_100": ("roberta", SEQ2SEQ),
+    "blenderbot": ("roberta", SEQ2SEQ),
+    "blenderbot-small": ("roberta", SEQ2SEQ),
+    "pegasus": ("t5", SEQ2SEQ | {"scale_embedding": True}),
+    "led": (
+        "roberta",
+        SEQ2SEQ
+        | {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 64, "attention_window": 8},
+    ),
+    "prophetnet": (
+        "roberta",
+        {"hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128}
+        | {"num_encoder_layers": 2, "num_decoder_layers": 2}
+        | {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
+    ),
     "marian": (
         "t5",
         SEQ2SEQ | {"scale_embedding": True, "decoder_start_token_id": 0, "decoder_vocab_size": VOCABULARY},
@@ -203,6 +336,10 @@ SEQ2SEQS: dict[str, tuple[str, Json]] = {  # task: text2text-generation
 }
 SQUARE32 = {"size": {"height": 32, "width": 32}}
 CROP32 = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+EDGES = {"size": {"shortest_edge": 64, "longest_edge": 96}}
+SWIN = {"model_type": "swin", "image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
+SWIN |= {"window_size": 4}
+DETR = SEQ2SEQ | {"backbone_config": RESNET | {"model_type": "resnet"}, "num_queries": 10}
 IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
     "vit": ("image-classification", VIT, SQUARE32),
     "convnext": (
@@ -216,6 +353,116 @@ IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
         SQUARE32,
     ),
     "dinov2": ("image-classification", VIT | {"mlp_ratio": 2}, CROP32),
+    "deit": ("image-classification", VIT, CROP32),
+    "beit": ("image-classification", VIT | {"use_relative_position_bias": True}, CROP32),
+    "vit_msn": ("image-classification", VIT, SQUARE32),
+    "dinov2_with_registers": ("image-classification", VIT | {"mlp_ratio": 2}, CROP32),
+    "dinov3_vit": ("feature-extraction", VIT, SQUARE32),
+    "convnextv2": (
+        "image-classification",
+        STAGES | {"image_size": 32},
+        {"size": {"shortest_edge": 32}, "crop_pct": 0.875},
+    ),
+    "swinv2": (
+        "image-classification",
+        {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+        SQUARE32,
+    ),
+    "resnet": ("image-classification", RESNET, {"size": {"shortest_edge": 64}, "crop_pct": 0.875}),
+    "regnet": (
+        "image-classification",
+        STAGES | {"embedding_size": 16, "groups_width": 8},
+        {"size": {"shortest_edge": 64}, "crop_pct": 0.875},
+    ),
+    "mobilevit": (
+        "image-classification",
+        SIZES
+        | {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32], "image_size": 64}
+        | {"expand_ratio": 2.0},
+        {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
+    ),
+    "mobilevitv2": (
+        "image-classification",
+        {"width_multiplier": 0.25, "image_size": 64, "expand_ratio": 1.0, "n_attn_blocks": [1, 1, 1]},
+        {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
+    ),
+    "mobilenet_v1": ("image-classification", {"depth_multiplier": 0.25, "image_size": 64}, CROP32),
+    "mobilenet_v2": ("image-classification", {"depth_multiplier": 0.25, "image_size": 64}, CROP32),
+    "efficientnet": (
+        "image-classification",
+        {"image_size": 64, "width_coefficient": 1.0, "depth_coefficient": 1.0, "kernel_sizes": [3, 3, 5]}
+        | {"in_channels": [8, 8, 16], "out_channels": [8, 16, 16], "strides": [1, 2, 2], "hidden_dim": 32}
+        | {"num_block_repeats": [1, 1, 1], "expand_ratios": [1, 2, 2]},
+        {"size": {"height": 64, "width": 64}},
+    ),
+    "levit": (
+        "image-classification",
+        {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1]}
+        | {"key_dim": [8, 8, 8]},
+        {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
+    ),
+    "pvt": (
+        "image-classification",
+        STAGES | {"image_size": 32, "num_attention_heads": [1, 2, 2, 4], "mlp_ratios": [2, 2, 2, 2]},
+        SQUARE32,
+    ),
+    "pvt_v2": (
+        "image-classification",
+        STAGES | {"image_size": 32, "num_attention_heads": [1, 2, 2, 4], "mlp_ratios": [2, 2, 2, 2]},
+        SQUARE32,
+    ),
+    "poolformer": (
+        "image-classification",
+        STAGES | {"layer_scale_init_value": 0.5},
+        CROP32,
+    ),
+    "cvt": (
+        "image-classification",
+        {"embed_dim": [16, 16, 32], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+        {"size": {"shortest_edge": 64}, "crop_pct": 0.875},
+    ),
+    "dpt": (
+        "depth-estimation",
+        VIT
+        | {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16]}
+        | {"fusion_hidden_size": 16},
+        SQUARE32,
+    ),
+    "glpn": (
+        "depth-estimation",
+        STAGES | {"num_attention_heads": [1, 2, 2, 4], "decoder_hidden_size": 16, "mlp_ratios": [2, 2, 2, 2]},
+        {"size_divisor": 32},
+    ),
+    "depth_anything": (
+        "depth-estimation",
+        {"backbone_config": VIT | {"model_type": "dinov2", "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}}
+        | {"patch_size": 8, "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 16, 16]}
+        | {"fusion_hidden_size": 16, "head_hidden_size": 8},
+        SQUARE32,
+    ),
+    "mask2former": (
+        "image-segmentation",
+        {"backbone_config": SWIN | {"out_features": ["stage1", "stage2", "stage3", "stage4"]}, "num_queries": 10}
+        | {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 64}
+        | {"encoder_layers": 2, "decoder_layers": 3, "num_attention_heads": 4, "dim_feedforward": 64},
+        {"size": {"height": 64, "width": 64}},
+    ),
+    "maskformer": (
+        "image-segmentation",
+        {"backbone_config": SWIN | {"out_features": ["stage1", "stage2", "stage3", "stage4"]}}
+        | {"decoder_config": SEQ2SEQ | {"model_type": "detr", "num_queries": 10}}
+        | {"fpn_feature_size": 32, "mask_feature_size": 32},
+        {"size": {"height": 64, "width": 64}},
+    ),
+    "upernet": (
+        "semantic-segmentation",
+        {"backbone_config": RESNET | {"model_type": "resnet", "out_indices": [1, 2, 3, 4]}, "hidden_size": 32}
+        | {"auxiliary_channels": 16},
+        {"size": {"height": 64, "width": 64}},
+    ),
+    "deformable_detr": ("object-detection", DETR | {"num_feature_levels": 3}, EDGES),
+    "conditional_detr": ("object-detection", DETR, EDGES),
+    "table-transformer": ("object-detection", DETR, EDGES),
     "segformer": (
         "semantic-segmentation",
         STAGES | {"num_attention_heads": [1, 2, 2, 4], "decoder_hidden_size": 32, "mlp_ratios": [2, 2, 2, 2]},
@@ -224,7 +471,7 @@ IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
     "detr": (
         "object-detection",
         SEQ2SEQ | {"backbone_config": RESNET | {"model_type": "resnet"}, "use_timm_backbone": False, "num_queries": 10},
-        {"size": {"shortest_edge": 64, "longest_edge": 96}},
+        EDGES,
     ),
     "rt_detr": (
         "object-detection",
@@ -237,19 +484,58 @@ IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
     "yolos": (
         "object-detection",
         VIT | {"image_size": [64, 64], "num_detection_tokens": 10},
-        {"size": {"shortest_edge": 64, "longest_edge": 96}},
+        EDGES,
     ),
 }
+LISTENER = {name: value for name, value in SEQ2SEQ.items() if name != "max_position_embeddings"}
+LISTENER |= {"max_target_positions": 64}
 AUDIO: dict[str, tuple[str, str, Json, Json]] = {  # task, tokenizer, config, feature extractor
     "whisper": (
         "automatic-speech-recognition",
         "roberta",
-        {name: value for name, value in SEQ2SEQ.items() if name != "max_position_embeddings"}
-        | {"max_source_positions": 50, "max_target_positions": 64, "num_mel_bins": 16, "decoder_start_token_id": 0}
+        LISTENER
+        | {"max_source_positions": 50, "num_mel_bins": 16, "decoder_start_token_id": 0}
         | {"begin_suppress_tokens": None},
         {"feature_size": 16, "chunk_length": 1},
     ),
+    "speech_to_text": (
+        "automatic-speech-recognition",
+        "roberta",
+        LISTENER
+        | {"max_source_positions": 200, "input_feat_per_channel": 16, "conv_channels": 16, "conv_kernel_sizes": [3, 3]},
+        {"feature_size": 16, "num_mel_bins": 16},
+    ),
+    "moonshine": (
+        "automatic-speech-recognition",
+        "llama",
+        {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 128, "decoder_start_token_id": 1}
+        | {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
+        | {"encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4},
+        {},
+    ),
     "wav2vec2": ("automatic-speech-recognition", "ctc", WAV2VEC2, {}),
+    "wav2vec2-conformer": (
+        "automatic-speech-recognition",
+        "ctc",
+        WAV2VEC2 | {"position_embeddings_type": "rotary", "conv_depthwise_kernel_size": 5},
+        {},
+    ),
+    "hubert": ("automatic-speech-recognition", "ctc", WAV2VEC2, {}),
+    "wavlm": ("automatic-speech-recognition", "ctc", WAV2VEC2 | {"num_buckets": 16, "max_bucket_distance": 32}, {}),
+    "sew": ("automatic-speech-recognition", "ctc", WAV2VEC2 | {"squeeze_factor": 2}, {}),
+    "data2vec-audio": (
+        "automatic-speech-recognition",
+        "ctc",
+        WAV2VEC2 | {"num_conv_pos_embeddings": 2, "conv_pos_kernel_size": 5},
+        {},
+    ),
+    "unispeech-sat": ("automatic-speech-recognition", "ctc", WAV2VEC2, {}),
+    "audio-spectrogram-transformer": (
+        "audio-classification",
+        "",
+        SIZES | {"patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 64, "num_mel_bins": 16},
+        {"max_length": 64, "num_mel_bins": 16},
+    ),
 }
 TEXT_TOWER = SIZES | {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "projection_dim": 16}
 PAIRS: dict[str, tuple[str, Json, Json]] = {  # task: zero-shot-image-classification
@@ -257,6 +543,12 @@ PAIRS: dict[str, tuple[str, Json, Json]] = {  # task: zero-shot-image-classifica
         "clip",
         {"text_config": TEXT_TOWER, "vision_config": VIT | {"projection_dim": 16}, "projection_dim": 16},
         CROP32,
+    ),
+    "siglip": ("t5", {"text_config": TEXT_TOWER | {"projection_size": 32}, "vision_config": VIT}, SQUARE32),
+    "chinese_clip": (
+        "bert",
+        {"text_config": TEXT_TOWER, "vision_config": VIT | {"projection_dim": 16}, "projection_dim": 16},
+        SQUARE32,
     ),
 }
 SECOND = {  # further tasks of models that are named above
@@ -277,7 +569,7 @@ def _models() -> Iterator[tuple[str, Tiny]]:
     for name, (task, config, processor) in IMAGES.items():
         yield name, Tiny(name, task, config, processor=processor)
     for name, (task, style, config, processor) in AUDIO.items():
-        auto = "AutoModelForSpeechSeq2Seq" if "decoder_layers" in config else ""
+        auto = "AutoModelForSpeechSeq2Seq" if style not in {"", "ctc"} else ""
         yield name, Tiny(name, task, config, style, processor, auto)
     for name, (style, config, processor) in PAIRS.items():
         yield name, Tiny(name, "zero-shot-image-classification", config, style, processor)
@@ -368,7 +660,7 @@ def _redraw_one(module: "torch.nn.Module", name: str, weight: "torch.Tensor", dr
     noise = torch.randn(weight.shape, generator=draw)
     if isinstance(module, nn.Embedding):
         weight.copy_(noise * 0.1)  # small: where the head is tied to it, a larger one would only repeat the last token
-    elif weight.dim() >= 2 and name in {"weight", "in_proj_weight"} or weight.dim() == 3:
+    elif (weight.dim() >= 2 and name in {"weight", "in_proj_weight"}) or weight.dim() == 3:
         fan = weight[0].numel() if "Conv" in type(module).__name__ else weight.shape[-1]
         weight.copy_(noise * 1.5 / math.sqrt(fan))
     else:
@@ -379,7 +671,7 @@ def _redraw_one(module: "torch.nn.Module", name: str, weight: "torch.Tensor", dr
 
 
 def tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer, trained on SENTENCES."""
+    """The model's tokenizer, with the words of SENTENCES in it."""
     from transformers import PreTrainedTokenizerFast
 
     style = STYLES[MODELS[name].style]
@@ -396,24 +688,25 @@ def _trained(style: Style) -> Any:
     """A tokenizer of the `tokenizers` library with the style's model, special tokens and frame."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    common = {"vocab_size": VOCABULARY - 10, "special_tokens": style.tokens, "show_progress": False}
     if style.model == "wordpiece":
-        made = Tokenizer(models.WordPiece(unk_token=style.roles["unk"]))
+        pieces = [*style.tokens, *CHARACTERS, *(f"##{character}" for character in CHARACTERS), *WORDS]
+        made = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
         made.normalizer = normalizers.BertNormalizer(lowercase=True)
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(**common)
     elif style.model == "unigram":
-        made = Tokenizer(models.Unigram())
+        scores = dict.fromkeys(style.tokens, 0.0) | {f"▁{word}": -5.0 for word in WORDS}
+        scores |= dict.fromkeys(["▁", *CHARACTERS, *string.ascii_uppercase], -9.0)
+        made = Tokenizer(models.Unigram(list(scores.items()), style.tokens.index(style.roles["unk"])))
         made.pre_tokenizer = pre_tokenizers.Metaspace()
         made.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(unk_token=style.roles["unk"], **common)
     else:
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), **common)
-    made.train_from_iterator(SENTENCES, trainer)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        options = {"vocab_size": VOCABULARY - 10, "special_tokens": style.tokens, "show_progress": False}
+        made.train_from_iterator(SENTENCES, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
     special = [(token, style.tokens.index(token)) for token in style.tokens]
     made.post_processor = processors.TemplateProcessing(single=style.single, pair=style.pair, special_tokens=special)
     return made
@@ -459,7 +752,7 @@ def make(name: str, folder: Path, *, dtype: str = "float32", safe: bool = True, 
         _save_ctc_tokenizer(folder)
     elif tiny.style:
         tokenizer(name).save_pretrained(folder)
-    if tiny.processor or tiny.style in {"", "ctc"}:
+    if tiny.processor is not None:
         _save_processor(tiny, folder)
 
 
@@ -495,7 +788,7 @@ def inputs(name: str, folder: Path) -> Json:
         sound = [random.normal(size=8000).astype("float32"), random.normal(size=6000).astype("float32")]
         extractor = AutoFeatureExtractor.from_pretrained(folder)
         made |= extractor(sound, sampling_rate=16000, return_tensors="pt", **_padding(extractor))
-    elif tiny.processor:
+    elif tiny.processor is not None:
         images = random.integers(0, 255, (2, 5, 6, 3)).astype("uint8").repeat(8, 1).repeat(8, 2)
         made |= AutoImageProcessor.from_pretrained(folder)(list(images), return_tensors="pt")
     if tiny.task == "multiple-choice":
@@ -527,7 +820,7 @@ def check(name: str, folder: Path) -> str:
         return "the tokenizer is larger than the model's vocabulary"
     given = _accepted(model, inputs(name, folder))
     with torch.no_grad():
-        if model.can_generate() and "generation" in tiny.task or tiny.auto.endswith("Seq2Seq"):
+        if (model.can_generate() and "generation" in tiny.task) or tiny.auto.endswith("Seq2Seq"):
             return _check_generation(model, given)
         return _check_outputs(build(name), model, given)
 
