@@ -310,7 +310,14 @@ SEQ2SEQS: dict[str, tuple[str, Json]] = {  # task: text2text-generation
     "longt5": ("t5", T5 | {"local_radius": 7}),
     "switch_transformers": (
         "t5",
-        T5 | {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 64},
+        T5
+        | {
+            "num_decoder_layers": 2,
+            "num_experts": 4,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "expert_capacity": 64,
+        },
     ),
     "bart": ("roberta", SEQ2SEQ),
     "mbart": ("roberta", SEQ2SEQ | {"decoder_start_token_id": 2}),
@@ -324,9 +331,9 @@ SEQ2SEQS: dict[str, tuple[str, Json]] = {  # task: text2text-generation
         | {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 64, "attention_window": 8},
     ),
     "prophetnet": (
-        "roberta",
+        "t5",
         {"hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128}
-        | {"num_encoder_layers": 2, "num_decoder_layers": 2}
+        | {"decoder_start_token_id": 0, "num_encoder_layers": 2, "num_decoder_layers": 2}
         | {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
     ),
     "marian": (
@@ -337,8 +344,6 @@ SEQ2SEQS: dict[str, tuple[str, Json]] = {  # task: text2text-generation
 SQUARE32 = {"size": {"height": 32, "width": 32}}
 CROP32 = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 EDGES = {"size": {"shortest_edge": 64, "longest_edge": 96}}
-SWIN = {"model_type": "swin", "image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
-SWIN |= {"window_size": 4}
 DETR = SEQ2SEQ | {"backbone_config": RESNET | {"model_type": "resnet"}, "num_queries": 10}
 IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
     "vit": ("image-classification", VIT, SQUARE32),
@@ -354,9 +359,14 @@ IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
     ),
     "dinov2": ("image-classification", VIT | {"mlp_ratio": 2}, CROP32),
     "deit": ("image-classification", VIT, CROP32),
-    "beit": ("image-classification", VIT | {"use_relative_position_bias": True}, CROP32),
+    "beit": (
+        "image-classification",
+        VIT
+        | {"use_relative_position_bias": True, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
+        | {"auxiliary_channels": 16},
+        CROP32,
+    ),
     "vit_msn": ("image-classification", VIT, SQUARE32),
-    "dinov2_with_registers": ("image-classification", VIT | {"mlp_ratio": 2}, CROP32),
     "dinov3_vit": ("feature-extraction", VIT, SQUARE32),
     "convnextv2": (
         "image-classification",
@@ -378,7 +388,7 @@ IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
         "image-classification",
         SIZES
         | {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32], "image_size": 64}
-        | {"expand_ratio": 2.0},
+        | {"expand_ratio": 2.0, "aspp_out_channels": 16},
         {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
     ),
     "mobilevitv2": (
@@ -390,8 +400,8 @@ IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
     "mobilenet_v2": ("image-classification", {"depth_multiplier": 0.25, "image_size": 64}, CROP32),
     "efficientnet": (
         "image-classification",
-        {"image_size": 64, "width_coefficient": 1.0, "depth_coefficient": 1.0, "kernel_sizes": [3, 3, 5]}
-        | {"in_channels": [8, 8, 16], "out_channels": [8, 16, 16], "strides": [1, 2, 2], "hidden_dim": 32}
+        {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 1.0, "kernel_sizes": [3, 3, 5]}
+        | {"in_channels": [32, 16, 24], "out_channels": [16, 24, 40], "strides": [1, 2, 2], "hidden_dim": 320}
         | {"num_block_repeats": [1, 1, 1], "expand_ratios": [1, 2, 2]},
         {"size": {"height": 64, "width": 64}},
     ),
@@ -418,7 +428,7 @@ IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
     ),
     "cvt": (
         "image-classification",
-        {"embed_dim": [16, 16, 32], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+        {"embed_dim": [16, 16, 32], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
         {"size": {"shortest_edge": 64}, "crop_pct": 0.875},
     ),
     "dpt": (
@@ -435,24 +445,14 @@ IMAGES: dict[str, tuple[str, Json, Json]] = {  # task, config, image processor
     ),
     "depth_anything": (
         "depth-estimation",
-        {"backbone_config": VIT | {"model_type": "dinov2", "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}}
+        {
+            "backbone_config": VIT
+            | {"model_type": "dinov2", "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
+            | {"reshape_hidden_states": False}
+        }
         | {"patch_size": 8, "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 16, 16]}
         | {"fusion_hidden_size": 16, "head_hidden_size": 8},
         SQUARE32,
-    ),
-    "mask2former": (
-        "image-segmentation",
-        {"backbone_config": SWIN | {"out_features": ["stage1", "stage2", "stage3", "stage4"]}, "num_queries": 10}
-        | {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 64}
-        | {"encoder_layers": 2, "decoder_layers": 3, "num_attention_heads": 4, "dim_feedforward": 64},
-        {"size": {"height": 64, "width": 64}},
-    ),
-    "maskformer": (
-        "image-segmentation",
-        {"backbone_config": SWIN | {"out_features": ["stage1", "stage2", "stage3", "stage4"]}}
-        | {"decoder_config": SEQ2SEQ | {"model_type": "detr", "num_queries": 10}}
-        | {"fpn_feature_size": 32, "mask_feature_size": 32},
-        {"size": {"height": 64, "width": 64}},
     ),
     "upernet": (
         "semantic-segmentation",
@@ -548,13 +548,29 @@ PAIRS: dict[str, tuple[str, Json, Json]] = {  # task: zero-shot-image-classifica
     "chinese_clip": (
         "bert",
         {"text_config": TEXT_TOWER, "vision_config": VIT | {"projection_dim": 16}, "projection_dim": 16},
-        SQUARE32,
+        {"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}},
     ),
 }
+SPEC = "text-classification token-classification question-answering feature-extraction"
 SECOND = {  # further tasks of models that are named above
-    "bert": "text-classification token-classification question-answering feature-extraction multiple-choice",
-    "gpt2": "text-classification token-classification question-answering feature-extraction",
-    "llama": "text-classification token-classification question-answering feature-extraction",
+    **dict.fromkeys(
+        ["bert", "distilbert", "roberta", "xlm-roberta", "albert", "electra", "deberta-v2", "mpnet", "modernbert"],
+        f"{SPEC} multiple-choice",
+    ),
+    **dict.fromkeys(
+        ["gpt2", "gpt_neo", "gpt_neox", "bloom", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"], SPEC
+    ),
+    **dict.fromkeys(["falcon", "smollm3", "t5"], SPEC),
+    **dict.fromkeys(["opt", "bart"], "text-classification question-answering feature-extraction"),
+    **dict.fromkeys(
+        ["gemma2", "phi3", "gpt_oss", "gemma", "phi"], "text-classification token-classification feature-extraction"
+    ),
+    **dict.fromkeys(["gemma3_text", "olmo2", "olmo3"], "text-classification feature-extraction"),
+    **dict.fromkeys(["granite", "marian", "mamba", "lfm2", "vit", "swin", "dinov2", "clip"], "feature-extraction"),
+    **dict.fromkeys(["beit", "mobilevit", "dpt"], "semantic-segmentation"),
+    **dict.fromkeys(["segformer", "siglip"], "image-classification"),
+    **dict.fromkeys(["wav2vec2", "hubert", "wavlm"], "audio-classification feature-extraction"),
+    "whisper": "audio-classification",
 }
 
 
@@ -575,16 +591,18 @@ def _models() -> Iterator[tuple[str, Tiny]]:
         yield name, Tiny(name, "zero-shot-image-classification", config, style, processor)
 
 
+def _second(tiny: Tiny, task: str) -> Tiny:
+    """The same model for another task; a classifier of sounds has no tokenizer."""
+    return tiny._replace(task=task, auto="", style="" if task == "audio-classification" else tiny.style)
+
+
 MODELS: dict[str, Tiny] = dict(_models())
-MODELS |= {
-    f"{name}-{task}": MODELS[name]._replace(task=task) for name, tasks in SECOND.items() for task in tasks.split()
-}
-LEFT_OUT: dict[str, str] = {}
-SEEDS = {
-    "gpt2": 1,
-    "bloom": 1,
-    "bart": 3,
-}  # where seed 0 gives greedy decoding that ends early, ties or repeats one token
+MODELS |= {f"{name}-{task}": _second(MODELS[name], task) for name, tasks in SECOND.items() for task in tasks.split()}
+SCIPY = "transformers builds its loss with the model and that needs scipy, which the product does not install"
+LEFT_OUT: dict[str, str] = {"mask2former": SCIPY, "maskformer": SCIPY}
+# Where seed 0 gives greedy decoding that ends early, nearly ties or repeats one token; mobilevit: outputs that hardly vary
+SEEDS = {"gpt2": 1, "bloom": 1, "qwen3_5_text": 1, "gemma": 1, "granitemoe": 1, "mpt": 3, "xglm": 12, "t5": 7, "mt5": 2}
+SEEDS |= {"bart": 3, "m2m_100": 5, "pegasus": 1, "prophetnet": 2, "marian": 12, "mobilevit": 1, "speech_to_text": 1}
 
 # Weights ------------------------------------------------------------------------------------------------------------
 
@@ -594,7 +612,8 @@ def model_class(tiny: Tiny) -> type["PreTrainedModel"]:
     import transformers
 
     auto = getattr(transformers, tiny.auto or AUTO[tiny.task])
-    return auto._model_mapping[type(_config(tiny))]
+    found = auto._model_mapping[type(_config(tiny))]
+    return found[0] if isinstance(found, tuple) else found
 
 
 def build(name: str) -> "PreTrainedModel":
@@ -607,6 +626,7 @@ def build(name: str) -> "PreTrainedModel":
     config.architectures = [model_class(tiny).__name__]
     model = model_class(tiny)(config).eval()
     _redraw(model, SEEDS.get(name, 0))
+    _calibrate(model, tiny.processor or {})
     return model
 
 
@@ -646,10 +666,40 @@ def _redraw(model: "PreTrainedModel", seed: int) -> None:
                 if weight.requires_grad and id(weight) not in seen:
                     seen.add(id(weight))
                     _redraw_one(module, name, weight, draw)
-            for name, buffer in module.named_buffers(recurse=False):
-                if name in {"running_mean", "running_var"}:
-                    noise = torch.rand(buffer.shape, generator=draw)
-                    buffer.copy_(noise + 0.5 if name == "running_var" else noise - 0.5)
+
+
+def _calibrate(model: "PreTrainedModel", settings: Json) -> None:
+    """Give every batch norm statistics near those of what it sees, or little of the image would pass through."""
+    import torch
+    from torch import nn
+
+    draw = torch.Generator().manual_seed(0)
+
+    def measure(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        channels = given[0].transpose(0, 1).flatten(1)
+        noise = torch.rand((2, len(channels)), generator=draw)
+        module.running_var.copy_(channels.var(1).clamp(min=1e-3) * (noise[0] + 0.5))
+        module.running_mean.copy_(channels.mean(1) + channels.std(1) * (noise[1] - 0.5))
+
+    norms = [module for module in model.modules() if getattr(module, "running_var", None) is not None]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    if norms:
+        with torch.no_grad():
+            model(**{model.main_input_name: _noise(model.main_input_name, settings)})
+    for hook in hooks:
+        hook.remove()
+
+
+def _noise(kind: str, settings: Json) -> "torch.Tensor":
+    """Random images of coarse squares at the processor's size, or sound."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    if kind != "pixel_values":
+        return torch.randn((4, 4000), generator=draw)
+    box = settings.get("crop_size", settings.get("size", {}))
+    side = box.get("height", box.get("shortest_edge", 64))
+    return torch.rand((4, 3, 8, 8), generator=draw).repeat_interleave(side // 8, 2).repeat_interleave(side // 8, 3)
 
 
 def _redraw_one(module: "torch.nn.Module", name: str, weight: "torch.Tensor", draw: "torch.Generator") -> None:
@@ -660,6 +710,8 @@ def _redraw_one(module: "torch.nn.Module", name: str, weight: "torch.Tensor", dr
     noise = torch.randn(weight.shape, generator=draw)
     if isinstance(module, nn.Embedding):
         weight.copy_(noise * 0.1)  # small: where the head is tied to it, a larger one would only repeat the last token
+        if module.padding_idx is not None:
+            weight[module.padding_idx] = 0  # as transformers has it, in some models at every loading
     elif (weight.dim() >= 2 and name in {"weight", "in_proj_weight"}) or weight.dim() == 3:
         fan = weight[0].numel() if "Conv" in type(module).__name__ else weight.shape[-1]
         weight.copy_(noise * 1.5 / math.sqrt(fan))
@@ -690,7 +742,9 @@ def _trained(style: Style) -> Any:
 
     if style.model == "wordpiece":
         pieces = [*style.tokens, *CHARACTERS, *(f"##{character}" for character in CHARACTERS), *WORDS]
-        made = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+        made = Tokenizer(
+            models.WordPiece({piece: index for index, piece in enumerate(pieces)}, **{"unk_token": "[UNK]"})
+        )
         made.normalizer = normalizers.BertNormalizer(lowercase=True)
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
@@ -791,6 +845,8 @@ def inputs(name: str, folder: Path) -> Json:
     elif tiny.processor is not None:
         images = random.integers(0, 255, (2, 5, 6, 3)).astype("uint8").repeat(8, 1).repeat(8, 2)
         made |= AutoImageProcessor.from_pretrained(folder)(list(images), return_tensors="pt")
+    if tiny.task == "feature-extraction" and "decoder_start_token_id" in tiny.config:
+        made["decoder_input_ids"] = made["input_ids"]
     if tiny.task == "multiple-choice":
         made = {key: value.reshape(2, 2, -1) for key, value in made.items()}
     return made
@@ -839,7 +895,7 @@ def _check_outputs(made: "PreTrainedModel", model: "PreTrainedModel", given: Jso
     value, expected = model(**given)[0], made(**given)[0]
     if not torch.isfinite(value).all():
         return "not finite"
-    if not torch.equal(value, expected):
+    if not torch.allclose(value, expected, rtol=1e-4, atol=1e-5):
         return f"reloaded, it differs by {(value - expected).abs().max()}"
     if value.std() < 0.05 or (value[0] - value[-1]).std() < 0.01:
         return f"outputs hardly vary: {value.std():.4f}, between inputs {(value[0] - value[-1]).std():.4f}"
