@@ -107,6 +107,14 @@ STYLES = {
         {"bos": "<|startoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>", "pad": "<|endoftext|>"},
         "<|startoftext|> $A <|endoftext|>",
     ),
+    "opt": Style(
+        "bpe",
+        ["<s>", "<pad>", "</s>", "<unk>"],
+        {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
+        "</s> $A",
+        "</s> $A $B",
+        "left",
+    ),
     "ctc": Style("", ["<pad>", "<s>", "</s>", "<unk>", "|"], {}),  # letters: Wav2Vec2CTCTokenizer makes it
 }
 
@@ -203,7 +211,7 @@ DECODERS: dict[str, tuple[str, Json]] = {  # task: text-generation
     "gpt_bigcode": ("gpt", GPT2),
     "gptj": ("gpt", GPT2 | {"rotary_dim": 4}),
     "codegen": ("gpt", GPT2 | {"rotary_dim": 4}),
-    "opt": ("roberta", SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128}),
+    "opt": ("opt", SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128}),
     "bloom": ("llama", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "llama": ("llama", GROUPED),
     "mistral": ("llama", GROUPED | {"sliding_window": 8}),
@@ -250,9 +258,9 @@ DECODERS |= {
     "stablelm": ("llama", GROUPED),
     "starcoder2": ("llama", GROUPED),
     "mpt": ("gpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128}),
-    "biogpt": ("roberta", BERT),
+    "biogpt": ("opt", BERT),
     "xglm": (
-        "roberta",
+        "opt",
         {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 128},
     ),
     "glm": ("llama", GROUPED),
@@ -600,9 +608,21 @@ MODELS: dict[str, Tiny] = dict(_models())
 MODELS |= {f"{name}-{task}": _second(MODELS[name], task) for name, tasks in SECOND.items() for task in tasks.split()}
 SCIPY = "transformers builds its loss with the model and that needs scipy, which the product does not install"
 LEFT_OUT: dict[str, str] = {"mask2former": SCIPY, "maskformer": SCIPY}
-# Where seed 0 gives greedy decoding that ends early, nearly ties or repeats one token; mobilevit: outputs that hardly vary
-SEEDS = {"gpt2": 1, "bloom": 1, "qwen3_5_text": 1, "gemma": 1, "granitemoe": 1, "mpt": 3, "xglm": 12, "t5": 7, "mt5": 2}
-SEEDS |= {"bart": 3, "m2m_100": 5, "pegasus": 1, "prophetnet": 2, "marian": 12, "mobilevit": 1, "speech_to_text": 1}
+SCALED = {"t5", "umt5", "longt5", "switch_transformers"}  # the decoder's output is divided by the root of its width
+# Where seed 0 gives greedy decoding that ends early, nearly ties or repeats one token, or outputs that hardly vary
+SEEDS = {
+    "gpt2": 1,
+    "bloom": 1,
+    "qwen3_5_text": 1,
+    "gemma": 1,
+    "granitemoe": 1,
+    "mpt": 3,
+    "xglm": 1,
+    "glm4": 1,
+    "mt5": 2,
+}
+SEEDS |= {"longt5": 4, "bart": 3, "m2m_100": 5, "pegasus": 1, "prophetnet": 2, "marian": 12, "mobilevit": 1}
+SEEDS |= {"speech_to_text": 1}
 
 # Weights ------------------------------------------------------------------------------------------------------------
 
@@ -660,12 +680,14 @@ def _redraw(model: "PreTrainedModel", seed: int) -> None:
 
     draw = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
+    # Small: where the head is tied to the embedding, a larger one would only repeat the last token. T5 scales it down.
+    spread = 0.5 if model.config.model_type in SCALED else 0.1
     with torch.no_grad():
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
                 if weight.requires_grad and id(weight) not in seen:
                     seen.add(id(weight))
-                    _redraw_one(module, name, weight, draw)
+                    _redraw_one(module, name, weight, torch.randn(weight.shape, generator=draw), spread)
 
 
 def _calibrate(model: "PreTrainedModel", settings: Json) -> None:
@@ -702,14 +724,14 @@ def _noise(kind: str, settings: Json) -> "torch.Tensor":
     return torch.rand((4, 3, 8, 8), generator=draw).repeat_interleave(side // 8, 2).repeat_interleave(side // 8, 3)
 
 
-def _redraw_one(module: "torch.nn.Module", name: str, weight: "torch.Tensor", draw: "torch.Generator") -> None:
+def _redraw_one(
+    module: "torch.nn.Module", name: str, weight: "torch.Tensor", noise: "torch.Tensor", spread: float
+) -> None:
     """Matrices keep the size of what they pass on; vectors (norms, biases, decays) stay near where they started."""
-    import torch
     from torch import nn
 
-    noise = torch.randn(weight.shape, generator=draw)
     if isinstance(module, nn.Embedding):
-        weight.copy_(noise * 0.1)  # small: where the head is tied to it, a larger one would only repeat the last token
+        weight.copy_(noise * spread)
         if module.padding_idx is not None:
             weight[module.padding_idx] = 0  # as transformers has it, in some models at every loading
     elif (weight.dim() >= 2 and name in {"weight", "in_proj_weight"}) or weight.dim() == 3:
@@ -743,7 +765,7 @@ def _trained(style: Style) -> Any:
     if style.model == "wordpiece":
         pieces = [*style.tokens, *CHARACTERS, *(f"##{character}" for character in CHARACTERS), *WORDS]
         made = Tokenizer(
-            models.WordPiece({piece: index for index, piece in enumerate(pieces)}, **{"unk_token": "[UNK]"})
+            models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token=style.roles["unk"])
         )
         made.normalizer = normalizers.BertNormalizer(lowercase=True)
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -799,7 +821,7 @@ def make(name: str, folder: Path, *, dtype: str = "float32", safe: bool = True, 
     folder.mkdir(parents=True, exist_ok=True)
     model = build(name).to(getattr(torch, dtype))
     model.config.dtype = dtype
-    model.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")
+    model.save_pretrained(folder, max_shard_size="20KB" if shards else "1GB")
     if not safe:
         _to_pickles(folder)
     if tiny.style == "ctc":
@@ -909,8 +931,10 @@ def _check_generation(model: "PreTrainedModel", given: Json) -> str:
     )
     if len(result.logits) < 8:
         return f"ended after {len(result.logits)} tokens: {result.sequences.tolist()}"
-    gaps = [(best[:, 0] - best[:, 1]).min().item() for best in (step.topk(2).values for step in result.logits)]
     tokens = result.sequences[:, -8:]
+    if (tokens[:, :-1] == model.config.eos_token_id).any():
+        return f"a row ends early: {tokens.tolist()}"
+    gaps = [(best[:, 0] - best[:, 1]).min().item() for best in (step.topk(2).values for step in result.logits)]
     if min(gaps) < 0.002:
         return f"two tokens nearly tie: {min(gaps):.5f}"
     if tokens.unique().numel() < 4:
