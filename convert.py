@@ -4403,7 +4403,7 @@ POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "p
 
 
 def sentence_steps(folder: Path, *, trust: bool) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """What a sentence-transformers folder does with the model's states: functions of states, mask and the vector so far.  # noqa: E501
+    """What a sentence-transformers folder does with the states: functions of states, mask and the vector so far.
 
     Raises ConversionError (INPUT) for a module that is not known. Without modules.json the mean, as
     sentence-transformers itself does.
