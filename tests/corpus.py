@@ -950,7 +950,7 @@ def folder_items() -> list[Item]:
             "torch.py",
         ),
         folder("pickled-tokenizer", {"config.json": BERT, "tokenizer.pickle": program(SYSTEM)}, 3, "tokenizer.pickle"),
-        folder("bin", {"config.json": BERT, "pytorch_model.bin": weights}, 3, ""),
+        folder("bin", {"config.json": {"hidden_size": 1}, "pytorch_model.bin": weights}, 3, ""),
         folder("config-list", {"config.json": [1]}, 3, "config.json"),
         folder("config-cut", {"config.json": b'{"a": '}, 3, "config.json"),
         folder("config-twice", {"config.json": b'{"a": 1, "a": 2}'}, 3, "twice"),

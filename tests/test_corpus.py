@@ -138,7 +138,7 @@ def test_trusted_folders(tmp_path: Path) -> None:
         place.mkdir()
         outcome = forked.convert_in_child(items[f"folder-{name}"].make(place), place, "--trust-remote-code")
         assert not forked.flaws(outcome, [code]), outcome
-        assert ("[WARN] --trust-remote-code" in outcome.err) == (code == 2), outcome
+        assert ("[WARN] --trust-remote-code" in outcome.err) == (code == 3), outcome
 
 
 COMMANDS = (
