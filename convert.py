@@ -717,7 +717,7 @@ AUDITED_SETSTATE = frozenset(
     f"torch.nn.modules.{name}"
     for name in (
         "module.Module", "activation.LogSoftmax", "activation.MultiheadAttention", "activation.Softmax",
-        "activation.Softmin", "batchnorm._NormBase", "conv._ConvNd", "pooling.AvgPool3d", "rnn.RNNBase",
+        "activation.Softmin", "conv._ConvNd", "pooling.AvgPool3d", "rnn.RNNBase",
         "transformer.TransformerDecoderLayer", "transformer.TransformerEncoderLayer", "upsampling.Upsample",
     )
 ) | {"timm.layers.ml_decoder.TransformerDecoderLayerOptimal", "ultralytics.nn.modules.block.AAttn"}  # fmt: skip
@@ -5209,9 +5209,9 @@ def torch_version() -> str:
 
 
 def climb(
-    rungs: Sequence[Rung], attempt: Callable[[Rung], Result]
+    rungs: Sequence[Rung], attempt: Callable[[Rung], Result], *, higher: bool = True
 ) -> tuple[Result | None, list[tuple[Rung, RungError]]]:
-    """The first of `rungs` that holds, and why others did not; an operator that asks for a higher opset gets it."""
+    """The first of `rungs` that holds, and why others did not; an operator that asks for a `higher` opset gets it."""
     waiting, failures = list(rungs), []
     while waiting:
         rung = waiting.pop(0)
@@ -5220,7 +5220,7 @@ def climb(
         except RungError as error:
             failures.append((rung, error))
             LOG.info(f"{rung}: {error}")
-            if error.needs is not None and error.needs > rung.opset:
+            if higher and error.needs is not None and error.needs > rung.opset:
                 waiting.append(Rung(rung.exporter, error.needs))
                 waiting.sort(key=lambda waits: waits.opset)  # the lowest that holds
     return None, failures
@@ -5230,33 +5230,33 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
     """The first rung that holds, at the opset that was asked for; raises ConversionError (EXPORT or VERIFY)."""
     if options.no_verify:
         LOG.warn("--no-verify: nothing proves that the exported model computes the same")
-
-    def attempt(rung: Rung) -> Result:
-        return try_rung(rung, plan, metadata, options)
-
-    def attempt_exactly(rung: Rung) -> Result:
-        if rung.opset != options.opset:
-            raise RungError("not the opset asked for")
-        return attempt(rung)
-
     rungs = plan_rungs(options.exporter, options.opset)
     if not rungs:
         raise ConversionError(
             ExitStatus.USAGE,
             f"--exporter dynamo writes opset {DYNAMO_MIN_OPSET} and up; pass such an --opset, or another --exporter",
         )
-    result, failures = climb(rungs, attempt if options.opset is None else attempt_exactly)
-    if result is not None:
-        if options.opset is None and result.rung.opset != DEFAULT_OPSET:
-            why = (
-                "; ".join(f"{rung}: {error}" for rung, error in failures)
-                or f"the {result.rung.exporter} exporter starts there"
-            )
-            LOG.warn(f"opset {result.rung.opset} instead of {DEFAULT_OPSET}: {why}")
-        return result
-    slight = [error.slight for _, error in failures if error.slight]
+
+    def attempt(rung: Rung) -> Result:
+        return try_rung(rung, plan, metadata, options)
+
+    result, failures = climb(rungs, attempt, higher=options.opset is None)
+    if result is None:
+        raise no_exporter_holds(failures, attempt, options)
+    if options.opset is None and result.rung.opset != DEFAULT_OPSET:
+        why = "; ".join(f"{rung}: {error}" for rung, error in failures)
+        why = why or f"the {result.rung.exporter} exporter starts there"
+        LOG.warn(f"opset {result.rung.opset} instead of {DEFAULT_OPSET}: {why}")
+    return result
+
+
+def no_exporter_holds(
+    failures: Sequence[tuple[Rung, RungError]], attempt: Callable[[Rung], Result], options: argparse.Namespace
+) -> ConversionError:
+    """The error that tells every rung's reason and what to do: where an opset was asked for, the lowest that works."""
     fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
     advice = f"{fewer}, or replace the operator in the model"
+    slight = [error.slight for _, error in failures if error.slight]
     if slight:  # 5 % more than the difference, so that two digits are enough
         advice = f"pass --atol {min(slight) * 1.05:.2g} if you accept such a difference, or {advice}"
     if options.opset is not None:
@@ -5264,14 +5264,11 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
         others = [rung for rung in plan_rungs(options.exporter, None) if rung.opset != options.opset]
         others += [Rung(rung.exporter, error.needs) for rung, error in failures if error.needs is not None]
         other, _ = climb(sorted(others, key=lambda rung: rung.opset), attempt)
-        advice = (
-            f"opset {other.rung.opset} works: pass --opset {other.rung.opset}"
-            if other
-            else "no other opset works either"
-        )
-    reasons = "; ".join(f"{rung}: {error}" for rung, error in failures if str(error) != "not the opset asked for")
+        works = f"opset {other.rung.opset} works: pass --opset {other.rung.opset}" if other else ""
+        advice = works or "no other opset works either"
+    reasons = "; ".join(f"{rung}: {error}" for rung, error in failures)
     status = ExitStatus.VERIFY if any(error.exported for _, error in failures) else ExitStatus.EXPORT
-    raise ConversionError(status, f"no exporter holds ({reasons}); {advice}")
+    return ConversionError(status, f"no exporter holds ({reasons}); {advice}")
 
 
 class Converted(NamedTuple):
