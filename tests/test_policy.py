@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib
 import io
 import os
 import pickle
@@ -523,6 +525,33 @@ def test_saves_compute_the_same_bits(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def test_only_methods_that_exist_count_as_read() -> None:
+    """Every name in the list of library implementations of __setstate__ has one; ultralytics is not there to ask."""
+    for name in product.AUDITED_SETSTATE:
+        module, _, cls = name.rpartition(".")
+        if not module.startswith("ultralytics"):
+            assert "__setstate__" in vars(getattr(importlib.import_module(module), cls)), name
+
+
+OLDER = {
+    "LogSoftmax": (nn.LogSoftmax(1), "dim"),
+    "Softmax": (nn.Softmax(1), "dim"),
+    "Softmin": (nn.Softmin(1), "dim"),
+    "TransformerEncoderLayer": (nn.TransformerEncoderLayer(4, 2, 8), "activation"),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_setstate_fills_in_what_older_versions_lack(name: str, opened: Callable[[bytes], Any]) -> None:
+    """A layer of an older version opens with the attributes that torch.load gives it, and no others."""
+    layer, attribute = OLDER[name]
+    older = copy.deepcopy(layer)
+    del vars(older)[attribute]
+    ours, theirs = opened(saved(older)), torch.load(io.BytesIO(saved(older)), weights_only=False)
+    assert vars(ours).keys() == vars(theirs).keys()
+    assert vars(ours)[attribute] is vars(theirs)[attribute]
 
 
 def test_gpu_files_map_to_the_cpu(opened: Callable[[bytes], Any]) -> None:
