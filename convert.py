@@ -2283,6 +2283,7 @@ class Loaded(NamedTuple):
     what: str
     examples: tuple[InputShape, ...] = ()  # the inputs that the file records
     free: tuple[Mapping[int, str], ...] = ()  # for each of them: its axes of free size, and the program's symbols
+    around: Mapping[Any, Any] = {}  # the checkpoint that it was taken out of
 
 
 def load(source: Source, *, trust: bool) -> Loaded:
@@ -3041,7 +3042,8 @@ def find_weights(content: Any, key: str | None) -> Weights:
         )
     if first.key:
         also = f"; it also has {names} (--checkpoint-key)" if others else ""
-        LOG.info(f"weights: from the entry {first.key!r} of the checkpoint{also}")
+        kind = "model" if isinstance(first.content, nn.Module) else "weights"
+        LOG.info(f"{kind}: from the entry {first.key!r} of the checkpoint{also}")
     return first
 
 
@@ -5320,17 +5322,10 @@ def convert_state_dict_model(
     loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
 ) -> list[Converted]:
     """Convert weights with the class that --model-class names, or that they are recognised to belong to."""
-    weights = find_weights(loaded.content, options.checkpoint_key).content
-    hints = loaded.content.get("hyper_parameters")
-    if not isinstance(weights, Mapping):
-        try:
-            check_module_graph(weights)
-        except DamagedFileError as error:
-            raise ConversionError(error.status, f"{options.input}: {error}") from None
-        return convert_module(weights, loaded, options, metadata)
+    weights, hints = loaded.content, loaded.around.get("hyper_parameters")
     check_weights(weights.values(), options.input)
     if not options.model_class:
-        options = recognised_class(weights, loaded.content, options)
+        options = recognised_class(weights, loaded.around, options)
     with LOG.step(f"build: {options.model_class}"):
         hints = hints if isinstance(hints, Mapping) else {}
         model = model_from_weights(options.model_class, options.model_args, weights, hints)
@@ -5469,6 +5464,19 @@ def convert_module(
     return [Converted(plan, export_and_verify(plan, facts, options))]
 
 
+def take_out(loaded: Loaded, options: argparse.Namespace) -> Loaded:
+    """The model or the weights inside a checkpoint; raises ConversionError where that is not clear."""
+    found = find_weights(loaded.content, options.checkpoint_key)
+    if isinstance(found.content, Mapping):
+        return loaded._replace(content=found.content, around=loaded.content)
+    try:
+        check_module_graph(found.content)
+    except DamagedFileError as error:
+        raise ConversionError(error.status, f"{options.input}: {error}") from None
+    what = f"a checkpoint with a model in its entry {found.key!r} ({qualified_name(type(found.content))})"
+    return Loaded(found.content, what, around=loaded.content)
+
+
 def choose_mode(source: Source, loaded: Loaded, options: argparse.Namespace) -> str:
     """The mode that takes what was loaded, told with the reason; raises ConversionError where --mode contradicts it."""
     natural = "state_dict" if isinstance(loaded.content, Mapping) else "pytorch"
@@ -5477,7 +5485,7 @@ def choose_mode(source: Source, loaded: Loaded, options: argparse.Namespace) -> 
             ExitStatus.USAGE,
             f"--mode {options.mode}: {source.path} holds {loaded.what}; pass --mode {natural}, or none",
         )
-    if natural == "pytorch" and (options.model_class or options.checkpoint_key):
+    if natural == "pytorch" and (options.model_class or (options.checkpoint_key and not loaded.around)):
         unused = "--model-class" if options.model_class else "--checkpoint-key"
         raise ConversionError(
             ExitStatus.USAGE, f"{unused} is for weights, but {source.path} holds {loaded.what}: leave it out"
@@ -5532,6 +5540,8 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
         with LOG.step(f"load: {source.path}"):
             loaded = load(source, trust=options.trust_pickle)
+        if isinstance(loaded.content, Mapping):
+            loaded = take_out(loaded, options)
         mode = choose_mode(source, loaded, options)
         metadata = {"source_sha256": digest.result(), "mode": mode}
         converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
