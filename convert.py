@@ -4966,6 +4966,7 @@ SCORE_TIE = 1e-3  # scores that rounding may swap
 MAX_ROW = 256  # numbers in a row that is compared to find its partner: boxes, labels and keypoints, not masks
 ROUNDING_LIMIT = 0.05
 ROUNDING_MARGIN = 4  # a sum in another order may err in the other direction, and as far again in the largest element
+ROUNDING_STEPS = 8  # of the largest value's last digit: what is left of values that cancel in a sum
 
 
 class Difference(NamedTuple):
@@ -5115,52 +5116,100 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
 def second_opinion(case: Case, found: list[Difference], plan: Plan, options: argparse.Namespace) -> list[Difference]:
     """What is left of `found` when PyTorch's own float64 answer is asked: what rounding explains is no fault.
 
-    Badly scaled models amplify rounding, so that two correct programs differ: up to ROUNDING_MARGIN times what lies
-    between PyTorch's two answers is accepted, while that is below ROUNDING_LIMIT of the values. Where float64 finds
-    another set of detections than float32, the case decides nothing and is left out.
+    Badly scaled models amplify rounding, and sums that cancel leave little else, so that two correct programs differ.
+    Where float64 finds another set of detections, the case decides nothing and is left out.
     """
-    import numpy as np
-
     exact = double_outputs(case, plan, options)
     if exact is None:
         return found
-    if detection_scores(case.outputs) and any(item.problem for item in judge(case, exact, plan, options)):
-        LOG.warn(f"PyTorch's float32 and float64 detections differ for {case.label}: that input is left out")
+    dtype = float_dtype(plan.model)
+    kind = str(dtype).removeprefix("torch.")
+    if detection_scores(case.outputs) and any(item.problem for item in judge(case, exact.outputs, plan, options)):
+        LOG.warn(f"PyTorch's {kind} and float64 detections differ for {case.label}: that input is left out")
         return []
     result = []
     for item in found:
-        single, double = case.outputs[item.output], exact[item.output]
-        noise, excused = 0.0, False
-        if item.problem and single.shape == double.shape and single.dtype.kind == "f":
-            noise = float(np.abs(double - single).max())
-            limit = ROUNDING_LIMIT * float(np.abs(double).max())
-            excused = noise < limit and item.largest <= ROUNDING_MARGIN * noise
+        if not item.problem:
+            result.append(item)
+            continue
+        noise, allowed = rounding(case.outputs[item.output], exact.outputs[item.output], exact.largest, dtype)
+        excused = item.largest <= allowed
         if excused:
             LOG.warn(
-                f"the model amplifies rounding: PyTorch's float32 {item.output} is {noise:.2g} from its own float64, "
+                f"the model amplifies rounding: PyTorch's {kind} {item.output} is {noise:.2g} from its own float64, "
                 f"ONNX Runtime's is {item.largest:.2g} from PyTorch's"
             )
-        result.append(item._replace(problem="", allowed=ROUNDING_MARGIN * noise) if excused else item)
+        result.append(item._replace(problem="", allowed=allowed) if excused else item)
     return result
 
 
-def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Arrays | None:
-    """PyTorch's float64 answer for `case`; None where the model has no other dtype than its own."""
+def rounding(single: Any, double: Any, largest: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What lies between PyTorch's answers in `dtype` and in float64, and what may lie between two right programs' then.
+
+    Nothing (0) where PyTorch's own answer is mostly noise, unless that is as little as a sum leaves of values as large
+    as `largest` when they cancel in it.
+    """
+    import numpy as np
     import torch
 
-    if float_dtype(plan.model) is not torch.float32:
+    if single.shape != double.shape or single.dtype.kind != "f":
+        return 0.0, 0.0
+    noise, limits = float(np.abs(double - single).max()), torch.finfo(dtype)
+    left = max(ROUNDING_LIMIT * float(np.abs(double).max()), ROUNDING_STEPS * limits.eps * largest)
+    last_step = limits.smallest_normal * limits.eps  # no two numbers are nearer to each other: 6e-08 in float16
+    return noise, max(ROUNDING_MARGIN * noise, last_step) if noise < left else 0.0
+
+
+class Exact(NamedTuple):
+    """PyTorch's float64 answer, and the largest value that its layers passed on."""
+
+    outputs: Arrays
+    largest: float
+
+
+def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Exact | None:
+    """PyTorch's float64 answer for `case`; None where the model has no other dtype than its own."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_hook
+
+    dtype = float_dtype(plan.model)
+    if dtype is torch.float64:
         return None
     names = [spec.name for spec in plan.specs]
     inputs = [torch.tensor(case.inputs[name], device=options.device) for name in names]
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    passed = [0.0, *map(largest_value, inputs)]
+
+    def watch(module: nn.Module, _: Any, output: Any) -> None:
+        if next(module.children(), None) is None:  # larger ones may pass on masks
+            passed.extend(map(largest_value, flatten_outputs(output).values()))
+
+    own = {name: tensor.data for name, tensor in state_of(plan.model)}
+    watcher = register_module_forward_hook(watch)
     plan.model.double()
     try:
-        outputs = call_model(plan.model, [x.double() if x.is_floating_point() else x for x in inputs], names)
+        outputs = call_model(plan.model, inputs, names)
     except RejectedInputError:  # the model fixes a dtype somewhere
         return None
     finally:
-        plan.model.float()
+        watcher.remove()
+        plan.model.to(dtype)
+        for name, tensor in state_of(plan.model):  # not all need have been of that dtype
+            tensor.data = own[name]
     arrays = {name: to_numpy(tensor) for name, tensor in outputs.items()}
-    return arrays if arrays.keys() == case.outputs.keys() else None
+    return Exact(arrays, max(passed)) if arrays.keys() == case.outputs.keys() else None
+
+
+def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of `model` by name."""
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+def largest_value(tensor: Tensor) -> float:
+    """The largest finite absolute value of a tensor of real numbers, or 0."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    return float(tensor.abs().nan_to_num(0.0, 0.0).max())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
