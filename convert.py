@@ -720,7 +720,7 @@ AUDITED_SETSTATE = frozenset(
     f"torch.nn.modules.{name}"
     for name in (
         "module.Module", "activation.LogSoftmax", "activation.MultiheadAttention", "activation.Softmax",
-        "activation.Softmin", "batchnorm._NormBase", "conv._ConvNd", "pooling.AvgPool3d", "rnn.RNNBase",
+        "activation.Softmin", "conv._ConvNd", "pooling.AvgPool3d", "rnn.RNNBase",
         "transformer.TransformerDecoderLayer", "transformer.TransformerEncoderLayer", "upsampling.Upsample",
     )
 ) | {"timm.layers.ml_decoder.TransformerDecoderLayerOptimal", "ultralytics.nn.modules.block.AAttn"}  # fmt: skip
@@ -2286,6 +2286,7 @@ class Loaded(NamedTuple):
     what: str
     examples: tuple[InputShape, ...] = ()  # the inputs that the file records
     free: tuple[Mapping[int, str], ...] = ()  # for each of them: its axes of free size, and the program's symbols
+    around: Mapping[Any, Any] = {}  # the checkpoint that it was taken out of
 
 
 def load(source: Source, *, trust: bool) -> Loaded:
@@ -3044,7 +3045,8 @@ def find_weights(content: Any, key: str | None) -> Weights:
         )
     if first.key:
         also = f"; it also has {names} (--checkpoint-key)" if others else ""
-        LOG.info(f"weights: from the entry {first.key!r} of the checkpoint{also}")
+        kind = "model" if isinstance(first.content, nn.Module) else "weights"
+        LOG.info(f"{kind}: from the entry {first.key!r} of the checkpoint{also}")
     return first
 
 
@@ -5331,6 +5333,7 @@ SCORE_TIE = 1e-3  # scores that rounding may swap
 MAX_ROW = 256  # numbers in a row that is compared to find its partner: boxes, labels and keypoints, not masks
 ROUNDING_LIMIT = 0.05
 ROUNDING_MARGIN = 4  # a sum in another order may err in the other direction, and as far again in the largest element
+ROUNDING_STEPS = 8  # of the largest value's last digit: what is left of values that cancel in a sum
 
 
 class Difference(NamedTuple):
@@ -5480,52 +5483,100 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
 def second_opinion(case: Case, found: list[Difference], plan: Plan, options: argparse.Namespace) -> list[Difference]:
     """What is left of `found` when PyTorch's own float64 answer is asked: what rounding explains is no fault.
 
-    Badly scaled models amplify rounding, so that two correct programs differ: up to ROUNDING_MARGIN times what lies
-    between PyTorch's two answers is accepted, while that is below ROUNDING_LIMIT of the values. Where float64 finds
-    another set of detections than float32, the case decides nothing and is left out.
+    Badly scaled models amplify rounding, and sums that cancel leave little else, so that two correct programs differ.
+    Where float64 finds another set of detections, the case decides nothing and is left out.
     """
-    import numpy as np
-
     exact = double_outputs(case, plan, options)
     if exact is None:
         return found
-    if detection_scores(case.outputs) and any(item.problem for item in judge(case, exact, plan, options)):
-        LOG.warn(f"PyTorch's float32 and float64 detections differ for {case.label}: that input is left out")
+    dtype = float_dtype(plan.model)
+    kind = str(dtype).removeprefix("torch.")
+    if detection_scores(case.outputs) and any(item.problem for item in judge(case, exact.outputs, plan, options)):
+        LOG.warn(f"PyTorch's {kind} and float64 detections differ for {case.label}: that input is left out")
         return []
     result = []
     for item in found:
-        single, double = case.outputs[item.output], exact[item.output]
-        noise, excused = 0.0, False
-        if item.problem and single.shape == double.shape and single.dtype.kind == "f":
-            noise = float(np.abs(double - single).max())
-            limit = ROUNDING_LIMIT * float(np.abs(double).max())
-            excused = noise < limit and item.largest <= ROUNDING_MARGIN * noise
+        if not item.problem:
+            result.append(item)
+            continue
+        noise, allowed = rounding(case.outputs[item.output], exact.outputs[item.output], exact.largest, dtype)
+        excused = item.largest <= allowed
         if excused:
             LOG.warn(
-                f"the model amplifies rounding: PyTorch's float32 {item.output} is {noise:.2g} from its own float64, "
+                f"the model amplifies rounding: PyTorch's {kind} {item.output} is {noise:.2g} from its own float64, "
                 f"ONNX Runtime's is {item.largest:.2g} from PyTorch's"
             )
-        result.append(item._replace(problem="", allowed=ROUNDING_MARGIN * noise) if excused else item)
+        result.append(item._replace(problem="", allowed=allowed) if excused else item)
     return result
 
 
-def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Arrays | None:
-    """PyTorch's float64 answer for `case`; None where the model has no other dtype than its own."""
+def rounding(single: Any, double: Any, largest: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What lies between PyTorch's answers in `dtype` and in float64, and what may lie between two right programs' then.
+
+    Nothing (0) where PyTorch's own answer is mostly noise, unless that is as little as a sum leaves of values as large
+    as `largest` when they cancel in it.
+    """
+    import numpy as np
     import torch
 
-    if float_dtype(plan.model) is not torch.float32:
+    if single.shape != double.shape or single.dtype.kind != "f":
+        return 0.0, 0.0
+    noise, limits = float(np.abs(double - single).max()), torch.finfo(dtype)
+    left = max(ROUNDING_LIMIT * float(np.abs(double).max()), ROUNDING_STEPS * limits.eps * largest)
+    last_step = limits.smallest_normal * limits.eps  # no two numbers are nearer to each other: 6e-08 in float16
+    return noise, max(ROUNDING_MARGIN * noise, last_step) if noise < left else 0.0
+
+
+class Exact(NamedTuple):
+    """PyTorch's float64 answer, and the largest value that its layers passed on."""
+
+    outputs: Arrays
+    largest: float
+
+
+def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Exact | None:
+    """PyTorch's float64 answer for `case`; None where the model has no other dtype than its own."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_hook
+
+    dtype = float_dtype(plan.model)
+    if dtype is torch.float64:
         return None
     names = [spec.name for spec in plan.specs]
     inputs = [torch.tensor(case.inputs[name], device=options.device) for name in names]
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    passed = [0.0, *map(largest_value, inputs)]
+
+    def watch(module: nn.Module, _: Any, output: Any) -> None:
+        if next(module.children(), None) is None:  # larger ones may pass on masks
+            passed.extend(map(largest_value, flatten_outputs(output).values()))
+
+    own = {name: tensor.data for name, tensor in state_of(plan.model)}
+    watcher = register_module_forward_hook(watch)
     plan.model.double()
     try:
-        outputs = call_model(plan.model, [x.double() if x.is_floating_point() else x for x in inputs], names)
+        outputs = call_model(plan.model, inputs, names)
     except RejectedInputError:  # the model fixes a dtype somewhere
         return None
     finally:
-        plan.model.float()
+        watcher.remove()
+        plan.model.to(dtype)
+        for name, tensor in state_of(plan.model):  # not all need have been of that dtype
+            tensor.data = own[name]
     arrays = {name: to_numpy(tensor) for name, tensor in outputs.items()}
-    return arrays if arrays.keys() == case.outputs.keys() else None
+    return Exact(arrays, max(passed)) if arrays.keys() == case.outputs.keys() else None
+
+
+def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of `model` by name."""
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+def largest_value(tensor: Tensor) -> float:
+    """The largest finite absolute value of a tensor of real numbers, or 0."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    return float(tensor.abs().nan_to_num(0.0, 0.0).max())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5574,9 +5625,9 @@ def exporter_name(rung: Rung) -> str:
 
 
 def climb(
-    rungs: Sequence[Rung], attempt: Callable[[Rung], Result]
+    rungs: Sequence[Rung], attempt: Callable[[Rung], Result], *, higher: bool = True
 ) -> tuple[Result | None, list[tuple[Rung, RungError]]]:
-    """The first of `rungs` that holds, and why others did not; an operator that asks for a higher opset gets it."""
+    """The first of `rungs` that holds, and why others did not; an operator that asks for a `higher` opset gets it."""
     waiting, failures = list(rungs), []
     while waiting:
         rung = waiting.pop(0)
@@ -5585,7 +5636,7 @@ def climb(
         except RungError as error:
             failures.append((rung, error))
             LOG.info(f"{rung}: {error}")
-            if error.needs is not None and error.needs > rung.opset:
+            if higher and error.needs is not None and error.needs > rung.opset:
                 waiting.append(Rung(rung.exporter, error.needs))
                 waiting.sort(key=lambda waits: waits.opset)  # the lowest that holds
     return None, failures
@@ -5595,33 +5646,33 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
     """The first rung that holds, at the opset that was asked for; raises ConversionError (EXPORT or VERIFY)."""
     if options.no_verify:
         LOG.warn("--no-verify: nothing proves that the exported model computes the same")
-
-    def attempt(rung: Rung) -> Result:
-        return try_rung(rung, plan, metadata, options)
-
-    def attempt_exactly(rung: Rung) -> Result:
-        if rung.opset != options.opset:
-            raise RungError("not the opset asked for")
-        return attempt(rung)
-
     rungs = plan_rungs(options.exporter, options.opset)
     if not rungs:
         raise ConversionError(
             ExitStatus.USAGE,
             f"--exporter dynamo writes opset {DYNAMO_MIN_OPSET} and up; pass such an --opset, or another --exporter",
         )
-    result, failures = climb(rungs, attempt if options.opset is None else attempt_exactly)
-    if result is not None:
-        if options.opset is None and result.rung.opset != DEFAULT_OPSET:
-            why = (
-                "; ".join(f"{rung}: {error}" for rung, error in failures)
-                or f"the {result.rung.exporter} exporter starts there"
-            )
-            LOG.warn(f"opset {result.rung.opset} instead of {DEFAULT_OPSET}: {why}")
-        return result
-    slight = [error.slight for _, error in failures if error.slight]
+
+    def attempt(rung: Rung) -> Result:
+        return try_rung(rung, plan, metadata, options)
+
+    result, failures = climb(rungs, attempt, higher=options.opset is None)
+    if result is None:
+        raise no_exporter_holds(failures, attempt, options)
+    if options.opset is None and result.rung.opset != DEFAULT_OPSET:
+        why = "; ".join(f"{rung}: {error}" for rung, error in failures)
+        why = why or f"the {result.rung.exporter} exporter starts there"
+        LOG.warn(f"opset {result.rung.opset} instead of {DEFAULT_OPSET}: {why}")
+    return result
+
+
+def no_exporter_holds(
+    failures: Sequence[tuple[Rung, RungError]], attempt: Callable[[Rung], Result], options: argparse.Namespace
+) -> ConversionError:
+    """The error that tells every rung's reason and what to do: where an opset was asked for, the lowest that works."""
     fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
     advice = f"{fewer}, or replace the operator in the model"
+    slight = [error.slight for _, error in failures if error.slight]
     if slight:  # 5 % more than the difference, so that two digits are enough
         advice = f"pass --atol {min(slight) * 1.05:.2g} if you accept such a difference, or {advice}"
     if options.opset is not None:
@@ -5629,14 +5680,11 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
         others = [rung for rung in plan_rungs(options.exporter, None) if rung.opset != options.opset]
         others += [Rung(rung.exporter, error.needs) for rung, error in failures if error.needs is not None]
         other, _ = climb(sorted(others, key=lambda rung: rung.opset), attempt)
-        advice = (
-            f"opset {other.rung.opset} works: pass --opset {other.rung.opset}"
-            if other
-            else "no other opset works either"
-        )
-    reasons = "; ".join(f"{rung}: {error}" for rung, error in failures if str(error) != "not the opset asked for")
+        works = f"opset {other.rung.opset} works: pass --opset {other.rung.opset}" if other else ""
+        advice = works or "no other opset works either"
+    reasons = "; ".join(f"{rung}: {error}" for rung, error in failures)
     status = ExitStatus.VERIFY if any(error.exported for _, error in failures) else ExitStatus.EXPORT
-    raise ConversionError(status, f"no exporter holds ({reasons}); {advice}")
+    return ConversionError(status, f"no exporter holds ({reasons}); {advice}")
 
 
 class Converted(NamedTuple):
@@ -5688,17 +5736,10 @@ def convert_state_dict_model(
     loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
 ) -> list[Converted]:
     """Convert weights with the class that --model-class names, or that they are recognised to belong to."""
-    weights = find_weights(loaded.content, options.checkpoint_key).content
-    hints = loaded.content.get("hyper_parameters")
-    if not isinstance(weights, Mapping):
-        try:
-            check_module_graph(weights)
-        except DamagedFileError as error:
-            raise ConversionError(error.status, f"{options.input}: {error}") from None
-        return convert_module(weights, loaded, options, metadata)
+    weights, hints = loaded.content, loaded.around.get("hyper_parameters")
     check_weights(weights.values(), options.input)
     if not options.model_class:
-        options = recognised_class(weights, loaded.content, options)
+        options = recognised_class(weights, loaded.around, options)
     with LOG.step(f"build: {options.model_class}"):
         hints = hints if isinstance(hints, Mapping) else {}
         model = model_from_weights(options.model_class, options.model_args, weights, hints)
@@ -5949,6 +5990,19 @@ def convert_module(
     return [Converted(plan, export_and_verify(plan, facts, options))]
 
 
+def take_out(loaded: Loaded, options: argparse.Namespace) -> Loaded:
+    """The model or the weights inside a checkpoint; raises ConversionError where that is not clear."""
+    found = find_weights(loaded.content, options.checkpoint_key)
+    if isinstance(found.content, Mapping):
+        return loaded._replace(content=found.content, around=loaded.content)
+    try:
+        check_module_graph(found.content)
+    except DamagedFileError as error:
+        raise ConversionError(error.status, f"{options.input}: {error}") from None
+    what = f"a checkpoint with a model in its entry {found.key!r} ({qualified_name(type(found.content))})"
+    return Loaded(found.content, what, around=loaded.content)
+
+
 def choose_mode(source: Source, loaded: Loaded, options: argparse.Namespace) -> str:
     """The mode that takes what was loaded, told with the reason; raises ConversionError where --mode contradicts it."""
     natural = "state_dict" if isinstance(loaded.content, Mapping) else "pytorch"
@@ -5957,7 +6011,7 @@ def choose_mode(source: Source, loaded: Loaded, options: argparse.Namespace) -> 
             ExitStatus.USAGE,
             f"--mode {options.mode}: {source.path} holds {loaded.what}; pass --mode {natural}, or none",
         )
-    if natural == "pytorch" and (options.model_class or options.checkpoint_key):
+    if natural == "pytorch" and (options.model_class or (options.checkpoint_key and not loaded.around)):
         unused = "--model-class" if options.model_class else "--checkpoint-key"
         raise ConversionError(
             ExitStatus.USAGE, f"{unused} is for weights, but {source.path} holds {loaded.what}: leave it out"
@@ -6012,6 +6066,8 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
         with LOG.step(f"load: {source.path}"):
             loaded = load(source, trust=options.trust_pickle)
+        if isinstance(loaded.content, Mapping):
+            loaded = take_out(loaded, options)
         mode = choose_mode(source, loaded, options)
         metadata = {"source_sha256": digest.result(), "mode": mode}
         converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}

@@ -189,6 +189,25 @@ def test_the_choice_and_another_one(folder: Path, net: nn.Module, tmp_path: Path
     np.testing.assert_allclose(onnx_outputs(tmp_path / "m.onnx", {"input": sample})["output"], expected, atol=1e-6)
 
 
+def test_a_module_inside_is_a_model(tmp_path: Path) -> None:
+    """The layout of ultralytics' checkpoints: a complete model, and told so, in an entry of a checkpoint."""
+    layer = nn.Linear(4, 3).eval()
+    torch.save({"epoch": 3, "model": nn.Linear(4, 9), "ema": layer}, tmp_path / "best.pt")
+    base = ("-i", str(tmp_path / "best.pt"), "-o", str(tmp_path / "m.onnx"))
+    for arguments in (base, (*base, "--mode", "pytorch"), (*base, "--checkpoint-key", "ema")):
+        result = run_cli(*arguments)
+        assert result.code == 0, result.err
+        told = [line for line in lines(result, "INFO") if line.startswith("mode:")]
+        what = "best.pt holds a checkpoint with a model in its entry 'ema' (torch.nn.modules.linear.Linear)"
+        assert told == [f"mode: pytorch; {what}: the archive has data.pkl, as torch.save writes"]
+    sample = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    expected = layer(torch.from_numpy(sample)).detach().numpy()
+    np.testing.assert_allclose(onnx_outputs(tmp_path / "m.onnx", {"input": sample})["output"], expected, atol=1e-6)
+    check_error(
+        run_cli(*base, "--model-class", "resnet18"), 2, "--model-class is for weights", "a checkpoint with a model"
+    )
+
+
 def test_nothing_to_take(folder: Path, net: nn.Module, tmp_path: Path) -> None:
     """A checkpoint of counters, only an optimizer, and FSDP's flattened shards."""
     torch.save({"epoch": 3, "loss": [1.0]}, tmp_path / "none.pt")

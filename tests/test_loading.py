@@ -18,61 +18,16 @@ import pytest
 import torch
 import torchvision
 from conftest import check_error, lines, run_cli
+from corpus import MARKER, Reduced, archive, hooked, program, saved, touch
 from torch import nn
 
 import convert as product
-
-MARKER = "PT2ONNX_WAS_EXECUTED"
-
-
-class Call:
-    """Pickles as a call of `function` with `arguments`."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return self.function, self.arguments
-
-
-def touch() -> Call:
-    """The payload: a file that must never appear."""
-    return Call(os.system, f"touch {MARKER}")
-
-
-def opcodes(*parts: bytes) -> bytes:
-    """A protocol 2 pickle of these opcodes."""
-    return b"\x80\x02" + b"".join(parts) + b"."
-
-
-def archive(data: bytes) -> bytes:
-    """A torch.save archive around a pickle."""
-    file = io.BytesIO()
-    writer = torch._C.PyTorchFileWriter(file)
-    writer.write_record("data.pkl", data, len(data))
-    writer.write_record("byteorder", b"little", 6)
-    writer.write_end_of_file()
-    return file.getvalue()
-
-
-def saved(value: Any) -> bytes:
-    """What torch.save writes."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
 
 
 def module_with(name: str, value: Any) -> bytes:
     """A pickled Linear layer with one attribute too many."""
     layer = nn.Linear(2, 2)
     layer.__dict__[name] = value
-    return saved(layer)
-
-
-def hooked(name: str) -> bytes:
-    """A layer with a hook that calls a function."""
-    layer = nn.Linear(2, 2)
-    getattr(layer, name)[0] = print
     return saved(layer)
 
 
@@ -101,7 +56,7 @@ def tensor_of(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -
 
 def nested_lists(depth: int) -> bytes:
     """A pickle that recurses."""
-    return opcodes(b"(" * depth + b"l" * 0 + b"]" + b"t" * depth)
+    return program(b"(" * depth + b"l" * 0 + b"]" + b"t" * depth)
 
 
 def shared_modules(depth: int) -> bytes:
@@ -122,28 +77,28 @@ def cyclic_modules() -> bytes:
 HOSTILE: dict[str, tuple[Callable[[], bytes], int]] = {
     "system": (lambda: saved(touch()), 4),
     "system-in-a-state-dict": (lambda: saved({"weight": torch.ones(2), "extra": touch()}), 4),
-    "eval": (lambda: saved(Call(eval, f"__import__('os').system('touch {MARKER}')")), 4),
-    "exec": (lambda: saved(Call(exec, f"import os; os.system('touch {MARKER}')")), 4),
+    "eval": (lambda: saved(Reduced(eval, f"__import__('os').system('touch {MARKER}')")), 4),
+    "exec": (lambda: saved(Reduced(exec, f"import os; os.system('touch {MARKER}')")), 4),
     "plain-pickle": (lambda: pickle.dumps({"a": touch(), "é": 1}, protocol=2), 4),
     "protocol-4": (lambda: archive(pickle.dumps(touch(), protocol=4)), 4),
-    "getattr-chain": (lambda: archive(opcodes(b"cbuiltins\ngetattr\n", GLOBAL, COMMAND, b"\x86R")), 4),
-    "getattr-forward": (lambda: saved(Call(getattr, nn.Linear, "__init__")), 4),
+    "getattr-chain": (lambda: archive(program(b"cbuiltins\ngetattr\n", GLOBAL, COMMAND, b"\x86R")), 4),
+    "getattr-forward": (lambda: saved(Reduced(getattr, nn.Linear, "__init__")), 4),
     "partial": (lambda: saved(__import__("functools").partial(os.system, f"touch {MARKER}")), 4),
-    "torch-load": (lambda: archive(opcodes(b"ctorch.serialization\nload\n", COMMAND, b"\x85R")), 4),
-    "torch-save": (lambda: archive(opcodes(b"ctorch\nsave\n", b"]", COMMAND, b"\x86R")), 4),
-    "from-file": (lambda: archive(opcodes(b"ctorch\nfrom_file\n", COMMAND, b"\x85R")), 4),
-    "hub": (lambda: archive(opcodes(b"ctorch.hub\nload\n", COMMAND, b"\x85R")), 4),
-    "INST": (lambda: archive(opcodes(b"(", COMMAND, b"iposix\nsystem\n")), 4),
-    "OBJ": (lambda: archive(opcodes(b"(", GLOBAL, COMMAND, b"o")), 4),
-    "EXT": (lambda: archive(opcodes(b"\x82\x01")), 4),
+    "torch-load": (lambda: archive(program(b"ctorch.serialization\nload\n", COMMAND, b"\x85R")), 4),
+    "torch-save": (lambda: archive(program(b"ctorch\nsave\n", b"]", COMMAND, b"\x86R")), 4),
+    "from-file": (lambda: archive(program(b"ctorch\nfrom_file\n", COMMAND, b"\x85R")), 4),
+    "hub": (lambda: archive(program(b"ctorch.hub\nload\n", COMMAND, b"\x85R")), 4),
+    "INST": (lambda: archive(program(b"(", COMMAND, b"iposix\nsystem\n")), 4),
+    "OBJ": (lambda: archive(program(b"(", GLOBAL, COMMAND, b"o")), 4),
+    "EXT": (lambda: archive(program(b"\x82\x01")), 4),
     "computed-name": (lambda: archive(b"\x80\x04K\x01K\x02\x93."), 3),
-    "NEWOBJ": (lambda: archive(opcodes(b"csubprocess\nPopen\n", COMMAND, b"\x85\x81")), 4),
-    "BUILD-on-a-class": (lambda: archive(opcodes(b"ctorch.nn.modules.linear\nLinear\n}U\x01aU\x01bsb")), 4),
+    "NEWOBJ": (lambda: archive(program(b"csubprocess\nPopen\n", COMMAND, b"\x85\x81")), 4),
+    "BUILD-on-a-class": (lambda: archive(program(b"ctorch.nn.modules.linear\nLinear\n}U\x01aU\x01bsb")), 4),
     "rebuild-from-type": (
-        lambda: archive(opcodes(b"ctorch._tensor\n_rebuild_from_type_v2\n(", GLOBAL, GLOBAL, COMMAND, b"\x85}tR")),
+        lambda: archive(program(b"ctorch._tensor\n_rebuild_from_type_v2\n(", GLOBAL, GLOBAL, COMMAND, b"\x85}tR")),
         4,
     ),
-    "enum-of-nothing": (lambda: archive(opcodes(b"ctorchvision.transforms.functional\nF\n)R")), 3),
+    "enum-of-nothing": (lambda: archive(program(b"ctorchvision.transforms.functional\nF\n)R")), 3),
     "lazy-module": (lambda: saved(nn.LazyLinear(3)), 4),
     "graph-module": (lambda: saved(torch.fx.symbolic_trace(nn.Linear(2, 2))), 4),
     "dunder-attribute": (lambda: module_with("__del__", print), 4),
@@ -159,8 +114,8 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], int]] = {
     "cyclic-modules": (cyclic_modules, 3),
     "modules-2-to-the-40": (lambda: shared_modules(40), 3),
     "nested-a-million": (lambda: archive(nested_lists(1_000_000)), 3),
-    "unhashable-key": (lambda: archive(opcodes(b"}]K\x01s")), 4),
-    "storage-of-terabytes": (lambda: archive(opcodes(TERABYTES)), 3),
+    "unhashable-key": (lambda: archive(program(b"}]K\x01s")), 4),
+    "storage-of-terabytes": (lambda: archive(program(TERABYTES)), 3),
 }  # fmt: skip
 
 

@@ -25,6 +25,18 @@ OPTIONS = argparse.Namespace(
 )
 
 
+def export(model: nn.Module, shape: tuple[int, ...], folder: Path) -> tuple[product.Plan, Path]:
+    """The plan of `model`, and its right export."""
+    options = argparse.Namespace(
+        **{**vars(OPTIONS), "input_shape": [product.InputShape(shape)], "output": folder / "m"}
+    )
+    plan = product.make_plan(model, product.Loaded(None, "a test"), {}, options)
+    flat = product.flat_module(plan.model, ["input"]).eval()
+    graph = product.finish_graph(product.export_torchscript(flat, plan, 14, folder), plan, {})
+    product.write_graph(graph, folder / "right.onnx")
+    return plan, folder / "right.onnx"
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Plan, Path]:
     """A small network with two outputs, its plan, and its right export."""
@@ -41,12 +53,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Plan, Pa
             return {"logits": y, "scores": y.softmax(1)}
 
     torch.manual_seed(0)
-    options = argparse.Namespace(**{**vars(OPTIONS), "input_shape": [product.InputShape((1, 3, 16, 16))]})
-    plan = product.make_plan(Net().eval(), product.Loaded(None, "a test"), {}, options)
-    flat = product.flat_module(plan.model, ["input"]).eval()
-    model = product.finish_graph(product.export_torchscript(flat, plan, 14, folder), plan, {})
-    product.write_graph(model, folder / "right.onnx")
-    return plan, folder / "right.onnx"
+    return export(Net().eval(), (1, 3, 16, 16), folder)
 
 
 def change_weight(factor: float, number: int) -> Callable[[onnx.ModelProto], None]:
@@ -300,6 +307,78 @@ def test_rounding_is_judged_by_float64(tmp_path: Path) -> None:
         result = run_cli("-i", str(tmp_path / "deep.pt"), "-o", str(tmp_path / "m.onnx"))
         assert result.code == code, result.err
         assert any("amplifies rounding" in line for line in lines(result, "WARN")) == (code == 0)
+
+
+class Vanishing(nn.Module):
+    """Two outputs near zero: one that is small and exact, and one that is what a mean leaves of values that cancel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The body's means are zero but for rounding, and the head's answer is scaled down."""
+        y = self.body(x)
+        return {"small": self.head(y.amax((2, 3))) * 1e-8, "cancelled": y.mean((2, 3))}
+
+
+@pytest.fixture(scope="module")
+def vanishing(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Plan, Path]:
+    """The plan and the right export of a model whose outputs are nearly zero."""
+    torch.manual_seed(0)
+    return export(Vanishing().eval(), (1, 3, 32, 32), tmp_path_factory.mktemp("vanishing"))
+
+
+def weighted_mean(model: onnx.ModelProto) -> None:
+    """Let the columns of the mean in which all cancels count unequally, by a thousandth."""
+    node = next(node for node in model.graph.node if "cancelled" in node.output)
+    factor = numpy_helper.from_array(np.linspace(0.999, 1.001, 30, dtype=np.float32), "factor")
+    model.graph.initializer.append(factor)
+    wrong = onnx.helper.make_node("Mul", [node.input[0], "factor"], ["weighted"])
+    node.input[0] = "weighted"
+    model.graph.node.insert(list(model.graph.node).index(node), wrong)
+
+
+def test_values_that_cancel_are_judged_by_what_flows_in(vanishing: tuple[product.Plan, Path]) -> None:
+    """Float32 leaves some 1e-8 of values around 1 that cancel, in PyTorch and in ONNX Runtime, but not the same."""
+    plan, path = vanishing
+    found = [item for item in product.verify(path, plan, OPTIONS) if item.output == "cancelled"]
+    assert all(0 < item.largest <= item.allowed < 1e-6 for item in found)
+
+
+@pytest.mark.parametrize("change", [change_weight(1.0, 0), change_weight(1.0, 2), weighted_mean])
+def test_a_wrong_graph_near_zero_fails(
+    change: Callable[[onnx.ModelProto], None], vanishing: tuple[product.Plan, Path], tmp_path: Path
+) -> None:
+    """Outputs near zero are no reason to let anything pass."""
+    plan, path = vanishing
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, tmp_path / "wrong.onnx")
+    with pytest.raises(product.RungError, match="differs from PyTorch's"):
+        product.verify(tmp_path / "wrong.onnx", plan, OPTIONS)
+
+
+def test_float16_ends_before_zero(tmp_path: Path) -> None:
+    """Numbers below 6e-5 lose digits in float16, and two of them may differ by a step of 6e-8 whatever their size."""
+    torch.manual_seed(0)
+    shrinking = nn.Sequential(nn.Conv2d(3, 8, 3), *(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(6)))
+    for layer in shrinking:
+        layer.weight.data *= 0.2
+    torch.save(shrinking.half().eval(), tmp_path / "half.pt")
+    result = run_cli("-i", str(tmp_path / "half.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,32,32")
+    assert result.code == 0, result.err
+    assert any("PyTorch's float16 output is" in line for line in lines(result, "WARN"))
+
+
+def test_the_second_opinion_leaves_the_model_as_it_was(vanishing: tuple[product.Plan, Path]) -> None:
+    """Weights of two dtypes keep their dtypes and their memory."""
+    plan, _ = vanishing
+    plan.model.register_buffer("wide", torch.ones(2, dtype=torch.float64))
+    before = {name: (tensor.dtype, tensor.data_ptr()) for name, tensor in plan.model.state_dict().items()}
+    assert product.double_outputs(plan.cases[0], plan, OPTIONS) is not None
+    assert before == {name: (tensor.dtype, tensor.data_ptr()) for name, tensor in plan.model.state_dict().items()}
 
 
 def test_detections_of_equal_score_may_change_places() -> None:
