@@ -3360,6 +3360,7 @@ EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
 # Heads that may be missing from a checkpoint for these tasks, with the output that then is left out.
 OPTIONAL_HEADS = {"pooler": "pooler_output"}
 DEFAULT_TASK = "text-generation"
+GENERATION_TASKS = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 # What a user of the model needs beside the graph; the index of shards and adapters belong to the weights.
 SIDE_FILES = re.compile(r"(?!.*\.index\.json|adapter_config\.json).*\.(json|txt|model|jinja|vocab|bpe|tiktoken)")
 # Files that other programs' weights and training states lie in: never read, never copied.
@@ -4142,12 +4143,17 @@ def fixed_batch(options: argparse.Namespace, specs: Sequence[InputSpec]) -> argp
 # the graphs of a Hugging Face model: modules that take and return flat tensors under the ecosystem's names
 # ---------------------------------------------------------------------------------------------------------------------
 
+CACHE_FLAG = "use_cache_branch"
 SEQUENCE, PAST, TOTAL = "sequence_length", "past_sequence_length", "total_sequence_length"
 ENCODER_SEQUENCE = "encoder_sequence_length"
 # Sizes of the free axes: what is traced first, then what is verified beside it. No two axes change alike.
 TEXT_SIZES = ({BATCH: 2, SEQUENCE: 12}, {BATCH: 1, SEQUENCE: 7}, {BATCH: 3, SEQUENCE: 18})
 DECODER_SIZES = ({BATCH: 2, PAST: 6, SEQUENCE: 5}, {BATCH: 1, PAST: 0, SEQUENCE: 9}, {BATCH: 3, PAST: 11, SEQUENCE: 1},
                  {BATCH: 2, PAST: 0, SEQUENCE: 14})  # fmt: skip
+FIRST_SIZES = ({BATCH: 2, ENCODER_SEQUENCE: 12, PAST: 0, SEQUENCE: 5}, {BATCH: 1, ENCODER_SEQUENCE: 7, PAST: 0, SEQUENCE: 1},
+               {BATCH: 3, ENCODER_SEQUENCE: 18, PAST: 0, SEQUENCE: 8})  # fmt: skip
+NEXT_SIZES = ({BATCH: 2, ENCODER_SEQUENCE: 12, PAST: 6, SEQUENCE: 3}, {BATCH: 1, ENCODER_SEQUENCE: 7, PAST: 1, SEQUENCE: 1},
+              {BATCH: 3, ENCODER_SEQUENCE: 18, PAST: 11, SEQUENCE: 1})  # fmt: skip
 WINDOW_BYTES = 512_000_000  # of a cache that is longer than the sliding window: beyond, the window goes unverified
 GENERATED = 10  # tokens that PyTorch and ONNX Runtime generate for the same prompts
 CHOICES = 3  # answers of a multiple-choice question in the examples
@@ -4208,8 +4214,6 @@ def example_tensors(
         elif spec.name == "bbox":
             corners = torch.randint(0, 500, shape, generator=generator)
             made[spec.name] = corners + torch.tensor([0, 0, 400, 400])
-        elif spec.dtype is torch.bool:
-            made[spec.name] = torch.full(shape, sizes.get(PAST, 0) > 0)
         else:
             made[spec.name] = torch.randn(shape, generator=generator).to(spec.dtype)
     return [made[spec.name] for spec in specs]
@@ -4424,22 +4428,27 @@ class Generated(NamedTuple):
     logits: Any  # numpy, batch x GENERATED x vocabulary
 
 
+def greedy(config: Any, start: int | None) -> Any:
+    """Settings for GENERATED tokens, always the likeliest, and nothing that changes or ends that."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=GENERATED, do_sample=False, num_beams=1, eos_token_id=None)
+    settings.pad_token_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    settings.decoder_start_token_id = start
+    settings.output_logits = settings.return_dict_in_generate = True
+    return settings
+
+
 def generate(model: Any, config: Any) -> Generated:
     """What `model` generates, by transformers' own loop, without any of its generation settings."""
     import torch
-    from transformers import GenerationConfig
 
     spec = InputSpec("input_ids", (2, 6), torch.int64)
     mask = padding_mask(*spec.dims, left=True)
     prompt = padded_ids(config, token_ids(config, spec.dims, torch.Generator().manual_seed(5)), mask)
-    pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
-    settings = GenerationConfig(
-        max_new_tokens=GENERATED, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=None
-    )
-    settings.output_logits = settings.return_dict_in_generate = True
     with torch.no_grad():
         result = model.generate(
-            prompt.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            prompt.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy(config, None)
         )
     logits = torch.stack(result.logits, 1)
     return Generated(prompt, mask, to_numpy(result.sequences[:, prompt.shape[1] :]), to_numpy(logits))
@@ -4458,7 +4467,7 @@ def check_generation(
     batch, length = expected.prompt.shape
     mask, ids = expected.mask.numpy(), expected.prompt.numpy()
     cache = {
-        spec.name: np.zeros(spec.resized({BATCH: batch, PAST: 0}), str(spec.dtype).removeprefix("torch."))
+        spec.name: np.zeros(spec.resized({BATCH: batch, PAST: 0}), numpy_dtype(spec))
         for spec in specs
         if PAST in spec.axes.values()
     }
@@ -4473,6 +4482,53 @@ def check_generation(
         ids = steps[-1].argmax(-1)[:, None]
         mask = np.concatenate([mask, np.ones((batch, 1), mask.dtype)], 1)
     return compare_generated(expected, np.stack(steps, 1), f"{GENERATED} tokens after {batch}x{length}", plan, options)
+
+
+def generate_from_encoder(model: Any, encoder: Plan) -> Generated:
+    """What `model` generates for the encoder's first example, by transformers' own loop without any settings."""
+    import torch
+    from transformers import GenerationMixin
+
+    case, config = encoder.cases[0], model.config
+    starts = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
+    start = next((token for token in starts if isinstance(token, int)), 0)
+    inputs = {spec.name: torch.tensor(case.inputs[spec.name], device=model.device) for spec in encoder.specs}
+    prompt = torch.full((len(next(iter(inputs.values()))), 1), start, device=model.device)
+    with torch.no_grad():
+        result = GenerationMixin.generate(
+            model, **inputs, decoder_input_ids=prompt, generation_config=greedy(config, start)
+        )
+    logits = torch.stack(result.logits, 1)
+    prompt = prompt.cpu()
+    return Generated(prompt, torch.ones_like(prompt), to_numpy(result.sequences[:, 1:]), to_numpy(logits))
+
+
+def check_encoder_decoder(
+    expected: Generated, specs: Sequence[InputSpec], encoder: Converted, session: Any, plan: Plan,
+    options: argparse.Namespace,
+) -> list[Difference]:  # fmt: skip
+    """Generate with both graphs and compare with PyTorch; raises RungError."""
+    import numpy as np
+
+    case = encoder.plan.cases[0]
+    states = open_session(encoder.result.path, options.device).run(["last_hidden_state"], case.inputs)[0]
+    names = [output.name for output in session.get_outputs()]
+    sizes = {BATCH: len(states), PAST: 0, ENCODER_SEQUENCE: states.shape[1]}
+    given = {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
+    given |= {"encoder_hidden_states": states, "encoder_attention_mask": case.inputs.get("attention_mask")}
+    ids, steps = expected.prompt.numpy(), []
+    for step in range(GENERATED):
+        given |= {"input_ids": ids, CACHE_FLAG: np.array([step > 0])}
+        results = dict(zip(names, session.run(None, {spec.name: given[spec.name] for spec in specs}), strict=True))
+        steps.append(results.pop("logits")[:, -1])
+        given |= {name.replace("present", "past_key_values", 1): value for name, value in results.items()}
+        ids = steps[-1].argmax(-1)[:, None]
+    return compare_generated(expected, np.stack(steps, 1), f"{GENERATED} tokens", plan, options)
+
+
+def numpy_dtype(spec: InputSpec) -> str:
+    """The dtype of an input as numpy calls it."""
+    return str(spec.dtype).removeprefix("torch.")
 
 
 def compare_generated(
@@ -4545,6 +4601,112 @@ def cached_call(model: Any, names: Sequence[str]) -> nn.Module:
             return {"logits": output.logits, **cache_tensors(output.past_key_values, "present")}
 
     return Cached()
+
+
+def encoder_graph(found: FolderModel) -> Graph:
+    """The encoder of an encoder-decoder model: text or sound in, last_hidden_state out."""
+    model = found.model
+    encoder = model.get_encoder()
+    if model.main_input_name == "input_ids":
+        specs, sizes = text_specs(encoder, found.task), TEXT_SIZES
+    else:
+        audio, sizes = audio_spec(model)
+        specs = [audio]
+    module = named_call(encoder, [spec.name for spec in specs], task_outputs("feature-extraction", {"pooler_output"}))
+    examples = functools.partial(example_tensors, specs, model.config.get_text_config())
+    return Graph("encoder_model", module, specs, examples, sizes)
+
+
+def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
+    """The decoder of an encoder-decoder model, for the first tokens and, with what they left in the caches, the next.
+
+    transformers.js and Optimum know the names of the inputs from Optimum's merged decoders.
+    """
+    import torch
+
+    model, dtype = found.model, float_dtype(found.model)
+    with torch.no_grad():
+        frames = encoder.module(*encoder.examples(encoder.sizes[0], 0))["last_hidden_state"]
+    free = any(axis != BATCH for spec in encoder.specs for axis in spec.axes.values())
+    states = {0: BATCH, **({1: ENCODER_SEQUENCE} if free else {})}
+    specs = [InputSpec("input_ids", (2, 5), torch.int64, {0: BATCH, 1: SEQUENCE})]
+    if model.main_input_name == "input_ids":
+        specs.insert(0, InputSpec("encoder_attention_mask", tuple(frames.shape[:2]), torch.int64, states))
+    fed = InputSpec("encoder_hidden_states", tuple(frames.shape), dtype, states)
+    first = encoder_decoder_call(model, [*(spec.name for spec in specs), fed.name], cached=False)
+    lengths = {ENCODER_SEQUENCE: frames.shape[1]}
+    with torch.no_grad():
+        answer = first(*example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0))
+    past = [
+        InputSpec(
+            name.replace("present", "past_key_values", 1),
+            tuple(tensor.shape),
+            dtype,
+            {0: BATCH, 2: PAST} if ".decoder." in name else {0: BATCH, **({2: ENCODER_SEQUENCE} if free else {})},
+        )
+        for name, tensor in answer.items()
+        if name.startswith("present")
+    ]
+    next_ones = encoder_decoder_call(model, [spec.name for spec in (*specs, *past)], cached=True)
+    return tuple(
+        Graph(
+            file,
+            module,
+            inputs,
+            functools.partial(example_tensors, inputs, model.config.get_text_config(decoder=True)),
+            tuple({**size, TOTAL: size[PAST] + size[SEQUENCE], **({} if free else lengths)} for size in sizes),
+        )
+        for file, module, inputs, sizes in (
+            ("decoder_model", first, [*specs, fed], FIRST_SIZES),
+            ("decoder_with_past_model", next_ones, [*specs, *past], NEXT_SIZES),
+        )
+    )
+
+
+def encoder_decoder_call(model: Any, names: Sequence[str], *, cached: bool) -> nn.Module:
+    """The decoder: new tokens and the encoder's answer (`cached`: what it once made of it) in, logits and caches out."""
+    from torch import nn
+    from transformers.cache_utils import EncoderDecoderCache
+    from transformers.modeling_outputs import BaseModelOutput
+
+    width = model.get_encoder().config.hidden_size
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            given = dict(zip(names, inputs, strict=True))
+            past = [value for name, value in given.items() if name.startswith("past_key_values")]
+            own, cross = ([x for n, x in enumerate(past) if n % 4 in pair] for pair in ((0, 1), (2, 3)))
+            caches = EncoderDecoderCache(cache_of(own), cache_of(cross))
+            states = cross[0].new_zeros(cross[0].shape[0], cross[0].shape[2], width) if cached else None
+            mask = given.get("encoder_attention_mask")
+            output = self.inner(
+                encoder_outputs=BaseModelOutput(given["encoder_hidden_states"] if states is None else states),
+                decoder_input_ids=given["input_ids"],
+                past_key_values=caches,
+                use_cache=True,
+                return_dict=True,
+                **({} if mask is None else {"attention_mask": mask}),
+            )
+            return {"logits": output.logits, **encoder_decoder_tensors(output.past_key_values, cached=cached)}
+
+    return Decoder()
+
+
+def encoder_decoder_tensors(caches: Any, *, cached: bool) -> dict[str, Tensor]:
+    """Both caches by name, layer by layer; of those that were given (`cached`) only the decoder's, which has grown."""
+    own = cache_tensors(caches.self_attention_cache, "present", ".decoder")
+    cross = {} if cached else cache_tensors(caches.cross_attention_cache, "present", ".encoder")
+    return dict(sorted((own | cross).items(), key=lambda item: cache_place(item[0])))
+
+
+def cache_place(name: str) -> tuple[int, str, str]:
+    """Sorts `present.10.decoder.key` by number, then `decoder`, then `key`."""
+    _, layer, part, kind = name.split(".")
+    return int(layer), part, kind
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4888,6 +5050,8 @@ def output_axes(plan: Plan, index: int, value: ir.Value) -> list[int | str]:
     for spec in plan.specs:
         for axis, symbol in spec.axes.items():
             symbols[symbol] = [case.inputs[spec.name].shape[axis] for case in plan.cases]
+    if {PAST, SEQUENCE} <= symbols.keys():  # a cache grows by what is new
+        symbols[TOTAL] = [sum(sizes) for sizes in zip(symbols[PAST], symbols[SEQUENCE], strict=True)]
     result: list[int | str] = []
     for axis, sizes in enumerate(zip(*shapes, strict=True) if len({len(shape) for shape in shapes}) == 1 else ()):
         inferred = value.shape[axis] if value.shape is not None and len(value.shape) == len(shapes[0]) else None
@@ -4895,6 +5059,68 @@ def output_axes(plan: Plan, index: int, value: ir.Value) -> list[int | str]:
         fixed = len(set(sizes)) == 1 and (isinstance(inferred, int) or not symbols)
         result.append(follows or (sizes[0] if fixed and sizes[0] else f"{name}_dim_{axis}"))
     return result
+
+
+def merge_decoders(first: Path, following: Path) -> ir.Model:
+    """One graph out of a decoder without and one with a past: an If on `use_cache_branch`, each weight stored once.
+
+    The branch with a past hands the encoder's keys and values on as they came.
+    """
+    import onnx_ir as ir
+
+    models = [ir.load(path) for path in (first, following)]
+    inputs: dict[str, ir.Value] = {}
+    for value in itertools.chain.from_iterable(model.graph.inputs for model in models):
+        inputs.setdefault(str(value.name), ir.Value(name=value.name, shape=value.shape, type=value.type))
+    inputs[CACHE_FLAG] = ir.Value(name=CACHE_FLAG, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
+    outputs = [ir.Value(name=value.name, type=value.type) for value in models[0].graph.outputs]
+    weights: dict[Any, ir.Value] = {}
+    names = [str(value.name) for value in outputs]
+    branches = [branch_of(model.graph, inputs, weights, names) for model in models]
+    for prefix, branch in zip(("first/", "next/"), branches, strict=True):  # the names of a model are unique
+        for node in branch.all_nodes():
+            node.name = f"{prefix}{node.name}"
+            for value in node.outputs:
+                value.name = f"{prefix}{value.name}"
+    choice = {"then_branch": branches[1], "else_branch": branches[0]}
+    node = ir.node("If", [inputs[CACHE_FLAG]], choice, outputs=outputs)
+    graph = ir.Graph(
+        list(inputs.values()),
+        outputs,
+        nodes=[node],
+        initializers=list(weights.values()),
+        opset_imports=models[0].graph.opset_imports,
+        name="model",
+    )
+    return ir.Model(graph, ir_version=models[0].ir_version)
+
+
+def branch_of(
+    graph: ir.Graph, inputs: Mapping[str, ir.Value], weights: dict[Any, ir.Value], names: Sequence[str]
+) -> ir.Graph:
+    """The nodes of `graph` as a branch that reads `inputs` and `weights`, to which its own are added, outside of it."""
+    import onnx_ir as ir
+
+    for value in graph.inputs:
+        ir.convenience.replace_all_uses_with(value, inputs[str(value.name)])
+    taken = {value.name for value in weights.values()}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
+        if key not in weights:
+            name = f"{value.name}.2" if value.name in taken else value.name
+            weights[key] = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
+        ir.convenience.replace_all_uses_with(value, weights[key])
+    found = {str(value.name): value for value in graph.outputs}
+    nodes = list(graph)
+    graph.outputs.clear()
+    graph.remove(nodes)
+    for name in names:
+        if name not in found:
+            given = inputs[name.replace("present", "past_key_values", 1)]
+            nodes.append(ir.node("Identity", [given], outputs=[ir.Value(name=name, type=given.type)]))
+            found[name] = nodes[-1].outputs[0]
+    return ir.Graph([], [found[name] for name in names], nodes=nodes, name="branch")
 
 
 def write_graph(model: ir.Model, path: Path) -> None:
@@ -5184,9 +5410,7 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
         exported, note = export_rung(rung, plan, work)
     path = folder / plan.file
     with LOG.step("check: onnx.checker"):
-        write_graph(
-            finish_graph(exported, plan, {**metadata, "exporter": f"{rung.exporter} of torch {torch_version()}"}), path
-        )
+        write_graph(finish_graph(exported, plan, {**metadata, "exporter": exporter_name(rung)}), path)
         del exported
         shutil.rmtree(work)
         check_graph(path)
@@ -5201,11 +5425,11 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
             raise error.with_note(note) from error
 
 
-def torch_version() -> str:
-    """The version without the build's suffix."""
+def exporter_name(rung: Rung) -> str:
+    """The exporter and its version, without the build's suffix, for the metadata."""
     import torch
 
-    return str(torch.__version__).partition("+")[0]
+    return f"{rung.exporter} of torch {str(torch.__version__).partition('+')[0]}"
 
 
 def climb(
@@ -5379,6 +5603,10 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
         task, cls = choose_task(config, options, embeds_sentences=(source.path / "modules.json").exists())
         found = load_pretrained(folder, config, task, cls, options)
     LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")
+    if options.output.name != "model.onnx" and found.model.config.is_encoder_decoder and task in GENERATION_TASKS:
+        raise ConversionError(
+            ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
+        )
     metadata = {"mode": "huggingface", "task": task, **label_metadata(config)}
     with LOG.step("reference: PyTorch's answers"):
         graphs = graphs_of(found, folder, options)
@@ -5387,6 +5615,8 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     use_routed_experts(found.model)
     metadata["source_sha256"] = digest.result()
     converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
+    if len(converted) > 1:
+        converted = [converted[0], merge_and_verify(found.model, converted, metadata, options)]
     stage_side_files(folder, options.staging / "beside")
     return converted
 
@@ -5395,7 +5625,54 @@ def graphs_of(found: FolderModel, folder: Path, options: argparse.Namespace) -> 
     """The graphs that the model becomes."""
     if found.task == "text-generation":
         return [decoder_graph(found, cached=not options.no_cache)]
+    if found.task in GENERATION_TASKS and found.model.config.is_encoder_decoder:
+        encoder = encoder_graph(found)
+        return [encoder, *decoder_graphs(found, encoder)]
     return [single_graph(found, folder)]
+
+
+def merge_and_verify(
+    model: Any, converted: Sequence[Converted], metadata: Mapping[str, str], options: argparse.Namespace
+) -> Converted:
+    """The two decoders as one graph, verified as both and by generating; raises ConversionError (VERIFY)."""
+    import torch
+
+    encoder, (first, _), (following, _) = converted
+    flag = InputSpec(CACHE_FLAG, (1,), torch.bool)
+    specs = list({spec.name: spec for spec in (*first.specs, *following.specs, flag)}.values())
+    cases = [widen_case(case, specs, cached=False) for case in first.cases]
+    cases += [widen_case(case, specs, cached=True) for case in following.cases]
+    check = functools.partial(check_encoder_decoder, generate_from_encoder(model, encoder.plan), specs, encoder)
+    plan = first._replace(specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check)
+    folder = options.staging / "merged"
+    folder.mkdir()
+    result = Result(converted[1].result.rung, folder / plan.file, [])
+    with LOG.step("verify: both decoders in one graph, and generating with it"):
+        merged = merge_decoders(converted[1].result.path, converted[2].result.path)
+        write_graph(finish_graph(merged, plan, {**metadata, "exporter": exporter_name(result.rung)}), result.path)
+        try:
+            check_graph(result.path)
+            differences = [] if options.no_verify else verify(result.path, plan, options)
+        except RungError as error:
+            raise ConversionError(ExitStatus.VERIFY, f"the merged decoder does not hold: {error}") from error
+    return Converted(plan, result._replace(differences=differences))
+
+
+def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
+    """`case` with the inputs of the other branch, which it does not look at, and with the outputs that it hands on."""
+    import numpy as np
+
+    sizes = {
+        symbol: case.inputs[spec.name].shape[axis]
+        for spec in specs
+        if spec.name in case.inputs
+        for axis, symbol in spec.axes.items()
+    }
+    inputs = {spec.name: np.zeros(spec.resized({PAST: 0, **sizes}), numpy_dtype(spec)) for spec in specs}
+    inputs |= {**case.inputs, CACHE_FLAG: np.array([cached])}
+    handed = {name.replace("past_key_values", "present", 1): array for name, array in case.inputs.items()}
+    outputs = case.outputs | {name: array for name, array in handed.items() if ".encoder." in name}
+    return Case(f"{case.label} {CACHE_FLAG}:{cached}", inputs, outputs)
 
 
 def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:

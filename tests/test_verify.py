@@ -20,7 +20,9 @@ from torch import nn
 
 import convert as product
 
-OPTIONS = argparse.Namespace(atol=None, rtol=None, device="cpu", dynamic_axes=None, static=False, input_shape=None)
+OPTIONS = argparse.Namespace(
+    atol=None, rtol=None, device="cpu", dynamic_axes=None, static=False, input_shape=None, output=Path("model.onnx")
+)
 
 
 @pytest.fixture(scope="module")
