@@ -198,9 +198,8 @@ def decode(session: Any, prompt: Any, mask: Any, fixed: Arrays, tokens: Any) -> 
 def generate(model: Any, given: Arrays) -> tuple[Any, Any]:
     """What transformers generates greedily, never ending: the sequences and the logits (batch x STEPS x vocabulary)."""
     config = model.config.get_text_config(decoder=True)
-    start = getattr(config, "decoder_start_token_id", None)
-    pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
-    settings = {"pad_token_id": pad, "bos_token_id": config.bos_token_id, "decoder_start_token_id": start}
+    ids = {f"{role}_token_id": getattr(config, f"{role}_token_id", None) for role in ("pad", "bos", "decoder_start")}
+    settings = {**ids, "pad_token_id": ids["pad_token_id"] or 0}
     model.generation_config = GenerationConfig(**settings, max_new_tokens=STEPS, do_sample=False)
     with torch.no_grad():  # not whisper's own, which adds rules
         result = GenerationMixin.generate(
