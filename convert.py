@@ -307,7 +307,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-i", "--input", required=True, type=path_argument, metavar="PATH", help="model file or directory")
+    add("-i", "--input", required=True, type=path_argument, metavar="PATH", help="model file, directory or hub id")
     add("-o", "--output", type=path_argument, metavar="PATH", help=".onnx file, or directory (for DIR/model.onnx)")
     add("--inspect", action="store_true", help="say what the input is and how to convert it; nothing is written")
     add("-m", "--mode", choices=MODES, default="auto", help="what the input is (default: auto, told by its content)")
@@ -376,6 +376,8 @@ def build_parser() -> Parser:
         help="more classes that a pickle may hold, of packages that you installed or put on PYTHONPATH",
     )
     add("--trust-pickle", action="store_true", help="execute the input's pickle or archive as its maker wrote it")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub (default: its main branch)")
+    add("--cache-dir", metavar="PATH", help="where downloads from the hub are kept (default: that of HF_HOME)")
     add("--trust-remote-code", action="store_true", help="allow Python code that a Hugging Face folder brings along")
     add("--json", action="store_true", help="print one JSON object about the result on standard output")
     add("-v", "--verbose", action="store_true", help="show everything that the libraries print, and tracebacks")
@@ -458,6 +460,7 @@ class Kind(IntEnum):
     EXPORTED_PROGRAM = 3
     SAFETENSORS = 4
     HUGGINGFACE = 5
+    HUB_ID = 7  # owner/model on the Hugging Face hub
     SHARDED_WEIGHTS = 6  # an index file, NAME.safetensors.index.json or NAME.bin.index.json
 
 
@@ -485,11 +488,10 @@ MISTAKES: tuple[tuple[bytes, str], ...] = (
 )
 MAX_INDEX_BYTES = 64 << 20  # of the JSON that says which shard holds which tensor; a model of 10**6 tensors has 100 MB
 PICKLE_STARTS = (b"\x80", b"}", b"]", b"(", b"c")  # PROTO, or protocol 0's first opcodes
-HUB_ID = re.compile(r"[\w-]+/[\w.-]+")  # an organisation and a model
-NO_HUB = "a hub id is not downloaded: download the model, mount its folder and pass that path"
+HUB_ID = re.compile(r"(?!.*\.(pt|pth|pt2|bin|ckpt|onnx|zip|json|safetensors)$)[\w-][\w.-]*/[\w.-]+")  # owner/model
 
 
-def detect(path: Path) -> Source:
+def detect(path: Path) -> Source:  # noqa: C901
     """Tell what `path` holds from its content; raises ConversionError (INPUT) with advice for anything else."""
     try:
         mode = path.stat().st_mode
@@ -501,8 +503,9 @@ def detect(path: Path) -> Source:
             head = file.read(512)
             rest = file.read(MAX_INDEX_BYTES) if head[:1] == b"{" else b""
     except OSError as error:
-        hub = f"; {NO_HUB}" if HUB_ID.fullmatch(str(path)) and not path.parent.exists() else ""
-        raise ConversionError(ExitStatus.INPUT, f"cannot read {path}: {error.strerror}; check -i{hub}") from None
+        if isinstance(error, FileNotFoundError) and HUB_ID.fullmatch(str(path)) and not path.parent.exists():
+            return Source(path, Kind.HUB_ID, "there is no such file, and it is written as owner/model")
+        raise ConversionError(ExitStatus.INPUT, f"cannot read {path}: {error.strerror}; check -i") from None
     if not head:
         raise ConversionError(ExitStatus.INPUT, f"{path} is empty; copy or download it again")
     if head.startswith(b"PK\x03\x04"):
@@ -567,7 +570,7 @@ DIRECTORIES: tuple[tuple[str, str], ...] = (
 def detect_directory(path: Path) -> Source:
     """A Hugging Face folder, an index of shards, or advice on which file to pass."""
     names = sorted(entry.name for entry in path.iterdir())
-    for name in ("config.json", "adapter_config.json"):
+    for name in ("config.json", "adapter_config.json", "modules.json"):
         if name in names:
             return Source(path, Kind.HUGGINGFACE, f"the directory has {name}")
     indices = [name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))]
@@ -3342,10 +3345,10 @@ def shape_text(sizes: Iterable[int]) -> str:
 # Hugging Face folders: what the folder may hold was vetted above; here its task, its class and the model with weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Every task that is converted. Where a class serves several (BartForConditionalGeneration, CLIPModel), the first counts.
-TASKS = ("text2text-generation", "text-generation", "zero-shot-image-classification", "automatic-speech-recognition",
+# Every task that is converted. Where a class serves several (BartForConditionalGeneration, CLIPModel), the first counts.  # noqa: E501
+TASKS = ("text2text-generation", "fill-mask", "text-generation", "zero-shot-image-classification", "automatic-speech-recognition",  # noqa: E501
          "semantic-segmentation", "text-classification", "token-classification", "question-answering",
-         "multiple-choice", "fill-mask", "image-classification", "object-detection", "image-segmentation",
+         "multiple-choice", "image-classification", "object-detection", "image-segmentation",
          "depth-estimation", "audio-classification", "sentence-similarity", "feature-extraction")  # fmt: skip
 # What each task's graph returns; of the others everything that is a tensor.
 TASK_OUTPUTS = {
@@ -3374,6 +3377,7 @@ class FolderModel(NamedTuple):
     model: Any  # PreTrainedModel
     task: str
     missing: frozenset[str]
+    steps: Sequence[Callable[..., Tensor]] = ()  # what makes a sentence's vector of the states
 
 
 def copy_without_code(source: Path, cleaned: Mapping[str, Any], target: Path, *, trust: bool) -> Path:
@@ -3395,7 +3399,49 @@ def import_transformers() -> Any:
     """transformers, told to stay off the network and to be quiet."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ[variable] = "1"
+    importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE = True  # it may be there since a download
     return import_library("transformers")
+
+
+def download(source: Source, options: argparse.Namespace) -> Source:
+    """The folder of a model on the hub, downloaded into the cache; raises ConversionError (INPUT).
+
+    HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are huggingface_hub's own. Code and other frameworks' weights stay
+    where they are.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    name, where = str(source.path), {"revision": options.revision}
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+    unwanted = ["onnx/*", "openvino/*", "flax*", "tf_*"] + ([] if options.trust_remote_code else ["*.py"])
+    try:
+        with LOG.step(f"download: {name}"):
+            if os.environ.get("HF_HUB_OFFLINE", "0") == "0":
+                files = HfApi().list_repo_files(name, **where)
+                wanted += [] if any(file.endswith(".safetensors") for file in files) else ["*.bin"]
+            folder = snapshot_download(
+                name, cache_dir=options.cache_dir, allow_patterns=wanted, ignore_patterns=unwanted, **where
+            )
+    except Exception as error:  # httpx, huggingface_hub and the operating system each have their own
+        problem = next(
+            (text for kind, text in HUB_PROBLEMS if kind in {cls.__name__ for cls in type(error).__mro__}), ""
+        )
+        raise ConversionError(
+            ExitStatus.INPUT,
+            f"cannot download {name}: {problem or first_line(error)} (or check -i, if a path was meant)",
+        ) from error
+    return detect(Path(folder))
+
+
+# The exceptions of huggingface_hub and httpx, the narrower ones first, and what to do about them.
+HUB_PROBLEMS = (
+    ("GatedRepoError", "its owner gives access on request: ask for it on the model's page and set HF_TOKEN"),
+    ("RepositoryNotFoundError", "the hub has no such model, or it is private: check the name, or set HF_TOKEN"),
+    ("RevisionNotFoundError", "it has no such revision; check --revision"),
+    ("OfflineModeIsEnabled", "HF_HUB_OFFLINE is set and it is not in the cache; download it first, or pass its folder"),
+    ("LocalEntryNotFoundError", "the hub cannot be reached; download it where there is a network and pass its folder"),
+    ("HTTPError", "the hub cannot be reached; download it where there is a network and pass its folder"),
+)  # fmt: skip
 
 
 def read_config(folder: Path, *, trust: bool) -> Any:
@@ -3461,7 +3507,7 @@ def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: arg
     import torch
 
     sources: dict[str, Any] = {"use_safetensors": True}
-    if not any(name.suffix == ".safetensors" for name in folder.iterdir()):
+    if not any(re.fullmatch(r"model.*\.safetensors", file.name) for file in folder.iterdir()):
         sources = {"state_dict": load_bin(folder, trust=options.trust_pickle)}
     try:
         model, told = cls.from_pretrained(
@@ -3498,17 +3544,14 @@ def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: arg
 
 
 def load_bin(folder: Path, *, trust: bool) -> dict[str, Tensor]:
-    """The weights of pytorch_model.bin, whole or in shards, read inertly; raises ConversionError where there is none."""
+    """The weights of pytorch_model.bin, whole or in shards, read inertly; raises ConversionError where there is none."""  # noqa: E501
     for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"):
         if (folder / name).exists():
             content = state_dict_of(load(detect((folder / name).resolve()), trust=trust).content)
             if content is None:
                 raise ConversionError(ExitStatus.INPUT, f"{name} does not hold a state dict; save the model again")
             return content
-    raise ConversionError(
-        ExitStatus.INPUT,
-        "the folder has a config.json but no weights (model.safetensors or pytorch_model.bin); copy or download them",
-    )
+    raise ConversionError(ExitStatus.INPUT, "pytorch_model.bin is incomplete; copy or download all of its shards")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3906,7 +3949,9 @@ def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str])
 class Reference:
     """Calls the model at chosen sizes and keeps its answers as cases."""
 
-    def __init__(self, model: nn.Module, specs: Sequence[InputSpec], device: str, examples: Examples | None = None):
+    def __init__(
+        self, model: nn.Module, specs: Sequence[InputSpec], device: str, examples: Examples | None = None
+    ) -> None:
         self.model, self.specs, self.device = model, list(specs), device
         self.names = [spec.name for spec in specs]
         self.examples = examples or functools.partial(make_inputs, self.specs, highest_index(model))
@@ -4150,9 +4195,9 @@ ENCODER_SEQUENCE = "encoder_sequence_length"
 TEXT_SIZES = ({BATCH: 2, SEQUENCE: 12}, {BATCH: 1, SEQUENCE: 7}, {BATCH: 3, SEQUENCE: 18})
 DECODER_SIZES = ({BATCH: 2, PAST: 6, SEQUENCE: 5}, {BATCH: 1, PAST: 0, SEQUENCE: 9}, {BATCH: 3, PAST: 11, SEQUENCE: 1},
                  {BATCH: 2, PAST: 0, SEQUENCE: 14})  # fmt: skip
-FIRST_SIZES = ({BATCH: 2, ENCODER_SEQUENCE: 12, PAST: 0, SEQUENCE: 5}, {BATCH: 1, ENCODER_SEQUENCE: 7, PAST: 0, SEQUENCE: 1},
+FIRST_SIZES = ({BATCH: 2, ENCODER_SEQUENCE: 12, PAST: 0, SEQUENCE: 5}, {BATCH: 1, ENCODER_SEQUENCE: 7, PAST: 0, SEQUENCE: 1},  # noqa: E501
                {BATCH: 3, ENCODER_SEQUENCE: 18, PAST: 0, SEQUENCE: 8})  # fmt: skip
-NEXT_SIZES = ({BATCH: 2, ENCODER_SEQUENCE: 12, PAST: 6, SEQUENCE: 3}, {BATCH: 1, ENCODER_SEQUENCE: 7, PAST: 1, SEQUENCE: 1},
+NEXT_SIZES = ({BATCH: 2, ENCODER_SEQUENCE: 12, PAST: 6, SEQUENCE: 3}, {BATCH: 1, ENCODER_SEQUENCE: 7, PAST: 1, SEQUENCE: 1},  # noqa: E501
               {BATCH: 3, ENCODER_SEQUENCE: 18, PAST: 11, SEQUENCE: 1})  # fmt: skip
 WINDOW_BYTES = 512_000_000  # of a cache that is longer than the sliding window: beyond, the window goes unverified
 GENERATED = 10  # tokens that PyTorch and ONNX Runtime generate for the same prompts
@@ -4195,7 +4240,7 @@ def token_ids(config: Any, shape: Sequence[int], generator: Any) -> Tensor:
 def example_tensors(
     specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int, *, left: bool = False
 ) -> list[Tensor]:
-    """Seeded inputs at `sizes` such as a tokenizer or processor makes: padded rows (`left` or right), real positions."""
+    """Seeded inputs at `sizes` such as a tokenizer or processor makes: padded rows (`left` or right), real positions."""  # noqa: E501
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -4212,8 +4257,9 @@ def example_tensors(
         elif spec.name == "position_ids":
             made[spec.name] = (made["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, -shape[-1] :]
         elif spec.name == "bbox":
-            corners = torch.randint(0, 500, shape, generator=generator)
-            made[spec.name] = corners + torch.tensor([0, 0, 400, 400])
+            limit = min(1000, getattr(config, "max_2d_position_embeddings", 1000) - 1)
+            corners = torch.randint(0, limit // 2, (*shape[:-1], 2), generator=generator)
+            made[spec.name] = torch.cat([corners, corners + limit // 3], -1)  # left, top, right, bottom
         else:
             made[spec.name] = torch.randn(shape, generator=generator).to(spec.dtype)
     return [made[spec.name] for spec in specs]
@@ -4333,11 +4379,103 @@ def task_outputs(task: str, missing: Collection[str]) -> Callable[[Any], dict[st
     return choose
 
 
+def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """One vector for each row of `states` (batch x sequence x size), as sentence_transformers.models.Pooling has it."""
+    import torch
+
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    if mode == "cls":
+        return states[:, 0]
+    if mode == "max":
+        return states.masked_fill(weights == 0, -1e9).max(1).values
+    if mode == "lasttoken":
+        places = torch.arange(mask.shape[1], device=mask.device) * mask
+        return torch.take_along_dim(states, places.argmax(1)[:, None, None], 1)[:, 0]
+    if mode == "weightedmean":
+        weights = weights * (torch.arange(mask.shape[1], device=mask.device)[None, :, None] + 1)
+    length = weights.sum(1).clamp(min=1e-9)
+    return (states * weights).sum(1) / (length.sqrt() if mode == "mean_sqrt_len_tokens" else length)
+
+
+POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
+           "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_lasttoken": "lasttoken",
+           "pooling_mode_weightedmean_tokens": "weightedmean"}  # fmt: skip
+
+
+def sentence_steps(folder: Path, *, trust: bool) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """What a sentence-transformers folder does with the states: functions of states, mask and the vector so far.
+
+    Raises ConversionError (INPUT) for a module that is not known. Without modules.json the mean, as
+    sentence-transformers itself does.
+    """
+    import torch
+
+    def pooling(settings: Mapping[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        named = settings.get("pooling_mode")
+        modes = [named] if isinstance(named, str) else named or [POOLING[key] for key in POOLING if settings.get(key)]
+        return lambda states, mask, _: torch.cat([pool(states, mask, mode) for mode in modes], -1)
+
+    if not (folder / "modules.json").exists():
+        LOG.warn("no modules.json says how words become a sentence: it is their mean, as sentence-transformers does")
+        return [pooling({"pooling_mode": "mean"})]
+    steps = []
+    for module in read_json(folder / "modules.json")[1:]:
+        kind, place = str(module.get("type")).rpartition(".")[2], folder / os.path.basename(str(module.get("path")))  # noqa: PTH119
+        if kind == "Pooling":
+            steps.append(pooling(read_json(place / "config.json")))
+        elif kind == "Normalize":
+            steps.append(lambda _states, _mask, vector: torch.nn.functional.normalize(vector, dim=-1))
+        elif kind == "Dense":
+            steps.append(dense_step(place, trust=trust))
+        else:
+            raise ConversionError(
+                ExitStatus.INPUT,
+                f"modules.json names {shorten(str(module.get('type')), 60)!r}, which is not known here",
+            )
+    return steps
+
+
+def dense_step(folder: Path, *, trust: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The Dense module of sentence-transformers: a linear layer and its activation."""
+    import torch
+
+    settings = read_json(folder / "config.json")
+    name = str(settings.get("activation_function", "Identity")).rpartition(".")[2]
+    activation = getattr(torch.nn.modules.activation, name, torch.nn.Identity)()
+    file = next((file for file in (folder / "model.safetensors", folder / "pytorch_model.bin") if file.exists()), None)
+    weights = file and state_dict_of(load(detect(file), trust=trust).content)
+    if not weights or "linear.weight" not in weights:
+        raise ConversionError(
+            ExitStatus.INPUT, f"{folder.name} has no linear.weight; copy or download the whole folder"
+        )
+    matrix, bias = weights["linear.weight"], weights.get("linear.bias")
+    return lambda _states, _mask, vector: activation(torch.nn.functional.linear(vector, matrix, bias))
+
+
+def sentence_call(model: Any, names: Sequence[str], steps: Sequence[Callable[..., Tensor]]) -> nn.Module:
+    """A module that returns the model's states and the sentence's vector, which `steps` make of them."""
+    from torch import nn
+
+    class Sentence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            given = dict(zip(names, inputs, strict=True))
+            states = self.inner(**given, return_dict=True).last_hidden_state
+            vector = states
+            for step in steps:
+                vector = step(states, given["attention_mask"], vector)
+            return {"last_hidden_state": states, "sentence_embedding": vector}
+
+    return Sentence()
+
+
 def single_graph(found: FolderModel, folder: Path) -> Graph:
     """The graph of a model that is called once: text, image, audio or both of the first two."""
     model, task = found.model, found.task
-    text_sizes = TEXT_SIZES
-    if model.main_input_name == "pixel_values" and task == "zero-shot-image-classification":
+    if task == "zero-shot-image-classification":
         image, _ = image_spec(model, folder, task)
         texts = [spec._replace(axes={0: "text_batch_size", 1: SEQUENCE}) for spec in text_specs(model, task)]
         limit = getattr(model.config.text_config, "max_position_embeddings", 1000)
@@ -4356,8 +4494,11 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
         specs, config = [audio], model.config
     else:
         specs, config = text_specs(model, task), model.config.get_text_config()
-        sizes = tuple({**size, "num_choices": CHOICES + turn} for turn, size in enumerate(text_sizes))
-    module = named_call(model, [spec.name for spec in specs], task_outputs(task, found.missing))
+        sizes = tuple({**size, "num_choices": CHOICES + turn} for turn, size in enumerate(TEXT_SIZES))
+    names = [spec.name for spec in specs]
+    module = named_call(model, names, task_outputs(task, found.missing))
+    if found.steps and "attention_mask" in names:
+        module = sentence_call(model, names, found.steps)
     return Graph("model", module, specs, functools.partial(example_tensors, specs, config), sizes)
 
 
@@ -4432,7 +4573,7 @@ def greedy(config: Any, start: int | None) -> Any:
     """Settings for GENERATED tokens, always the likeliest, and nothing that changes or ends that."""
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(max_new_tokens=GENERATED, do_sample=False, num_beams=1, eos_token_id=None)
+    settings = GenerationConfig(max_new_tokens=GENERATED, do_sample=False, num_beams=1, eos_token_id=-1)
     settings.pad_token_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
     settings.decoder_start_token_id = start
     settings.output_logits = settings.return_dict_in_generate = True
@@ -4503,7 +4644,7 @@ def generate_from_encoder(model: Any, encoder: Plan) -> Generated:
     return Generated(prompt, torch.ones_like(prompt), to_numpy(result.sequences[:, 1:]), to_numpy(logits))
 
 
-def check_encoder_decoder(
+def check_encoder_decoder(  # noqa: PLR0913, PLR0917
     expected: Generated, specs: Sequence[InputSpec], encoder: Converted, session: Any, plan: Plan,
     options: argparse.Namespace,
 ) -> list[Difference]:  # fmt: skip
@@ -4664,7 +4805,7 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
 
 
 def encoder_decoder_call(model: Any, names: Sequence[str], *, cached: bool) -> nn.Module:
-    """The decoder: new tokens and the encoder's answer (`cached`: what it once made of it) in, logits and caches out."""
+    """The decoder: new tokens and the encoder's answer (`cached`: what it once made of it) in, logits and caches out."""  # noqa: E501
     from torch import nn
     from transformers.cache_utils import EncoderDecoderCache
     from transformers.modeling_outputs import BaseModelOutput
@@ -5595,21 +5736,34 @@ def recognised_class(
 
 def convert_huggingface_model(source: Source, options: argparse.Namespace) -> list[Converted]:
     """Convert the model in a Hugging Face folder for its task, and stage the files that belong beside the graphs."""
+    check_options(options)
+    trust = options.trust_remote_code
+    cleaned = vet_folder(source.path, trust=trust)
+    inner = transformer_folder(source.path)
+    if inner != source.path:
+        cleaned |= vet_folder(inner, trust=trust)
+    check_folder(inner)
     digest = ThreadPoolExecutor(1).submit(folder_digest, source.path)
-    vetted = vet_folder(source.path, trust=options.trust_remote_code)
-    folder = copy_without_code(source.path, vetted, options.staging / "source", trust=options.trust_remote_code)
+    folder = copy_without_code(inner, cleaned, options.staging / "source", trust=trust)
     with LOG.step(f"load: {source.path}"):
-        config = read_config(folder, trust=options.trust_remote_code)
-        task, cls = choose_task(config, options, embeds_sentences=(source.path / "modules.json").exists())
+        config = read_config(folder, trust=trust)
+        sentences = (source.path / "modules.json").exists()
+        task, cls = choose_task(config, options, embeds_sentences=sentences)
         found = load_pretrained(folder, config, task, cls, options)
+        if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
+            found = found._replace(steps=sentence_steps(source.path, trust=options.trust_pickle))
     LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")
-    if options.output.name != "model.onnx" and found.model.config.is_encoder_decoder and task in GENERATION_TASKS:
+    if options.output.name != "model.onnx" and config.is_encoder_decoder and task in GENERATION_TASKS:
         raise ConversionError(
             ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
         )
     metadata = {"mode": "huggingface", "task": task, **label_metadata(config)}
     with LOG.step("reference: PyTorch's answers"):
-        graphs = graphs_of(found, folder, options)
+        try:
+            graphs = graphs_of(found, folder, options)
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # an unusual cache or call
+            what = f"{type(found.model).__name__} cannot be called the way that {task} needs ({first_line(error)})"
+            raise ConversionError(ExitStatus.EXPORT, f"{what}; try another --task, or --no-cache") from error
         found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
         plans = [plan_graph(graph, options) for graph in graphs]
     use_routed_experts(found.model)
@@ -5619,6 +5773,50 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
         converted = [converted[0], merge_and_verify(found.model, converted, metadata, options)]
     stage_side_files(folder, options.staging / "beside")
     return converted
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise ConversionError (USAGE) for options of the other modes."""
+    if options.mode not in ("auto", "huggingface"):
+        raise ConversionError(
+            ExitStatus.USAGE, f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files"
+        )
+    for name in ("model_class", "checkpoint_key", "input_shape", "dynamic_axes", "model_args", "allow_class"):
+        if getattr(options, name):
+            flag = name.replace("_", "-")
+            raise ConversionError(
+                ExitStatus.USAGE, f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out"
+            )
+
+
+def transformer_folder(folder: Path) -> Path:
+    """Where a folder has its config.json: in the first module's folder, where sentence-transformers put it there."""
+    if (folder / "modules.json").exists() and not (folder / "config.json").exists():
+        modules = read_json(folder / "modules.json")
+        name = str(modules[0].get("path", "")) if isinstance(modules, list) and modules else ""
+        if os.path.basename(name) == name and (folder / name).is_dir():  # noqa: PTH119  (text)
+            return folder / name
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConversionError (INPUT) for what is missing, before anything heavy is imported."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    if "config.json" not in names:
+        adapter = "an adapter without its model: merge it (merge_and_unload of peft) and save that"
+        what = adapter if "adapter_config.json" in names else "no config.json; copy or download the whole folder"
+        raise ConversionError(ExitStatus.INPUT, f"{folder} holds {what}")
+    if not isinstance(read_json(folder / "config.json").get("model_type"), str):
+        raise ConversionError(
+            ExitStatus.INPUT, f"{folder}/config.json has no model_type; pass the weights' file and --model-class"
+        )
+    if not any(re.fullmatch(r"model.*\.safetensors|pytorch_model.*\.bin", name) for name in names):
+        foreign = [name for name in names if name.endswith(FOREIGN_FILES)]
+        there = f" (there is {', '.join(foreign[:3])}, which PyTorch does not read)" if foreign else ""
+        raise ConversionError(
+            ExitStatus.INPUT,
+            f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them",
+        )
 
 
 def graphs_of(found: FolderModel, folder: Path, options: argparse.Namespace) -> list[Graph]:
@@ -5679,7 +5877,7 @@ def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
     """PyTorch's answers for the graph's examples at all its sizes."""
     reference = Reference(graph.module, graph.specs, options.device, graph.examples)
     cases = []
-    for seed, sizes in enumerate(graph.sizes):
+    for seed, sizes in enumerate(graph.sizes[: 1 if options.static else None]):
         try:
             cases.append(reference.run(sizes, seed))
         except RejectedInputError as error:
@@ -5691,6 +5889,8 @@ def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
     for case in cases:
         check_finite(case)
     traced = reference.tensors(graph.sizes[0], 0)
+    if options.static:
+        graph = graph._replace(specs=[spec._replace(axes={}) for spec in graph.specs], further_checks=None)
     specs = [spec._replace(dims=tuple(tensor.shape)) for spec, tensor in zip(graph.specs, traced, strict=True)]
     file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
     return Plan(graph.module, specs, list(cases[0].outputs), traced, cases, file, graph.further_checks)
@@ -5916,6 +6116,8 @@ def command_for(source: Source, *extra: str) -> str:
     import shlex
 
     target = source.path.resolve().with_suffix(".onnx").name
+    if source.kind is Kind.HUGGINGFACE:
+        target = f"{source.path.resolve().name}-onnx/"
     return shlex.join(["python", "convert.py", "-i", str(source.path), "-o", target, *extra])
 
 
@@ -6051,13 +6253,12 @@ def inspect_program(source: Source, options: argparse.Namespace) -> dict[str, An
     }
 
 
-def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001
+def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """A Hugging Face folder: from config.json and the headers of its weights."""
-    try:
-        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-        architectures = ", ".join(map(str, config.get("architectures") or ())) or None
-    except (ValueError, AttributeError, OSError, RecursionError) as error:
-        raise DamagedFileError(f"{source.path}/config.json is damaged ({first_line(error)})") from None
+    vet_folder(source.path, trust=options.trust_remote_code)
+    check_folder(source.path)
+    config = read_json(source.path / "config.json")
+    architectures = ", ".join(map(str, config.get("architectures") or ())) or None
     headers = [safetensors_header(file) for file in sorted(source.path.glob("*.safetensors"))]
     entries = [(entry["dtype"], math.prod(entry["shape"])) for header in headers for entry in header.values()]
     return {
@@ -6065,8 +6266,7 @@ def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any
         "class": architectures,
         **count_elements(entries),
         "mode": "huggingface",
-        "problem": "this version does not convert Hugging Face models",
-        "exit_code": int(ExitStatus.USAGE),
+        "command": command_for(source),
     }
 
 
@@ -6107,13 +6307,14 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 def describe_success(report: Mapping[str, Any]) -> str:
     """The last line of a run that went well."""
     size = sum(report["files"].values()) / 1e6
-    differences = report["verified"]
+    differences = [item for graph in report.get("graphs", [report]) for item in graph["verified"]]
     proof = "not verified"
     if differences:
         shapes = len({difference["case"] for difference in differences})
         worst = max(difference["largest"] for difference in differences)
         proof = f"verified at {shapes} shape{'s' if shapes > 1 else ''}, largest difference {worst:.2g}"
-    return f"{report['output']} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
+    names = " and ".join(graph["output"] for graph in report.get("graphs", [report]))
+    return f"{names} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
 
 
 def cgroup_memory_files() -> Iterator[Path]:
@@ -6180,6 +6381,8 @@ def work(source: Source, options: argparse.Namespace) -> int:
     """The worker's life: convert, report, and return the exit code."""
     standard_output = LOG.silence_third_parties(verbose=options.verbose)
     try:
+        if source.kind is Kind.HUB_ID:
+            source = download(source, options)
         report = inspect(source, options) if options.inspect else convert(source, options)
     except Exception as error:  # the one place where errors become exit codes
         known = as_conversion_error(error)

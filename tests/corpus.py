@@ -882,38 +882,38 @@ def folder(name: str, files: Mapping[str, Any], code: int, words: str = "") -> I
 
 
 def folder_items() -> list[Item]:
-    """Folders that would run code, or read outside themselves; code 2 is that they are not converted at all yet."""
+    """Folders that would run code, or read outside themselves; code 3 is that they have no weights."""
     weights = saved({"a": TENSOR})
     index = "model.safetensors.index.json"
     mapped = {"auto_map": {"AutoModel": "modeling.Net"}}
     return [
         folder("auto-map", {"config.json": mapped, "modeling.py": PYTHON.encode()}, 4, "auto_map in config.json"),
-        folder("auto-map-of-a-known-type", {"config.json": {**BERT, **mapped}}, 2, "auto_map in config.json"),
-        folder("auto-map-nested", {"config.json": {**BERT, "text_config": [mapped]}}, 2, "auto_map"),
+        folder("auto-map-of-a-known-type", {"config.json": {**BERT, **mapped}}, 3, "auto_map in config.json"),
+        folder("auto-map-nested", {"config.json": {**BERT, "text_config": [mapped]}}, 3, "auto_map"),
         folder(
-            "auto-map-tokenizer", {"config.json": BERT, "tokenizer_config.json": mapped}, 2, "tokenizer_config.json"
+            "auto-map-tokenizer", {"config.json": BERT, "tokenizer_config.json": mapped}, 3, "tokenizer_config.json"
         ),
         folder(
             "auto-mapping",
             {"config.json": BERT, "adapter_config.json": {"auto_mapping": {"parent_library": "x"}}},
-            2,
+            3,
             "auto_mapping",
         ),
         folder(
             "custom-generate",
             {"config.json": BERT, "generation_config.json": {"custom_generate": "a/b"}},
-            2,
+            3,
             "custom_generate in generation_config.json",
         ),
         folder(
             "custom-generate-folder",
             {"config.json": BERT, "custom_generate/generate.py": PYTHON.encode()},
-            2,
+            3,
             "custom_generate",
         ),
-        folder("trust", {"config.json": {**BERT, "trust_remote_code": True}}, 2, "trust_remote_code"),
+        folder("trust", {"config.json": {**BERT, "trust_remote_code": True}}, 3, "trust_remote_code"),
         folder(
-            "pipelines", {"config.json": {**BERT, "custom_pipelines": {"x": {"impl": "a.B"}}}}, 2, "custom_pipelines"
+            "pipelines", {"config.json": {**BERT, "custom_pipelines": {"x": {"impl": "a.B"}}}}, 3, "custom_pipelines"
         ),
         folder("attention-kernel", {"config.json": {**BERT, "_attn_implementation": "someone/kernel"}}, 4, "kernel"),
         folder(
@@ -922,7 +922,7 @@ def folder_items() -> list[Item]:
         folder("attention-kernel-dict", {"config.json": {**BERT, "_attn_implementation": {"": "a/b"}}}, 4, "kernel"),
         folder("attention-internal", {"config.json": {**BERT, "_attn_implementation_internal": "a/b"}}, 4, "kernel"),
         folder("experts-kernel", {"config.json": {**BERT, "experts_implementation": "a/b"}}, 4, "kernel"),
-        folder("use-kernels", {"config.json": {**BERT, "use_kernels": True}}, 2, "use_kernels"),
+        folder("use-kernels", {"config.json": {**BERT, "use_kernels": True}}, 3, "use_kernels"),
         folder("quantiser", {"config.json": {**BERT, "quantization_config": {"quant_method": "gptq"}}}, 4, "gptq"),
         folder(
             "quantiser-nested", {"config.json": {**BERT, "a": {"quantization_config": {"quant_method": "x\n"}}}}, 4, ""
@@ -946,11 +946,11 @@ def folder_items() -> list[Item]:
         folder(
             "shadows",
             {"config.json": BERT, "torch.py": PYTHON.encode(), "transformers.py": PYTHON.encode()},
-            2,
+            3,
             "torch.py",
         ),
-        folder("pickled-tokenizer", {"config.json": BERT, "tokenizer.pickle": program(SYSTEM)}, 2, "tokenizer.pickle"),
-        folder("bin", {"config.json": BERT, "pytorch_model.bin": weights}, 2, ""),
+        folder("pickled-tokenizer", {"config.json": BERT, "tokenizer.pickle": program(SYSTEM)}, 3, "tokenizer.pickle"),
+        folder("bin", {"config.json": {"hidden_size": 1}, "pytorch_model.bin": weights}, 3, ""),
         folder("config-list", {"config.json": [1]}, 3, "config.json"),
         folder("config-cut", {"config.json": b'{"a": '}, 3, "config.json"),
         folder("config-twice", {"config.json": b'{"a": 1, "a": 2}'}, 3, "twice"),

@@ -109,7 +109,7 @@ def test_paths_that_cannot_be_read(clean: Path) -> None:
     (clean / "folder" / "weights.pth").write_bytes(b"x")
     check_error(convert_in(clean, clean / "folder"), 3, "pass one of its files: weights.pth")
     (clean / "folder" / "config.json").write_text("{}")
-    check_error(convert_in(clean, clean / "folder"), 2, "does not convert Hugging Face models")
+    check_error(convert_in(clean, clean / "folder"), 3, "no model_type")
 
 
 def test_outputs_that_cannot_be_written(models: Path, clean: Path) -> None:
