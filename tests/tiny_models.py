@@ -130,7 +130,6 @@ AUTO = {  # the auto class of each task
     "image-classification": "AutoModelForImageClassification",
     "object-detection": "AutoModelForObjectDetection",
     "semantic-segmentation": "AutoModelForSemanticSegmentation",
-    "image-segmentation": "AutoModelForUniversalSegmentation",
     "depth-estimation": "AutoModelForDepthEstimation",
     "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
     "audio-classification": "AutoModelForAudioClassification",
@@ -610,19 +609,9 @@ SCIPY = "transformers builds its loss with the model and that needs scipy, which
 LEFT_OUT: dict[str, str] = {"mask2former": SCIPY, "maskformer": SCIPY}
 SCALED = {"t5", "umt5", "longt5", "switch_transformers"}  # the decoder's output is divided by the root of its width
 # Where seed 0 gives greedy decoding that ends early, nearly ties or repeats one token, or outputs that hardly vary
-SEEDS = {
-    "gpt2": 1,
-    "bloom": 1,
-    "qwen3_5_text": 1,
-    "gemma": 1,
-    "granitemoe": 1,
-    "mpt": 3,
-    "xglm": 1,
-    "glm4": 1,
-    "mt5": 2,
-}
-SEEDS |= {"longt5": 4, "bart": 3, "m2m_100": 5, "pegasus": 1, "prophetnet": 2, "marian": 12, "mobilevit": 1}
-SEEDS |= {"speech_to_text": 1}
+SEEDS = {"gpt2": 1, "bloom": 1, "qwen3_5_text": 1, "gemma": 1, "granitemoe": 1, "mpt": 3, "xglm": 1, "glm4": 1}
+SEEDS |= {"mt5": 2, "longt5": 4, "bart": 3, "m2m_100": 5, "pegasus": 1, "prophetnet": 2, "marian": 12}
+SEEDS |= {"speech_to_text": 1, "mobilevit": 1}
 
 # Weights ------------------------------------------------------------------------------------------------------------
 
@@ -654,15 +643,17 @@ def _config(tiny: Tiny) -> Any:
     """The config with the tokenizer's ids and the labels in it."""
     from transformers import CONFIG_MAPPING
 
-    settings = tiny.config | _special_ids(tiny.style)
-    if tiny.style and "text_config" not in tiny.config:
-        settings |= {"vocab_size": 32 if tiny.style == "ctc" else VOCABULARY}
-    if tiny.task.endswith("-classification") and not tiny.task.startswith("zero-shot"):
-        settings |= {"id2label": LABELS, "label2id": {label: index for index, label in LABELS.items()}}
-    if tiny.task in {"object-detection", "semantic-segmentation", "image-segmentation"}:
-        settings |= {"num_labels": 4}
+    ids = _special_ids(tiny.style)
     if "text_config" in tiny.config:
-        settings = tiny.config | {"text_config": tiny.config["text_config"] | _special_ids(tiny.style)}
+        settings = tiny.config | {"text_config": tiny.config["text_config"] | ids}
+    elif tiny.style:
+        settings = tiny.config | ids | {"vocab_size": 32 if tiny.style == "ctc" else VOCABULARY}
+    else:
+        settings = dict(tiny.config)
+    if tiny.task in {"text-classification", "token-classification", "image-classification", "audio-classification"}:
+        settings |= {"id2label": LABELS, "label2id": {label: index for index, label in LABELS.items()}}
+    if tiny.task in {"object-detection", "semantic-segmentation"}:
+        settings |= {"num_labels": 4}
     return CONFIG_MAPPING[tiny.model_type](**settings)
 
 
@@ -688,6 +679,23 @@ def _redraw(model: "PreTrainedModel", seed: int) -> None:
                 if weight.requires_grad and id(weight) not in seen:
                     seen.add(id(weight))
                     _redraw_one(module, name, weight, torch.randn(weight.shape, generator=draw), spread)
+
+
+def _redraw_one(
+    module: "torch.nn.Module", name: str, weight: "torch.Tensor", noise: "torch.Tensor", spread: float
+) -> None:
+    """Matrices keep the size of what they pass on; vectors (norms, biases, decays) stay near where they started."""
+    from torch import nn
+
+    if isinstance(module, nn.Embedding):
+        weight.copy_(noise * spread)
+        if module.padding_idx is not None:
+            weight[module.padding_idx] = 0  # as transformers has it, in some models at every loading
+    elif (weight.dim() >= 2 and name in {"weight", "in_proj_weight"}) or weight.dim() == 3:
+        fan = weight[0].numel() if "Conv" in type(module).__name__ else weight.shape[-1]
+        weight.copy_(noise * 1.5 / math.sqrt(fan))
+    else:
+        weight.add_(noise * 0.1)
 
 
 def _calibrate(model: "PreTrainedModel", settings: Json) -> None:
@@ -722,23 +730,6 @@ def _noise(kind: str, settings: Json) -> "torch.Tensor":
     box = settings.get("crop_size", settings.get("size", {}))
     side = box.get("height", box.get("shortest_edge", 64))
     return torch.rand((4, 3, 8, 8), generator=draw).repeat_interleave(side // 8, 2).repeat_interleave(side // 8, 3)
-
-
-def _redraw_one(
-    module: "torch.nn.Module", name: str, weight: "torch.Tensor", noise: "torch.Tensor", spread: float
-) -> None:
-    """Matrices keep the size of what they pass on; vectors (norms, biases, decays) stay near where they started."""
-    from torch import nn
-
-    if isinstance(module, nn.Embedding):
-        weight.copy_(noise * spread)
-        if module.padding_idx is not None:
-            weight[module.padding_idx] = 0  # as transformers has it, in some models at every loading
-    elif (weight.dim() >= 2 and name in {"weight", "in_proj_weight"}) or weight.dim() == 3:
-        fan = weight[0].numel() if "Conv" in type(module).__name__ else weight.shape[-1]
-        weight.copy_(noise * 1.5 / math.sqrt(fan))
-    else:
-        weight.add_(noise * 0.1)
 
 
 # Tokenizers and processors ------------------------------------------------------------------------------------------
@@ -821,7 +812,8 @@ def make(name: str, folder: Path, *, dtype: str = "float32", safe: bool = True, 
     folder.mkdir(parents=True, exist_ok=True)
     model = build(name).to(getattr(torch, dtype))
     model.config.dtype = dtype
-    model.save_pretrained(folder, max_shard_size="20KB" if shards else "1GB")
+    size = sum(weight.nbytes for weight in model.parameters())
+    model.save_pretrained(folder, max_shard_size=size // 3 if shards else size * 2)
     if not safe:
         _to_pickles(folder)
     if tiny.style == "ctc":
