@@ -91,12 +91,12 @@ def tokens_of(random: Any, config: Any, mask: Any, *, end: bool) -> Any:
 
 def text_inputs(random: Any, config: Any, shape: Sequence[int], asked: set[str], *, left: bool) -> Arrays:
     """What a tokenizer makes, with padding where the graph takes a mask."""
-    mask = mask_of(random, shape, left=left) if "attention_mask" in asked else np.ones(shape, np.int64)
-    end = config.is_encoder_decoder or hasattr(config, "text_config")
+    end = config.is_encoder_decoder or hasattr(config, "text_config")  # these look for an end token, on the right
+    mask = mask_of(random, shape, left=left and not end) if "attention_mask" in asked else np.ones(shape, np.int64)
     made = {"attention_mask": mask, "input_ids": tokens_of(random, config, mask, end=end)}
     made["token_type_ids"] = random.integers(0, 2, shape)
     made["position_ids"] = np.maximum(mask.cumsum(-1) - 1, 0)
-    corners = np.sort(random.integers(0, 1000 if "bbox" in asked else 1, (*shape, 2, 2)), -2)
+    corners = np.sort(random.integers(0, getattr(config, "max_2d_position_embeddings", 1), (*shape, 2, 2)), -2)
     made["bbox"] = corners.reshape(*shape, 4)
     if "decoder_input_ids" in asked:
         made["decoder_input_ids"] = random.integers(6, 300, (shape[0], 4))
@@ -197,7 +197,7 @@ def decode(session: Any, prompt: Any, mask: Any, fixed: Arrays, tokens: Any) -> 
 
 def generate(model: Any, given: Arrays) -> tuple[Any, Any]:
     """What transformers generates greedily, never ending: the sequences and the logits (batch x STEPS x vocabulary)."""
-    config = model.config.get_text_config(decoder=True)
+    config = model.config if model.config.is_encoder_decoder else model.config.get_text_config()
     ids = {f"{role}_token_id": getattr(config, f"{role}_token_id", None) for role in ("pad", "bos", "decoder_start")}
     settings = {**ids, "pad_token_id": ids["pad_token_id"] or 0}
     model.generation_config = GenerationConfig(**settings, max_new_tokens=STEPS, do_sample=False)
