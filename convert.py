@@ -4909,6 +4909,7 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
         output_names=plan.outputs,
         dynamic_axes={spec.name: dict(spec.axes) for spec in plan.specs if spec.axes},
     )
+    register_symbolics()
     with exact_detection_sizes():
         model = None
         if sum(tensor.nbytes for tensor in flat.state_dict().values()) >= APART_BYTES:
@@ -4922,6 +4923,22 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
 
         convert_version(model, opset, fallback=False)
     return model
+
+
+@functools.cache
+def register_symbolics() -> None:
+    """Give the TorchScript exporter of torch 2.14 the translations that its own are wrong or missing for."""
+    from torch.onnx import register_custom_op_symbolic
+
+    register_custom_op_symbolic("aten::repeat_interleave", symbolic_repeat, 13)
+
+
+def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
+    """repeat_interleave as the exporter has it, which adds to `dim` in place: other nodes share that constant."""
+    from torch.onnx import symbolic_helper, symbolic_opset13
+
+    axis = None if symbolic_helper._is_none(dim) else symbolic_helper._maybe_get_const(dim, "i")  # noqa: SLF001
+    return symbolic_opset13.repeat_interleave(graph, tensor, repeats, axis, output_size)
 
 
 def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -> ir.Model | None:
