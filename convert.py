@@ -4931,6 +4931,7 @@ def register_symbolics() -> None:
     from torch.onnx import register_custom_op_symbolic
 
     register_custom_op_symbolic("aten::repeat_interleave", symbolic_repeat, 13)
+    register_custom_op_symbolic("aten::adaptive_avg_pool2d", symbolic_average, 13)
 
 
 def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
@@ -4939,6 +4940,38 @@ def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, outp
 
     axis = None if symbolic_helper._is_none(dim) else symbolic_helper._maybe_get_const(dim, "i")  # noqa: SLF001
     return symbolic_opset13.repeat_interleave(graph, tensor, repeats, axis, output_size)
+
+
+def symbolic_average(graph: Any, tensor: Any, size: Any) -> Any:
+    """adaptive_avg_pool2d as the exporter has it; as two products where the image is no known multiple of `size`."""
+    from torch.onnx import symbolic_helper, symbolic_opset9
+    from torch.onnx.errors import SymbolicValueError
+
+    with contextlib.suppress(SymbolicValueError):
+        return symbolic_opset9.adaptive_avg_pool2d(graph, tensor, size)
+    height, width = symbolic_helper._parse_arg(size, "is")  # noqa: SLF001
+    rows, columns = (shares(graph, tensor, axis, count) for axis, count in ((2, height), (3, width)))
+    return graph.op("MatMul", graph.op("MatMul", rows, tensor), graph.op("Transpose", columns, perm_i=(1, 0)))
+
+
+def shares(graph: Any, tensor: Any, axis: int, count: int) -> Any:
+    """The matrix (count x length of `axis`) of what each place adds to each of `count` averages."""
+    import torch
+    from torch.onnx import JitScalarType
+
+    def constant(value: Any) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(value))
+
+    length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
+    places = graph.op("Range", constant(0), length, constant(1))
+    first = graph.op("Div", graph.op("Mul", constant([[n] for n in range(count)]), length), constant(count))
+    # The place behind the last one is rounded up.
+    ends = graph.op("Mul", constant([[n + 1] for n in range(count)]), length)
+    end = graph.op("Div", graph.op("Add", ends, constant(count - 1)), constant(count))
+    inside = graph.op("And", graph.op("GreaterOrEqual", places, first), graph.op("Less", places, end))
+    dtype = JitScalarType.from_value(tensor).onnx_type()
+    ones = graph.op("Cast", inside, to_i=dtype)
+    return graph.op("Div", ones, graph.op("Cast", graph.op("Sub", end, first), to_i=dtype))
 
 
 def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -> ir.Model | None:
