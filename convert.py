@@ -5080,6 +5080,67 @@ def exact_detection_sizes() -> Iterator[None]:
         setattr(transform, name, original)
 
 
+class Complex:
+    """A tensor of complex numbers as two real ones: exporters know no others, and rotary embeddings need no more."""
+
+    def __init__(self, real: Tensor, imaginary: Tensor) -> None:
+        self.real, self.imaginary = real, imaginary
+
+    @classmethod
+    def polar(cls, length: Tensor, angle: Tensor) -> Complex:
+        """What torch.polar returns."""
+        return cls(length * angle.cos(), length * angle.sin())
+
+    @classmethod
+    def from_pairs(cls, pairs: Tensor) -> Complex:
+        """What torch.view_as_complex returns."""
+        return cls(pairs[..., 0], pairs[..., 1])
+
+    def pairs(self) -> Tensor:
+        """What torch.view_as_real returns."""
+        import torch
+
+        return torch.stack([self.real, self.imaginary], -1)
+
+    def __mul__(self, other: Any) -> Complex:
+        if not isinstance(other, Complex):
+            return Complex(self.real * other, self.imaginary * other)
+        real = self.real * other.real - self.imaginary * other.imaginary
+        return Complex(real, self.real * other.imaginary + self.imaginary * other.real)
+
+    def __getitem__(self, key: Any) -> Complex:
+        return Complex(self.real[key], self.imaginary[key])
+
+    def unsqueeze(self, dim: int) -> Complex:
+        """As a tensor's."""
+        return Complex(self.real.unsqueeze(dim), self.imaginary.unsqueeze(dim))
+
+    def to(self, device: torch.device) -> Complex:
+        """As a tensor's."""
+        return Complex(self.real.to(device), self.imaginary.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """As a tensor's."""
+        return self.real.device
+
+
+@contextlib.contextmanager
+def real_numbers() -> Iterator[None]:
+    """Let models compute with Complex where they would with complex tensors."""
+    import torch
+
+    stand_ins = {"polar": Complex.polar, "view_as_complex": Complex.from_pairs, "view_as_real": Complex.pairs}
+    originals = {name: getattr(torch, name) for name in stand_ins}
+    for name, function in stand_ins.items():
+        setattr(torch, name, function)
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
+
+
 EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
 
 
@@ -5104,7 +5165,7 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, real_numbers():
             model = EXPORTERS[rung.exporter](flat, plan, rung.opset, folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise
