@@ -5239,6 +5239,7 @@ def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     graph = model.graph
+    restore_branch_outputs(graph)
     restore_inputs(graph, plan)
     if len(graph.outputs) != len(plan.outputs):
         raise RungError(f"its graph has {len(graph.outputs)} outputs, the model {len(plan.outputs)}")
@@ -5257,6 +5258,25 @@ def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     return model
+
+
+def restore_branch_outputs(graph: ir.Graph) -> None:
+    """Let every output of a branch come from a node of that branch: onnx-ir 0.2 also takes the Identity that is it."""
+    import onnx_ir as ir
+
+    branches = [
+        attribute.as_graph()
+        for node in graph.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
+    ]
+    for branch in branches:
+        for index, value in enumerate(branch.outputs):
+            producer = value.producer()
+            if producer is None or producer.graph is not branch:
+                node = ir.node("Identity", [value], outputs=[ir.Value(name=f"{value.name}/branch", type=value.type)])
+                branch.append(node)
+                branch.outputs[index] = node.outputs[0]
 
 
 def restore_inputs(graph: ir.Graph, plan: Plan) -> None:
