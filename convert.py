@@ -4911,6 +4911,7 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
         output_names=plan.outputs,
         dynamic_axes={spec.name: dict(spec.axes) for spec in plan.specs if spec.axes},
     )
+    register_symbolics()
     with exact_detection_sizes():
         model = None
         if sum(tensor.nbytes for tensor in flat.state_dict().values()) >= APART_BYTES:
@@ -4924,6 +4925,55 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
 
         convert_version(model, opset, fallback=False)
     return model
+
+
+@functools.cache
+def register_symbolics() -> None:
+    """Give the TorchScript exporter of torch 2.14 the translations that its own are wrong or missing for."""
+    from torch.onnx import register_custom_op_symbolic
+
+    register_custom_op_symbolic("aten::repeat_interleave", symbolic_repeat, 13)
+    register_custom_op_symbolic("aten::adaptive_avg_pool2d", symbolic_average, 13)
+
+
+def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
+    """repeat_interleave as the exporter has it, which adds to `dim` in place: other nodes share that constant."""
+    from torch.onnx import symbolic_helper, symbolic_opset13
+
+    axis = None if symbolic_helper._is_none(dim) else symbolic_helper._maybe_get_const(dim, "i")  # noqa: SLF001
+    return symbolic_opset13.repeat_interleave(graph, tensor, repeats, axis, output_size)
+
+
+def symbolic_average(graph: Any, tensor: Any, size: Any) -> Any:
+    """adaptive_avg_pool2d as the exporter has it; as two products where the image is no known multiple of `size`."""
+    from torch.onnx import symbolic_helper, symbolic_opset9
+    from torch.onnx.errors import SymbolicValueError
+
+    with contextlib.suppress(SymbolicValueError):
+        return symbolic_opset9.adaptive_avg_pool2d(graph, tensor, size)
+    height, width = symbolic_helper._parse_arg(size, "is")  # noqa: SLF001
+    rows, columns = (shares(graph, tensor, axis, count) for axis, count in ((2, height), (3, width)))
+    return graph.op("MatMul", graph.op("MatMul", rows, tensor), graph.op("Transpose", columns, perm_i=(1, 0)))
+
+
+def shares(graph: Any, tensor: Any, axis: int, count: int) -> Any:
+    """The matrix (count x length of `axis`) of what each place adds to each of `count` averages."""
+    import torch
+    from torch.onnx import JitScalarType
+
+    def constant(value: Any) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(value))
+
+    length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
+    places = graph.op("Range", constant(0), length, constant(1))
+    first = graph.op("Div", graph.op("Mul", constant([[n] for n in range(count)]), length), constant(count))
+    # The place behind the last one is rounded up.
+    ends = graph.op("Mul", constant([[n + 1] for n in range(count)]), length)
+    end = graph.op("Div", graph.op("Add", ends, constant(count - 1)), constant(count))
+    inside = graph.op("And", graph.op("GreaterOrEqual", places, first), graph.op("Less", places, end))
+    dtype = JitScalarType.from_value(tensor).onnx_type()
+    ones = graph.op("Cast", inside, to_i=dtype)
+    return graph.op("Div", ones, graph.op("Cast", graph.op("Sub", end, first), to_i=dtype))
 
 
 def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -> ir.Model | None:
@@ -5032,6 +5082,67 @@ def exact_detection_sizes() -> Iterator[None]:
         setattr(transform, name, original)
 
 
+class Complex:
+    """A tensor of complex numbers as two real ones: exporters know no others, and rotary embeddings need no more."""
+
+    def __init__(self, real: Tensor, imaginary: Tensor) -> None:
+        self.real, self.imaginary = real, imaginary
+
+    @classmethod
+    def polar(cls, length: Tensor, angle: Tensor) -> Complex:
+        """What torch.polar returns."""
+        return cls(length * angle.cos(), length * angle.sin())
+
+    @classmethod
+    def from_pairs(cls, pairs: Tensor) -> Complex:
+        """What torch.view_as_complex returns."""
+        return cls(pairs[..., 0], pairs[..., 1])
+
+    def pairs(self) -> Tensor:
+        """What torch.view_as_real returns."""
+        import torch
+
+        return torch.stack([self.real, self.imaginary], -1)
+
+    def __mul__(self, other: Any) -> Complex:
+        if not isinstance(other, Complex):
+            return Complex(self.real * other, self.imaginary * other)
+        real = self.real * other.real - self.imaginary * other.imaginary
+        return Complex(real, self.real * other.imaginary + self.imaginary * other.real)
+
+    def __getitem__(self, key: Any) -> Complex:
+        return Complex(self.real[key], self.imaginary[key])
+
+    def unsqueeze(self, dim: int) -> Complex:
+        """As a tensor's."""
+        return Complex(self.real.unsqueeze(dim), self.imaginary.unsqueeze(dim))
+
+    def to(self, device: torch.device) -> Complex:
+        """As a tensor's."""
+        return Complex(self.real.to(device), self.imaginary.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """As a tensor's."""
+        return self.real.device
+
+
+@contextlib.contextmanager
+def real_numbers() -> Iterator[None]:
+    """Let models compute with Complex where they would with complex tensors."""
+    import torch
+
+    stand_ins = {"polar": Complex.polar, "view_as_complex": Complex.from_pairs, "view_as_real": Complex.pairs}
+    originals = {name: getattr(torch, name) for name in stand_ins}
+    for name, function in stand_ins.items():
+        setattr(torch, name, function)
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
+
+
 EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
 
 
@@ -5056,7 +5167,7 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, real_numbers():
             model = EXPORTERS[rung.exporter](flat, plan, rung.opset, folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -5130,6 +5241,7 @@ def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     graph = model.graph
+    restore_branch_outputs(graph)
     restore_inputs(graph, plan)
     if len(graph.outputs) != len(plan.outputs):
         raise RungError(f"its graph has {len(graph.outputs)} outputs, the model {len(plan.outputs)}")
@@ -5148,6 +5260,25 @@ def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     return model
+
+
+def restore_branch_outputs(graph: ir.Graph) -> None:
+    """Let every output of a branch come from a node of that branch: onnx-ir 0.2 also takes the Identity that is it."""
+    import onnx_ir as ir
+
+    branches = [
+        attribute.as_graph()
+        for node in graph.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
+    ]
+    for branch in branches:
+        for index, value in enumerate(branch.outputs):
+            producer = value.producer()
+            if producer is None or producer.graph is not branch:
+                node = ir.node("Identity", [value], outputs=[ir.Value(name=f"{value.name}/branch", type=value.type)])
+                branch.append(node)
+                branch.outputs[index] = node.outputs[0]
 
 
 def restore_inputs(graph: ir.Graph, plan: Plan) -> None:
