@@ -3435,14 +3435,17 @@ def download(source: Source, options: argparse.Namespace) -> Source:
     return detect(Path(folder))
 
 
+UNREACHABLE = (
+    "the hub cannot be reached; pass its folder, downloaded where there is a network (in a container: mount it)"
+)
 # The exceptions of huggingface_hub and httpx, the narrower ones first, and what to do about them.
 HUB_PROBLEMS = (
     ("GatedRepoError", "its owner gives access on request: ask for it on the model's page and set HF_TOKEN"),
     ("RepositoryNotFoundError", "the hub has no such model, or it is private: check the name, or set HF_TOKEN"),
     ("RevisionNotFoundError", "it has no such revision; check --revision"),
     ("OfflineModeIsEnabled", "HF_HUB_OFFLINE is set and it is not in the cache; download it first, or pass its folder"),
-    ("LocalEntryNotFoundError", "the hub cannot be reached; download it where there is a network and pass its folder"),
-    ("HTTPError", "the hub cannot be reached; download it where there is a network and pass its folder"),
+    ("LocalEntryNotFoundError", UNREACHABLE),
+    ("HTTPError", UNREACHABLE),
 )  # fmt: skip
 
 

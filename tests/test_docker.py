@@ -259,9 +259,9 @@ def test_without_any_writable_folder_but_the_output(image: str, folders: Folders
 
 
 def test_a_hub_id_without_network(image: str, folders: Folders) -> None:
-    """The line says that nothing is downloaded, and what to do."""
+    """The line says why nothing is downloaded, and what to do."""
     result = run_image(image, folders, "-i", "google/vit-base-patch16-224", "-o", "/output", options=tuple(LOCKED))
-    check_error(result, 3, "google/vit-base-patch16-224", "hub id", "mount")
+    check_error(result, 3, "google/vit-base-patch16-224", "the hub cannot be reached", "mount")
 
 
 def test_exit_codes_pass_through(image: str, folders: Folders) -> None:
