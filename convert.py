@@ -3347,11 +3347,12 @@ def shape_text(sizes: Iterable[int]) -> str:
 # Hugging Face folders: what the folder may hold was vetted above; here its task, its class and the model with weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Every task that is converted. Where a class serves several (BartForConditionalGeneration, CLIPModel), the first counts.  # noqa: E501
-TASKS = ("text2text-generation", "fill-mask", "text-generation", "zero-shot-image-classification", "automatic-speech-recognition",  # noqa: E501
-         "semantic-segmentation", "text-classification", "token-classification", "question-answering",
-         "multiple-choice", "image-classification", "object-detection", "image-segmentation",
-         "depth-estimation", "audio-classification", "sentence-similarity", "feature-extraction")  # fmt: skip
+# Every task that is converted; of several that a class serves (BartForConditionalGeneration), the first counts.
+TASKS = ("text2text-generation", "fill-mask", "text-generation", "zero-shot-image-classification",
+         "automatic-speech-recognition", "semantic-segmentation", "text-classification", "token-classification",
+         "question-answering", "multiple-choice", "image-classification", "object-detection",
+         "image-segmentation", "depth-estimation", "audio-classification", "sentence-similarity",
+         "feature-extraction")  # fmt: skip
 # What each task's graph returns; of the others everything that is a tensor.
 TASK_OUTPUTS = {
     "feature-extraction": ("last_hidden_state", "pooler_output"),
@@ -3549,7 +3550,7 @@ def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: arg
 
 
 def load_bin(folder: Path, *, trust: bool) -> dict[str, Tensor]:
-    """The weights of pytorch_model.bin, whole or in shards, read inertly; raises ConversionError where there is none."""  # noqa: E501
+    """The weights of pytorch_model.bin, whole or in shards, read inertly; ConversionError where there are none."""
     for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"):
         if (folder / name).exists():
             content = state_dict_of(load(detect((folder / name).resolve()), trust=trust).content)
@@ -4198,12 +4199,18 @@ SEQUENCE, PAST, TOTAL = "sequence_length", "past_sequence_length", "total_sequen
 ENCODER_SEQUENCE = "encoder_sequence_length"
 # Sizes of the free axes: what is traced first, then what is verified beside it. No two axes change alike.
 TEXT_SIZES = ({BATCH: 2, SEQUENCE: 12}, {BATCH: 1, SEQUENCE: 7}, {BATCH: 3, SEQUENCE: 18})
-DECODER_SIZES = ({BATCH: 2, PAST: 6, SEQUENCE: 5}, {BATCH: 1, PAST: 0, SEQUENCE: 9}, {BATCH: 3, PAST: 11, SEQUENCE: 1},
-                 {BATCH: 2, PAST: 0, SEQUENCE: 14})  # fmt: skip
-FIRST_SIZES = ({BATCH: 2, ENCODER_SEQUENCE: 12, PAST: 0, SEQUENCE: 5}, {BATCH: 1, ENCODER_SEQUENCE: 7, PAST: 0, SEQUENCE: 1},  # noqa: E501
-               {BATCH: 3, ENCODER_SEQUENCE: 18, PAST: 0, SEQUENCE: 8})  # fmt: skip
-NEXT_SIZES = ({BATCH: 2, ENCODER_SEQUENCE: 12, PAST: 6, SEQUENCE: 3}, {BATCH: 1, ENCODER_SEQUENCE: 7, PAST: 1, SEQUENCE: 1},  # noqa: E501
-              {BATCH: 3, ENCODER_SEQUENCE: 18, PAST: 11, SEQUENCE: 1})  # fmt: skip
+DECODER_SIZES = tuple(
+    {BATCH: batch, PAST: past, SEQUENCE: new} for batch, past, new in ((2, 6, 5), (1, 0, 9), (3, 11, 1), (2, 0, 14))
+)
+# The decoder behind an encoder: without a past, and with one.
+ENCODED = ((2, 12), (1, 7), (3, 18))
+FIRST_SIZES, NEXT_SIZES = (
+    tuple(
+        {BATCH: batch, ENCODER_SEQUENCE: encoded, PAST: past, SEQUENCE: new}
+        for (batch, encoded), (past, new) in zip(ENCODED, lengths, strict=True)
+    )
+    for lengths in (((0, 5), (0, 1), (0, 8)), ((6, 3), (1, 1), (11, 1)))
+)
 WINDOW_BYTES = 512_000_000  # of a cache that is longer than the sliding window: beyond, the window goes unverified
 GENERATED = 10  # tokens that PyTorch and ONNX Runtime generate for the same prompts
 CHOICES = 3  # answers of a multiple-choice question in the examples
@@ -4245,7 +4252,7 @@ def token_ids(config: Any, shape: Sequence[int], generator: Any) -> Tensor:
 def example_tensors(
     specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int, *, left: bool = False
 ) -> list[Tensor]:
-    """Seeded inputs at `sizes` such as a tokenizer or processor makes: padded rows (`left` or right), real positions."""  # noqa: E501
+    """Seeded inputs at `sizes` as a processor makes them: padded rows (`left` or right), real positions."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -4810,7 +4817,7 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
 
 
 def encoder_decoder_call(model: Any, names: Sequence[str], *, cached: bool) -> nn.Module:
-    """The decoder: new tokens and the encoder's answer (`cached`: what it once made of it) in, logits and caches out."""  # noqa: E501
+    """The decoder: new tokens and the encoder's answer (`cached`: what it made of it) in, logits and caches out."""
     from torch import nn
     from transformers.cache_utils import EncoderDecoderCache
     from transformers.modeling_outputs import BaseModelOutput
