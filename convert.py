@@ -5999,6 +5999,12 @@ def check_folder(folder: Path) -> None:
             ExitStatus.INPUT,
             f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them",
         )
+    for name in names:
+        if re.fullmatch(r"model.*\.safetensors", name):
+            try:
+                safetensors_header(folder / name)
+            except DamagedFileError as error:  # of many shards, that one
+                raise ConversionError(error.status, f"{folder / name}: {error}") from None
 
 
 def graphs_of(found: FolderModel, folder: Path, options: argparse.Namespace) -> list[Graph]:

@@ -54,7 +54,7 @@ def test_usage_errors(arguments: tuple[str, ...], words: tuple[str, ...], tmp_pa
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("-i", "x.pt"), ("-i", "no.pt", "-o", "y.onnx")])
 def test_quick_answers(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    """Without a model to convert the answer comes at once: processor time, the least of some tries, since the machine may be busy."""
+    """Without a model to convert the answer comes at once: the least processor time of some tries on a busy machine."""
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

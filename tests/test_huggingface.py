@@ -1,42 +1,192 @@
-"""Hugging Face folders through the command line, judged by ONNX Runtime against transformers' own answers."""
+"""Hugging Face folders through the command line, judged by ONNX Runtime against transformers' own answers.
 
+The judge is huggingface_sweep.check: inputs of its own at three shapes, with padding, and text generated through the
+graph's cache against model.generate. The sweep itself runs over every tiny model; here are those of different kinds.
+"""
+
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import forked
+import huggingface_sweep
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import tiny_models
 import torch
 import transformers
 
+GENERATORS = {
+    "llama": "grouped-query attention, rotary embeddings",
+    "gpt2": "tied embeddings, learned positions",
+    "gemma2": "a sliding window in every second layer",
+    "mixtral": "a mixture of experts",
+    "bloom": "positions from the attention mask",
+    "t5": "an encoder and a decoder",
+    "whisper": "an encoder of sounds",
+}
+OTHERS = {
+    "bert": "fill-mask",
+    "vit": "an image of one size",
+    "segformer": "an image of any size",
+    "clip": "two towers",
+    "wav2vec2": "a sound of any length",
+}
 
-@pytest.mark.parametrize("name", ["bert", "vit"])
-def test_one_graph(tmp_path: Path, name: str) -> None:
-    """The produced graph gives transformers' logits for inputs of another size."""
-    tiny_models.make(name, tmp_path / "model")
-    outcome = forked.convert_in_child(tmp_path / "model", tmp_path)
-    assert outcome.code == 0, outcome.err
-    found = next(tmp_path.rglob("*.onnx"))
-    session = onnxruntime.InferenceSession(str(found))
-    torch.manual_seed(3)
-    given = {}
-    for value in session.get_inputs():
-        shape = [size if isinstance(size, int) else 4 if axis == 0 else 9 for axis, size in enumerate(value.shape)]
-        ones = torch.ones(shape, dtype=torch.int64)
-        given[value.name] = torch.randn(shape) if value.name == "pixel_values" else ones
-    auto = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForImageClassification
-    model = auto.from_pretrained(tmp_path / "model").eval()
+
+def convert(folder: Path, *options: str, code: int = 0) -> str:
+    """Convert folder/in to folder/out; returns what was said."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    outcome = forked.convert_in_child(folder / "in", folder, *options, seconds=60)
+    assert outcome.code == code, outcome.err
+    if code:
+        assert not forked.flaws(outcome, [code])
+        left = (folder / "out").iterdir() if (folder / "out").exists() else ()
+        assert not [path for path in left if not path.name.endswith(".partial")]  # which the supervisor removes
+    return outcome.err
+
+
+def check(name: str, folder: Path) -> None:
+    """The sweep's verdict on folder/out."""
+    row = huggingface_sweep.check(name, folder)
+    assert row["status"] == "ok", row
+
+
+def answers(path: Path, **given: Any) -> dict[str, Any]:
+    """What the graph returns; inputs that are not given are not needed."""
+    session = onnxruntime.InferenceSession(str(path))
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(None, given), strict=True))
+
+
+@pytest.mark.parametrize("name", [*GENERATORS, *OTHERS])
+def test_each_kind(tmp_path: Path, name: str) -> None:
+    """Opset 14, the folder's files beside the graph, transformers' answers at other shapes."""
+    tiny_models.make(name, tmp_path / "in")
+    convert(tmp_path)
+    check(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"shards": True}, {"safe": False}, {"safe": False, "shards": True}, {"dtype": "bfloat16"}, {"dtype": "float16"}],
+    ids=str,
+)
+def test_how_weights_are_stored(tmp_path: Path, way: dict[str, Any]) -> None:
+    """Shards, pickles and half precision give a float32 graph of the same numbers."""
+    tiny_models.make("llama", tmp_path / "in", **way)
+    convert(tmp_path)
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    assert {tensor.data_type for tensor in graph.initializer} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32).eval()
+    ids = torch.arange(3, 12)[None]
     with torch.no_grad():
-        expected = model(**given).logits.numpy()
-    actual = session.run(["logits"], {key: tensor.numpy() for key, tensor in given.items()})[0]
-    assert np.abs(actual - expected).max() < 1e-4 * max(1, np.abs(expected).max())
+        expected = model(input_ids=ids).logits.numpy()
+    given: dict[str, Any] = {"input_ids": ids.numpy(), "attention_mask": np.ones((1, 9), np.int64)}
+    given["position_ids"] = np.arange(9)[None]
+    for value in graph.input:
+        if value.name.startswith("past_key_values"):
+            sizes = value.type.tensor_type.shape.dim
+            given[value.name] = np.zeros((1, sizes[1].dim_value, 0, sizes[3].dim_value), np.float32)
+    actual = answers(tmp_path / "out" / "model.onnx", **given)["logits"]
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_generation_is_verified(tmp_path: Path, name: str) -> None:
-    """Decoders and encoder-decoder models pass the comparison with model.generate."""
-    tiny_models.make(name, tmp_path / "model")
-    outcome = forked.convert_in_child(tmp_path / "model", tmp_path, "--json")
-    assert outcome.code == 0, outcome.err
-    assert len(list((tmp_path / "out").glob("*.onnx"))) == (1 if name == "llama" else 2)
+def test_half_precision_on_request(tmp_path: Path) -> None:
+    """--dtype fp16: weights and logits are float16, near float32's."""
+    tiny_models.make("bert", tmp_path / "in")
+    convert(tmp_path, "--dtype", "fp16")
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    large = {tensor.data_type for tensor in graph.initializer if np.prod(tensor.dims) > 64}
+    assert large == {onnx.TensorProto.FLOAT16}
+    given = {"input_ids": np.arange(3, 12)[None], "attention_mask": np.ones((1, 9), np.int64)}
+    given["token_type_ids"] = np.zeros((1, 9), np.int64)
+    actual = answers(tmp_path / "out" / "model.onnx", **given)["logits"]
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "in").eval()
+    with torch.no_grad():
+        expected = model(**{key: torch.from_numpy(value) for key, value in given.items()}).logits.numpy()
+    assert actual.dtype == np.float16
+    np.testing.assert_allclose(actual, expected, atol=2e-2 * np.abs(expected).max())
+
+
+def test_without_cache(tmp_path: Path) -> None:
+    """--no-cache: neither past nor present."""
+    tiny_models.make("llama", tmp_path / "in")
+    convert(tmp_path, "--no-cache")
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    assert {value.name for value in graph.input} <= {"input_ids", "attention_mask", "position_ids"}
+    assert [value.name for value in graph.output] == ["logits"]
+
+
+def test_layout_of_transformersjs(tmp_path: Path) -> None:
+    """The graph lies in onnx/, the configuration above it."""
+    tiny_models.make("bert", tmp_path / "in")
+    convert(tmp_path, "--layout", "transformersjs", "-o", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "onnx" / "model.onnx").exists()
+    assert (tmp_path / "out" / "config.json").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_another_task(tmp_path: Path) -> None:
+    """A task that the type cannot do lists those that it can; one that lacks trained weights names them."""
+    tiny_models.make("bert", tmp_path / "in")
+    told = convert(tmp_path, "--task", "image-classification", code=2)
+    assert "fill-mask" in told
+    assert "question-answering" in told
+    told = convert(tmp_path, "--task", "question-answering", code=3)
+    assert "qa_outputs" in told
+    convert(tmp_path, "--task", "feature-extraction")
+    assert "last_hidden_state" in [v.name for v in onnx.load(tmp_path / "out" / "model.onnx").graph.output]
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "word"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), 3, "no weights"),
+        (lambda folder: (folder / "config.json").write_text("{", encoding="utf-8"), 3, "config.json is damaged"),
+        (lambda folder: edit_config(folder, hidden_size=64), 3, "do not belong together"),
+        (lambda folder: edit_config(folder, model_type="unheard_of"), 3, "unheard_of"),
+        (lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}), 4, "gptq"),
+        (lambda folder: (folder / "config.json").unlink(), 3, "model.safetensors"),
+    ],
+    ids=["no weights", "damaged config", "other shapes", "unknown type", "quantised", "no config"],
+)
+def test_bad_folders(tmp_path: Path, damage: Any, code: int, word: str) -> None:
+    """One [ERROR] line that names it, and nothing written."""
+    tiny_models.make("bert", tmp_path / "in")
+    damage(tmp_path / "in")
+    assert word in convert(tmp_path, code=code)
+
+
+def test_code_of_the_folder(tmp_path: Path) -> None:
+    """Where only the folder's own code says what the model is: exit code 4, and the file is named and not run."""
+    tiny_models.make("bert", tmp_path / "in")
+    (tmp_path / "in" / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    content = json.loads((tmp_path / "in" / "config.json").read_text(encoding="utf-8"))
+    del content["model_type"]
+    content["auto_map"] = {"AutoModel": "modeling_own.Model", "AutoConfig": "modeling_own.Config"}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    told = convert(tmp_path, code=4)
+    assert "auto_map" in told
+    assert "--trust-remote-code" in told
+    assert not (tmp_path / "ran").exists()
+
+
+def test_truncated_shard(tmp_path: Path) -> None:
+    """A shard that a download left half done, and one that is missing."""
+    tiny_models.make("llama", tmp_path / "in", shards=True)
+    shard = max((tmp_path / "in").glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    assert shard.name in convert(tmp_path, code=3)
+    shard.unlink()
+    assert shard.name in convert(tmp_path, code=3)

