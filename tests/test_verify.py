@@ -395,3 +395,23 @@ def test_detections_of_equal_score_may_change_places() -> None:
     np.testing.assert_array_equal(aligned["labels"], expected["labels"])
     far = {name: value[[2, 1, 0]] for name, value in expected.items()}  # not in the order of the scores
     assert product.align_detections(expected, far) is far
+
+
+def test_detections_are_compared_as_sets() -> None:
+    """A detection has a partner whatever its place; another box, label, score or mask has none."""
+    random = np.random.default_rng(0)
+    expected = {
+        "boxes": random.uniform(0, 200, (9, 4)).astype(np.float32),
+        "labels": random.integers(1, 4, 9),
+        "scores": np.sort(random.uniform(0.5, 1, 9).astype(np.float32))[::-1],
+        "masks": random.uniform(0, 1, (9, 1, 20, 20)).astype(np.float32),
+    }
+    rows = list(expected)
+    order = random.permutation(9)
+    moved = {name: value[order] for name, value in expected.items()}
+    assert product.lonely(product.partners(expected, moved, rows)) == 0
+    assert product.lonely(product.partners(expected, {n: v[:7] for n, v in expected.items()}, rows)) == 2
+    for name, step in (("boxes", 1.0), ("labels", 1), ("scores", 0.01), ("masks", 0.01)):
+        wrong = {key: value.copy() for key, value in moved.items()}
+        wrong[name][3] += step
+        assert product.lonely(product.partners(expected, wrong, rows)) == 1, name
