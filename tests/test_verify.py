@@ -415,3 +415,30 @@ def test_detections_are_compared_as_sets() -> None:
         wrong = {key: value.copy() for key, value in moved.items()}
         wrong[name][3] += step
         assert product.lonely(product.partners(expected, wrong, rows)) == 1, name
+
+
+class Detector(nn.Module):
+    """The 40 best of some hundred detections, every one of them with others of nearly its score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 6, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Boxes, labels and falling scores."""
+        found = self.layer(x)[0].flatten(1).T
+        scores, order = (found[:, 0] / 1000).sigmoid().topk(40)
+        return {"boxes": found[order, 1:5], "labels": (found[order, 5] > 0).long(), "scores": scores}
+
+
+@pytest.mark.parametrize("name", [name for name in MUTATIONS if name.startswith("weight")])
+def test_a_mutated_detector_fails(name: str, tmp_path: Path) -> None:
+    """Sets of detections that differ in a column of the boxes, in labels or in the scores are not the same."""
+    torch.manual_seed(0)
+    plan, path = export(Detector().eval(), (1, 3, 16, 16), tmp_path)
+    product.verify(path, plan, OPTIONS)
+    model = onnx.load(path)
+    MUTATIONS[name](model)
+    onnx.save(model, tmp_path / "wrong.onnx")
+    with pytest.raises(product.RungError, match="differs from PyTorch's"):
+        product.verify(tmp_path / "wrong.onnx", plan, OPTIONS)
