@@ -3351,11 +3351,11 @@ def shape_text(sizes: Iterable[int]) -> str:
 TASKS = ("text2text-generation", "fill-mask", "text-generation", "zero-shot-image-classification",
          "automatic-speech-recognition", "semantic-segmentation", "text-classification", "token-classification",
          "question-answering", "multiple-choice", "image-classification", "object-detection",
-         "image-segmentation", "depth-estimation", "audio-classification", "sentence-similarity",
-         "feature-extraction")  # fmt: skip
+         "image-segmentation", "depth-estimation", "audio-classification", "feature-extraction",
+         "sentence-similarity")  # fmt: skip
 # What each task's graph returns; of the others everything that is a tensor.
 TASK_OUTPUTS = {
-    "feature-extraction": ("last_hidden_state", "pooler_output"),
+    "feature-extraction": ("last_hidden_state", "pooler_output", "encoder_last_hidden_state"),
     "sentence-similarity": ("last_hidden_state", "sentence_embedding"),
     "question-answering": ("start_logits", "end_logits"),
     "object-detection": ("logits", "pred_boxes"),
@@ -4196,7 +4196,7 @@ def fixed_batch(options: argparse.Namespace, specs: Sequence[InputSpec]) -> argp
 
 CACHE_FLAG = "use_cache_branch"
 SEQUENCE, PAST, TOTAL = "sequence_length", "past_sequence_length", "total_sequence_length"
-ENCODER_SEQUENCE = "encoder_sequence_length"
+ENCODER_SEQUENCE, DECODER_SEQUENCE = "encoder_sequence_length", "decoder_sequence_length"
 # Sizes of the free axes: what is traced first, then what is verified beside it. No two axes change alike.
 TEXT_SIZES = ({BATCH: 2, SEQUENCE: 12}, {BATCH: 1, SEQUENCE: 7}, {BATCH: 3, SEQUENCE: 18})
 DECODER_SIZES = tuple(
@@ -4213,6 +4213,7 @@ FIRST_SIZES, NEXT_SIZES = (
 )
 WINDOW_BYTES = 512_000_000  # of a cache that is longer than the sliding window: beyond, the window goes unverified
 GENERATED = 10  # tokens that PyTorch and ONNX Runtime generate for the same prompts
+DECODED = 5  # tokens of the decoder where an encoder-decoder model is called once
 CHOICES = 3  # answers of a multiple-choice question in the examples
 AUDIO_SAMPLES = 16000  # a second, as the feature extractors resample
 
@@ -4262,8 +4263,10 @@ def example_tensors(
         if spec.name in ("attention_mask", "encoder_attention_mask"):
             rows = padding_mask(math.prod(shape[:-1]), shape[-1], left=left)
             made[spec.name] = rows.view(shape)
-        elif spec.name in ("input_ids", "decoder_input_ids"):
+        elif spec.name == "input_ids":
             made[spec.name] = padded_ids(config, token_ids(config, shape, generator), made.get("attention_mask"))
+        elif spec.name == "decoder_input_ids":
+            made[spec.name] = token_ids(config, shape, generator)
         elif spec.name == "token_type_ids":
             made[spec.name] = (torch.arange(shape[-1]) >= shape[-1] // 2).to(torch.int64).expand(shape).clone()
         elif spec.name == "position_ids":
@@ -4307,6 +4310,9 @@ def text_specs(model: Any, task: str) -> list[InputSpec]:
     if task == "multiple-choice":
         dims, axes = (dims[0], CHOICES, dims[1]), {0: BATCH, 1: "num_choices", 2: SEQUENCE}
     specs = [InputSpec(name, dims, torch.int64, axes) for name in names if takes(model, name)]
+    if task == "feature-extraction" and model.config.is_encoder_decoder and takes(model, "decoder_input_ids"):
+        few = (dims[0], DECODED)
+        specs.append(InputSpec("decoder_input_ids", few, torch.int64, {0: BATCH, 1: DECODER_SEQUENCE}))
     return [spec._replace(dims=(*dims, 4)) if spec.name == "bbox" else spec for spec in specs]
 
 
@@ -4506,7 +4512,10 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
         specs, config = [audio], model.config
     else:
         specs, config = text_specs(model, task), model.config.get_text_config()
-        sizes = tuple({**size, "num_choices": CHOICES + turn} for turn, size in enumerate(TEXT_SIZES))
+        sizes = tuple(
+            {**size, "num_choices": CHOICES + turn, DECODER_SEQUENCE: DECODED + turn}
+            for turn, size in enumerate(TEXT_SIZES)
+        )
     names = [spec.name for spec in specs]
     module = named_call(model, names, task_outputs(task, found.missing))
     if found.steps and "attention_mask" in names:

@@ -142,6 +142,14 @@ def test_another_task(tmp_path: Path) -> None:
     assert "last_hidden_state" in [v.name for v in onnx.load(tmp_path / "out" / "model.onnx").graph.output]
 
 
+@pytest.mark.parametrize("name", ["bert-feature-extraction", "t5-feature-extraction"])
+def test_a_model_without_a_head(tmp_path: Path, name: str) -> None:
+    """Its class is that of feature-extraction; a decoder gets ids of its own."""
+    tiny_models.make(name, tmp_path / "in")
+    assert "task: feature-extraction" in convert(tmp_path)
+    check(name, tmp_path)
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     """Change config.json."""
     path = folder / "config.json"
