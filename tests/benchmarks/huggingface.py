@@ -10,6 +10,7 @@ the median of some runs in ONNX Runtime, at batch 1: 128 tokens, then (of a deco
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -56,12 +57,13 @@ OnnxExporter().export(model, given, OnnxConfig(dynamic=True)).save_pretrained(ta
 TOKENS = 128
 
 
-def latency(session: Any, past: int, tokens: int) -> float:
+def latency(session: Any, config: Any, past: int, tokens: int) -> float:
     """The median time of a call in milliseconds."""
     given: dict[str, Any] = {}
     for value in session.get_inputs():
         if "float" in value.type:  # of the cache: batch, heads, past, size
-            given[value.name] = np.zeros((1, value.shape[1], past, value.shape[3]), np.float32)
+            size = config["hidden_size"] // config["num_attention_heads"]
+            given[value.name] = np.zeros((1, config["num_key_value_heads"], past, size), np.float32)
         elif value.name == "position_ids":
             given[value.name] = np.arange(past, past + tokens)[None]
         else:
@@ -74,16 +76,17 @@ def latency(session: Any, past: int, tokens: int) -> float:
     return 1000 * statistics.median(seconds)
 
 
-def row(name: str, way: str, costs: list[Cost], target: Path) -> str:
+def row(way: str, costs: list[Cost], source: Path, target: Path) -> str:
     """One line of the table."""
     session = onnxruntime.InferenceSession(next(target.rglob("model.onnx")), providers=["CPUExecutionProvider"])
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     decoder = any("past" in value.name for value in session.get_inputs())
-    prompt = latency(session, 0, TOKENS)
-    step = f"{latency(session, TOKENS, 1):.0f} ms" if decoder else ""
+    prompt = latency(session, config, 0, TOKENS)
+    step = f"{latency(session, config, TOKENS, 1):.0f} ms" if decoder else ""
     written = sum(path.stat().st_size for path in target.rglob("*.onnx*")) / 1e6
     cost = Cost(*map(statistics.median, zip(*costs, strict=True)))
     figures = f"{cost.seconds:.1f} s | {cost.megabytes:.0f} MB | {written:.0f} MB | {prompt:.0f} ms | {step}"
-    return f"| {name} | {way} | {figures} |"
+    return f"| {source.name} | {way} | {figures} |"
 
 
 def compare(name: str, runs: int, folder: Path) -> None:
@@ -99,7 +102,7 @@ def compare(name: str, runs: int, folder: Path) -> None:
         for way, command in ways.items():
             costs[way].append(measure(command))
     for way, command in ways.items():
-        print(row(name, way, costs[way], Path(command[-1])), flush=True)
+        print(row(way, costs[way], source, Path(command[-1])), flush=True)
     mine, base = (Cost(*map(statistics.median, zip(*costs[way], strict=True))) for way in ("pt2onnx", next(iter(ways))))
     ratios = f"{mine.seconds / base.seconds:.2f} | {mine.megabytes / base.megabytes:.2f}"
     print(f"| {name} | ratio | {ratios} | | | |", flush=True)
