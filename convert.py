@@ -3369,6 +3369,7 @@ DEFAULT_TASK = "text-generation"
 GENERATION_TASKS = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 # What a user of the model needs beside the graph; the index of shards and adapters belong to the weights.
 SIDE_FILES = re.compile(r"(?!.*\.index\.json|adapter_config\.json).*\.(json|txt|model|jinja|vocab|bpe|tiktoken)")
+SAFETENSORS_FILE = re.compile(r"model.*\.safetensors")  # one file, or its shards
 # Files that other programs' weights and training states lie in: never read, never copied.
 FOREIGN_FILES = (".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".data", ".pt", ".pth", ".ckpt", ".tflite", ".mlmodel",
                  ".tar", ".gz", ".zip", ".npz")  # fmt: skip
@@ -3513,7 +3514,7 @@ def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: arg
     import torch
 
     sources: dict[str, Any] = {"use_safetensors": True}
-    if not any(re.fullmatch(r"model.*\.safetensors", file.name) for file in folder.iterdir()):
+    if not any(SAFETENSORS_FILE.fullmatch(file.name) for file in folder.iterdir()):
         sources = {"state_dict": load_bin(folder, trust=options.trust_pickle)}
     try:
         model, told = cls.from_pretrained(
@@ -5642,11 +5643,11 @@ def second_opinion(
     exact = double_outputs(case, plan, options)
     if exact is None:
         return found
-    dtype = float_dtype(plan.model)
-    kind = str(dtype).removeprefix("torch.")
     as_sets = compare_detections(case, results, exact.outputs, plan, options)
     if as_sets is not None:
         return as_sets
+    dtype = float_dtype(plan.model)
+    kind = str(dtype).removeprefix("torch.")
     result = []
     for item in found:
         if not item.problem:
@@ -6021,14 +6022,14 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
         config = read_config(folder, trust=trust)
         sentences = (source.path / "modules.json").exists()
         task, cls = choose_task(config, options, embeds_sentences=sentences)
+        if options.output.name != "model.onnx" and config.is_encoder_decoder and task in GENERATION_TASKS:
+            raise ConversionError(
+                ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
+            )
         found = load_pretrained(folder, config, task, cls, options)
         if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
             found = found._replace(steps=sentence_steps(source.path, trust=options.trust_pickle))
     LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")
-    if options.output.name != "model.onnx" and config.is_encoder_decoder and task in GENERATION_TASKS:
-        raise ConversionError(
-            ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
-        )
     metadata = {"mode": "huggingface", "task": task, **label_metadata(config)}
     with LOG.step("reference: PyTorch's answers"):
         try:
@@ -6082,19 +6083,19 @@ def check_folder(folder: Path) -> None:
         raise ConversionError(
             ExitStatus.INPUT, f"{folder}/config.json has no model_type; pass the weights' file and --model-class"
         )
-    if not any(re.fullmatch(r"model.*\.safetensors|pytorch_model.*\.bin", name) for name in names):
+    weights = [name for name in names if SAFETENSORS_FILE.fullmatch(name)]
+    if not weights and not any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
         foreign = [name for name in names if name.endswith(FOREIGN_FILES)]
         there = f" (there is {', '.join(foreign[:3])}, which PyTorch does not read)" if foreign else ""
         raise ConversionError(
             ExitStatus.INPUT,
             f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them",
         )
-    for name in names:
-        if re.fullmatch(r"model.*\.safetensors", name):
-            try:
-                safetensors_header(folder / name)
-            except DamagedFileError as error:  # of many shards, that one
-                raise ConversionError(error.status, f"{folder / name}: {error}") from None
+    for name in weights:
+        try:
+            safetensors_header(folder / name)
+        except DamagedFileError as error:  # of many shards, that one
+            raise ConversionError(error.status, f"{folder / name}: {error}") from None
 
 
 def graphs_of(found: FolderModel, folder: Path, options: argparse.Namespace) -> list[Graph]:
