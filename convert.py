@@ -35,6 +35,7 @@ import signal
 import stat
 import struct
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -65,8 +66,9 @@ MIN_OPSET = 7  # torch.onnx._constants.ONNX_MIN_OPSET
 TORCHSCRIPT_MAX_OPSET = 20  # torch.onnx._constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET
 DYNAMO_MIN_OPSET = 18  # below it the exporter writes 18 all the same
 MAX_OPSET = 25  # the newest one that onnxscript 0.7's version converter reaches
+FICLONE = 0x40049409  # ioctl_ficlone(2)
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf itself ends at 2**31 - 1
-STREAMED_BYTES = 1 << 16  # weights of this size and more are not copied into the serialiser's message first
+ALIGNMENT = 64  # bytes, of weights in a file: what the widest vector instructions want
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODES = ("auto", "pytorch", "huggingface", "state_dict")
@@ -135,6 +137,7 @@ class Log:
     def __init__(self) -> None:
         self.stream = sys.stderr
         self.verbose = False
+        self.advance: Callable[[int], None] = lambda _: None  # tells how many bytes were copied, during `copying`
 
     def line(self, prefix: str, text: str) -> None:
         """Write one line; `text` is made printable. Whether somebody listens is no matter of the conversion."""
@@ -168,6 +171,26 @@ class Log:
         else:
             self.info(text)
             yield
+
+    @contextlib.contextmanager
+    def copying(self, text: str, total: int) -> Iterator[None]:
+        """A step that writes `total` bytes and calls `advance`: a bar with the rate on a terminal, else two lines."""
+        start = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            if self.stream.isatty() and not self.verbose:
+                from rich.console import Console
+                from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+                columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
+                screen = Console(file=self.stream)
+                bar = Progress(*columns, TransferSpeedColumn(), console=screen, transient=True, redirect_stdout=False,
+                               redirect_stderr=False)  # fmt: skip
+                task = stack.enter_context(bar).add_task(printable(text), total=total)
+                self.advance = lambda count: bar.advance(task, count)
+            stack.callback(setattr, self, "advance", lambda _: None)
+            yield
+        seconds = time.monotonic() - start
+        self.info(f"{text}: {total / 1e6:.1f} MB in {seconds:.1f} s ({total / 1e6 / max(seconds, 1e-3):.0f} MB/s)")
 
     def silence_third_parties(self, *, verbose: bool) -> int:
         """Keep our lines on the terminal and send everything else nowhere (--verbose: to standard error).
@@ -347,6 +370,17 @@ def build_parser() -> Parser:
         default="onnx",
         help="of a Hugging Face model's folder: DIR/model.onnx, or DIR/onnx/model.onnx as transformers.js wants it",
     )
+    add(
+        "--no-stream",
+        action="store_true",
+        help="load all weights into memory (default: large ones stay in the checkpoint until they are written)",
+    )
+    add(
+        "--external-data",
+        choices=("copy", "link"),
+        default="copy",
+        help="link: the graph refers to a hard link of the safetensors file, unchanged (default: copy)",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to load, run and export (default: cpu)")
     add(
         "--exporter",
@@ -401,6 +435,10 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
         options.staging = options.output.parent / f".pt2onnx.{run}.partial"
     if options.no_verify and (options.atol is not None or options.rtol is not None):
         raise ConversionError(ExitStatus.USAGE, "--no-verify leaves nothing for --atol and --rtol to do: drop either")
+    if options.no_stream and options.external_data == "link":
+        raise ConversionError(
+            ExitStatus.USAGE, "--external-data link needs weights that are streamed: drop --no-stream"
+        )
     if options.device == "cuda" and not cuda_devices():
         raise ConversionError(
             ExitStatus.RESOURCES,
@@ -1784,10 +1822,14 @@ def read_record(reader: Any, name: str) -> bytes:
         raise DamagedFileError(f"its {name} is missing or damaged ({first_line(error)})") from None
 
 
+MAPPED: dict[int, Path] = {}  # the files that lie in memory from an address on
+
+
 def map_file(path: Path) -> torch.UntypedStorage:
     """The bytes of a file, read when they are needed; who writes to them gets a copy of the page, not the file.
 
-    MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory.
+    MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory. MAPPED
+    remembers the address.
     """
     import mmap
 
@@ -1796,7 +1838,9 @@ def map_file(path: Path) -> torch.UntypedStorage:
     flags = mmap.MAP_PRIVATE | (MAP_NORESERVE if sys.platform == "linux" else 0)
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+    storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+    MAPPED[storage.data_ptr()] = path.resolve()
+    return storage
 
 
 def read_archive(path: Path, unpickler: Unpickler = InertUnpickler) -> Any:
@@ -2495,6 +2539,27 @@ SAFETENSORS_BITS = {
     "I64": 64,
     "U64": 64,
 }  # fmt: skip  (safetensors 0.7's Dtype)
+SAFETENSORS_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}  # fmt: skip  (of torch; it lacks the others)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -2543,17 +2608,28 @@ def check_extents(header: Mapping[str, Any], size: int) -> None:
 
 
 def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
-    """The tensors of a safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """The tensors of a safetensors file, which lie in the mapped file until somebody reads them."""
+    import torch
 
-    safetensors_header(source.path)
-    try:
-        return Loaded(load_file(source.path), "weights without a model (safetensors)")
-    except (SafetensorError, ValueError) as error:
-        raise DamagedFileError(
-            f"its safetensors header or data is damaged ({first_line(error)}); copy or download it again"
-        ) from None
+    header = safetensors_header(source.path)
+    unknown = sorted({entry["dtype"] for entry in header.values()} - SAFETENSORS_DTYPES.keys())
+    if unknown:
+        raise DamagedFileError(f"it holds {', '.join(unknown)} numbers, which PyTorch lacks; save it in another dtype")
+    mapped = map_file(source.path)
+    data = torch.empty(0, dtype=torch.uint8).set_(mapped)[mapped.nbytes() - data_size(header) :]
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype = getattr(torch, SAFETENSORS_DTYPES[entry["dtype"]])
+        part = data[begin:end]
+        aligned = part if part.data_ptr() % dtype.itemsize == 0 else part.clone()
+        tensors[name] = aligned.view(dtype).view(entry["shape"])
+    return Loaded(tensors, "weights without a model (safetensors)")
+
+
+def data_size(header: Mapping[str, Any]) -> int:
+    """The bytes of data that belong to a safetensors header."""
+    return max((entry["data_offsets"][1] for entry in header.values()), default=0)
 
 
 def shard_files(index: Path) -> dict[str, set[str]]:
@@ -3344,6 +3420,254 @@ def shape_text(sizes: Iterable[int]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# stored weights: tensors that stay in the mapped checkpoint, cast and turned a block at a time where they are used
+# ---------------------------------------------------------------------------------------------------------------------
+
+STREAM_FROM = 32 << 20  # bytes of all weights: smaller models are read at once
+STORED_BYTES = 1 << 16  # smaller tensors are read at once
+BLOCK_BYTES = 64 << 20  # of a stored tensor that are in memory at a time, where the operation allows it
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+MADV_DONTNEED = 4  # madvise(2): the pages may go; they are read again from the file when they are touched
+
+
+def release(address: int, end: int) -> None:
+    """Let the whole pages between two addresses of an unchanged mapped file go."""
+    first, last = -(-address // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
+    if sys.platform == "linux" and last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
+
+
+def extent(tensor: Tensor) -> int:
+    """The bytes from a tensor's first element to its last, whatever lies between them."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (1 + steps) * tensor.itemsize if tensor.numel() else 0
+
+
+@functools.cache
+def stored_class() -> Any:
+    """The class of stored tensors (torch is imported late)."""
+    import torch
+
+    aten = torch.ops.aten
+
+    class Stored(torch.Tensor):
+        """A tensor with the values of `source`, which lies in a mapped file, in another dtype or the same.
+
+        Views and casts of it are stored tensors again; products and lookups read it a block at a time; any other
+        operation reads it as a whole, for as long as it runs. It cannot be written to: that raises RuntimeError.
+        https://docs.pytorch.org/docs/stable/notes/extending.html#extending-torch-native-api
+        """
+
+        source: Tensor
+
+        @staticmethod
+        def __new__(cls: Any, source: Tensor, dtype: torch.dtype) -> Any:
+            return torch.Tensor._make_wrapper_subclass(  # noqa: SLF001  (the documented way)
+                cls, source.shape, strides=source.stride(), dtype=dtype, device=source.device
+            )
+
+        def __init__(self, source: Tensor, dtype: torch.dtype) -> None:  # noqa: ARG002  (as in __new__)
+            self.source = source
+
+        def __repr__(self, *, tensor_contents: Any = None) -> str:
+            return f"Stored({shape_text(self.shape)}, {self.source.dtype} as {self.dtype})"
+
+        def read(self) -> Tensor:
+            """Its values as an ordinary tensor: of the same dtype those in the mapped file."""
+            return self.source.to(self.dtype)
+
+        def let_go(self) -> None:
+            """Give back the memory that reading took."""
+            release(self.source.data_ptr(), self.source.data_ptr() + extent(self.source))
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            first, last, kwargs = args[0], args[-1], kwargs or {}
+            if isinstance(first, cls):
+                if func.is_view or func is aten.detach.default:
+                    views = func(first.source, *args[1:], **kwargs)
+                    many = isinstance(views, (list, tuple))
+                    return [cls(view, first.dtype) for view in views] if many else cls(views, first.dtype)
+                if func is aten._to_copy.default and casts_only(first, kwargs):  # noqa: SLF001
+                    return cls(first.source, kwargs.get("dtype", first.dtype))
+                if func is aten.embedding.default:
+                    rows = func(first.source, *args[1:], **kwargs).to(first.dtype)
+                    first.let_go()
+                    return rows
+                if func._schema.is_mutable:  # noqa: SLF001
+                    raise RuntimeError(f"{func} would write to weights that are streamed; pass --no-stream")
+            if func in (aten.mm.default, aten.addmm.default) and isinstance(last, cls):
+                return product_in_blocks(func, args, kwargs)
+            return call_with_values(func, args, kwargs)
+
+    return Stored
+
+
+def casts_only(stored: Any, wanted: Mapping[str, Any]) -> bool:
+    """Whether a copy changes the dtype at most, so that casting the source gives the same numbers."""
+    import torch
+
+    lossless = torch.promote_types(stored.source.dtype, stored.dtype) is stored.dtype
+    on_cpu = wanted.get("device") in (None, torch.device("cpu"))
+    return lossless and on_cpu and wanted.get("dtype", stored.dtype).is_floating_point
+
+
+def product_in_blocks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """mm or addmm whose last factor is a stored tensor, read a block of columns at a time where that is possible."""
+    import torch
+
+    *others, last = args
+    if len(others) > 1 and others[0].dim() > 1:
+        return call_with_values(func, args, kwargs)
+    step = max(1, BLOCK_BYTES // max(1, last.shape[0] * last.itemsize))
+    parts = []
+    for start in range(0, last.shape[1], step):
+        block = last[:, start : start + step]
+        near = [other[start : start + step] if other.dim() == 1 and len(other) > 1 else other for other in others]
+        parts.append(func(*map(in_memory, near), block.read(), **kwargs))
+        block.let_go()
+    return torch.cat(parts, 1) if len(parts) != 1 else parts[0]
+
+
+def call_with_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call an operator of torch with the values of stored tensors."""
+    from torch.utils._pytree import tree_map
+
+    used: list[Any] = []
+
+    def read(value: Any) -> Any:
+        if isinstance(value, stored_class()):
+            used.append(value)
+            return value.read()
+        return value
+
+    result = func(*tree_map(read, args), **tree_map(read, kwargs))
+    for stored in used:
+        stored.let_go()
+    return result
+
+
+def store_all(weights: Mapping[str, Tensor], options: argparse.Namespace) -> dict[str, Tensor]:
+    """`weights` with the large ones as stored tensors, unless all are few, or to be loaded as --no-stream says."""
+    import torch
+
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    small = sum(tensor.nbytes for tensor in weights.values()) < STREAM_FROM and options.external_data == "copy"
+    if options.no_stream or options.device != "cpu" or small:
+        return dict(weights)
+    return {
+        name: stored_class()(tensor.detach(), tensor.dtype)
+        if tensor.nbytes >= STORED_BYTES and tensor.dtype in floats and is_mapped(tensor)
+        else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def mapped_place(tensor: Tensor) -> tuple[Path, int] | None:
+    """The file that a tensor's data lie in, and where; None for one in memory."""
+    address = tensor.data_ptr()
+    start = max((start for start in MAPPED if start <= address), default=None)
+    if start is None or address + extent(tensor) > start + MAPPED[start].stat().st_size:
+        return None
+    return MAPPED[start], address - start
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor's data lie in a mapped file."""
+    return mapped_place(tensor) is not None
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor with its values in memory, or as before where they are."""
+    return tensor.read() if isinstance(tensor, stored_class()) else tensor
+
+
+def weight_places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Where the modules of `model` keep the tensors of its state dict: the dict, the key in it and the tensor."""
+    for module in model.modules():
+        lost = module._non_persistent_buffers_set  # noqa: SLF001  (there is no public way to ask, as below)
+        for own in (module._parameters, module._buffers):  # noqa: SLF001
+            yield from ((own, name, own[name]) for name in own if own[name] is not None and name not in lost)
+
+
+@contextlib.contextmanager
+def weights_in_memory(model: nn.Module) -> Iterator[None]:
+    """While in context, stored weights are ordinary parameters; shared ones stay shared."""
+    from torch import nn
+
+    before = [place for place in weight_places(model) if isinstance(place[2], stored_class())]
+    read: dict[int, Any] = {}
+    for own, name, tensor in before:
+        if id(tensor) not in read:
+            read[id(tensor)] = nn.Parameter(in_memory(tensor.detach()), requires_grad=False)
+        own[name] = read[id(tensor)]
+    try:
+        yield
+    finally:
+        for own, name, tensor in before:
+            own[name] = tensor
+
+
+@contextlib.contextmanager
+def weights_as_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While in context, `model` has no weights: it takes them after its other inputs, in the order of what is yielded.
+
+    That are blanks under the names of the state dict: of the weights' shapes and dtypes, all zeros, and without memory,
+    since all lie in one anonymous mapping with nothing but the kernel's page of zeros behind it.
+    """
+    import mmap
+
+    import torch
+
+    places = list(weight_places(model))
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), name)
+    tensors = {names[id(tensor)]: tensor for *_, tensor in places}
+    size = max(tensor.nbytes for tensor in tensors.values())
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (MAP_NORESERVE if sys.platform == "linux" else 0)
+    zeros = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
+    blanks = {
+        name: zeros[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        if isinstance(tensor, stored_class())
+        else tensor.detach()
+        for name, tensor in tensors.items()
+    }
+    forward = model.forward
+
+    def fill(values: Mapping[str, Any]) -> None:
+        for own, name, tensor in places:
+            own[name] = values.get(names[id(tensor)])
+
+    def call(*given: Tensor) -> Any:
+        fill(dict(zip(tensors, given[-len(tensors) :], strict=True)))
+        try:
+            return forward(*given[: -len(tensors)])
+        finally:
+            fill({})
+
+    fill({})
+    model.forward = call
+    try:
+        yield blanks
+    finally:
+        del model.forward
+        fill(tensors)
+
+
+def byte_blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in its logical order, BLOCK_BYTES or less at a time."""
+    import torch
+
+    rows = tensor.shape[0] if tensor.dim() else 1
+    step = max(1, BLOCK_BYTES * rows // max(1, tensor.nbytes))
+    for part in tensor.split(step) if tensor.dim() else (tensor,):
+        yield memoryview(in_memory(part).contiguous().reshape(-1).view(torch.uint8).numpy())
+        if isinstance(part, stored_class()):
+            part.let_go()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face folders: what the folder may hold was vetted above; here its task, its class and the model with weights
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3369,6 +3693,12 @@ DEFAULT_TASK = "text-generation"
 GENERATION_TASKS = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 # What a user of the model needs beside the graph; the index of shards and adapters belong to the weights.
 SIDE_FILES = re.compile(r"(?!.*\.index\.json|adapter_config\.json).*\.(json|txt|model|jinja|vocab|bpe|tiktoken)")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 SAFETENSORS_FILE = re.compile(r"model.*\.safetensors")  # one file, or its shards
 # Files that other programs' weights and training states lie in: never read, never copied.
 FOREIGN_FILES = (".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".data", ".pt", ".pth", ".ckpt", ".tflite", ".mlmodel",
@@ -3513,19 +3843,17 @@ def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: arg
     """The model with every weight that it needs, in the dtype of --dtype; raises ConversionError (INPUT) otherwise."""
     import torch
 
-    sources: dict[str, Any] = {"use_safetensors": True}
-    if not any(SAFETENSORS_FILE.fullmatch(file.name) for file in folder.iterdir()):
-        sources = {"state_dict": load_bin(folder, trust=options.trust_pickle)}
+    weights = load_folder(folder, trust=options.trust_pickle)
     try:
         model, told = cls.from_pretrained(
-            None if "state_dict" in sources else folder,
+            None,
             config=config,
+            state_dict=store_all(weights, options),
             dtype=getattr(torch, DTYPE_NAMES[options.dtype]),
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=options.trust_remote_code,
             ignore_mismatched_sizes=True,  # they are an error of our own below
-            **sources,
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -3550,15 +3878,23 @@ def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: arg
     return FolderModel(model.eval().requires_grad_(requires_grad=False), task, heads)
 
 
-def load_bin(folder: Path, *, trust: bool) -> dict[str, Tensor]:
-    """The weights of pytorch_model.bin, whole or in shards, read inertly; ConversionError where there are none."""
-    for name in ("pytorch_model.bin.index.json", "pytorch_model.bin"):
+def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
+    """The weights of a folder by transformers' names for their files, read inertly; ConversionError where one lacks.
+
+    safetensors first, whole or in shards; then pytorch_model.bin.
+    """
+    for name in WEIGHT_FILES:
         if (folder / name).exists():
-            content = state_dict_of(load(detect((folder / name).resolve()), trust=trust).content)
+            sharded = name.endswith(".json")  # the hub's cache keeps shards under names of its own
+            file = folder / name if sharded else (folder / name).resolve()
+            content = state_dict_of(load(detect(file), trust=trust).content)
             if content is None:
                 raise ConversionError(ExitStatus.INPUT, f"{name} does not hold a state dict; save the model again")
             return content
-    raise ConversionError(ExitStatus.INPUT, "pytorch_model.bin is incomplete; copy or download all of its shards")
+    raise ConversionError(
+        ExitStatus.INPUT,
+        f"its weights are incomplete: none of {', '.join(WEIGHT_FILES)} is there; copy or download the whole folder",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3578,6 +3914,7 @@ AXIS_NAMES = {  # by rank: the names of the axes after the batch
 }
 BATCH = "batch_size"
 ODD_CASES = 4
+SWEEP_SECONDS = 0.02  # in which a machine reads a hundred megabytes
 FIRST_ODD_CASE = 3  # after the traced, the smaller and the larger one
 GIVEN_SEED = 1  # that of the smaller case, which is the given one where the batch alone is free
 # Names that a single input keeps: the ecosystem's. Any other single input is called `input`.
@@ -3848,6 +4185,7 @@ class Plan(NamedTuple):
     cases: list[Case]
     file: str
     further_checks: Callable[[Any, Plan, argparse.Namespace], list[Difference]] | None = None
+    linked: bool = False  # the weights stay as they lie in the checkpoint, which the graph refers to
 
 
 class RejectedInputError(Exception):
@@ -4674,7 +5012,7 @@ def check_encoder_decoder(  # noqa: PLR0913, PLR0917
     import numpy as np
 
     case = encoder.plan.cases[0]
-    states = open_session(encoder.result.path, options.device).run(["last_hidden_state"], case.inputs)[0]
+    states = open_session(encoder.result.light, options.device).run(["last_hidden_state"], case.inputs)[0]
     names = [output.name for output in session.get_outputs()]
     sizes = {BATCH: len(states), PAST: 0, ENCODER_SEQUENCE: states.shape[1]}
     given = {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
@@ -4880,7 +5218,8 @@ def cache_place(name: str) -> tuple[int, str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-APART_BYTES = 32 << 20  # weights of this size and more do not go through the TorchScript exporter
+GEMM_BYTES = 300 << 20  # a weight of this size is used as it lies in the checkpoint, not stored transposed
+GEMM_OPSET = 10  # Slice takes its bounds as inputs from then on
 
 
 class Rung(NamedTuple):
@@ -4922,29 +5261,50 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
         flat = torch.jit.trace(flat, tuple(plan.traced), check_trace=False)
     export = functools.partial(
         torch.onnx.export,
-        flat,
-        tuple(plan.traced),
-        str(path),
+        f=str(path),
         dynamo=False,
         opset_version=min(opset, TORCHSCRIPT_MAX_OPSET),
-        input_names=[spec.name for spec in plan.specs],
         output_names=plan.outputs,
         dynamic_axes={spec.name: dict(spec.axes) for spec in plan.specs if spec.axes},
     )
     register_symbolics()
+    weights = flat.state_dict(keep_vars=True)
     with exact_detection_sizes():
         model = None
-        if sum(tensor.nbytes for tensor in flat.state_dict().values()) >= APART_BYTES:
-            export(export_params=False, do_constant_folding=False)
-            model = attach_weights(ir.load(path), plan, flat.state_dict(keep_vars=True))
+        if plan.linked or sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
+            export_graph(flat, plan, export)
+            model = attach_weights(ir.load(path), plan, weights)
         if model is None:
-            export()
+            with weights_in_memory(flat):
+                export(flat, tuple(plan.traced), input_names=[spec.name for spec in plan.specs])
             model = ir.load(path)
     if opset > TORCHSCRIPT_MAX_OPSET:
         from onnxscript.version_converter import convert_version
 
         convert_version(model, opset, fallback=False)
     return model
+
+
+def export_graph(flat: nn.Module, plan: Plan, export: Callable[..., Any]) -> None:
+    """Export with the weights as inputs: traced with blanks, or with their values where the model needs them.
+
+    The exporter would fold, join and copy weights that it has.
+    """
+    names = [spec.name for spec in plan.specs]
+    if any(isinstance(tensor, stored_class()) for _, tensor in state_of(flat)):
+        try:
+            with weights_as_inputs(flat) as blanks:
+                export(flat, (*plan.traced, *blanks.values()), input_names=[*names, *blanks], do_constant_folding=False)
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # whatever the model does with zeros
+            if LOG.verbose:
+                traceback.print_exc(file=LOG.stream)
+            LOG.info(f"tracing needs the weights' values ({first_line(error, 100)}): they are loaded")
+        else:
+            return
+    with weights_in_memory(flat):
+        export(flat, tuple(plan.traced), input_names=names, export_params=False, do_constant_folding=False)
 
 
 @functools.cache
@@ -5003,7 +5363,6 @@ def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -
     that several names share is stored once. None where the exporter made weights of its own (fused batch norms).
     """
     import onnx_ir as ir
-    from onnx_ir.tensor_adapters import TorchTensor
 
     graph, own = model.graph, {spec.name for spec in plan.specs}
     first: dict[tuple[Any, ...], ir.Value] = {}
@@ -5012,37 +5371,97 @@ def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -
         if tensor is None:
             return None
         tensor = tensor.detach()
-        value.const_value = TorchTensor(tensor, value.name)
+        value.const_value = streamed_class()(tensor, value.name)
         graph.inputs.remove(value)
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        data = tensor.source if isinstance(tensor, stored_class()) else tensor
+        place = (data.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in first:
             ir.convenience.replace_all_uses_with(value, first[place])
             continue
         first[place] = value
         graph.initializers.add(value)
     for value in first.values():
-        turn_weight(graph, value)
+        if (plan.linked or not turn_weight(graph, value)) and model.opset_imports[""] >= GEMM_OPSET:
+            multiply_as_stored(value)
     return model
 
 
-def turn_weight(graph: ir.Graph, value: ir.Value) -> None:
+@functools.cache
+def streamed_class() -> Any:
+    """The class of the weights that are written a block at a time (onnx-ir is imported late)."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    class Streamed(TorchTensor):  # type: ignore[misc]
+        """A torch tensor, of any strides and stored or not, in an ONNX graph."""
+
+        def numpy(self) -> Any:
+            return TorchTensor(in_memory(self.raw), self.name).numpy()
+
+        def tobytes(self) -> bytes:
+            return b"".join(byte_blocks(self.raw))
+
+        def tofile(self, file: Any) -> None:
+            for block in byte_blocks(self.raw):
+                file.write(block)
+                LOG.advance(len(block))
+
+    return Streamed
+
+
+def turn_weight(graph: ir.Graph, value: ir.Value) -> bool:
     """Store the weight `value` as its Transpose nodes want it, where they are all that use it and agree."""
     import onnx_ir as ir
-    from onnx_ir.tensor_adapters import TorchTensor
 
     nodes = list(value.consumers())
     orders = {tuple(node.attributes.get_ints("perm", ())) if node.op_type == "Transpose" else None for node in nodes}
-    if len(orders) != 1 or not (order := orders.pop()):
-        return
     tensor: Any = value.const_value
+    if len(orders) != 1 or not (order := orders.pop()) or tensor.nbytes >= GEMM_BYTES:
+        return False
     turned = tensor.raw.permute(order)
     name = value.name
     del graph.initializers[name]
-    new = ir.Value(name=name, shape=ir.Shape(turned.shape), type=value.type, const_value=TorchTensor(turned, name))
+    new = ir.Value(name=name, shape=ir.Shape(turned.shape), type=value.type, const_value=streamed_class()(turned, name))
     graph.initializers.add(new)
     for node in nodes:
         ir.convenience.replace_all_uses_with(node.outputs[0], new)
         node.graph.remove(node, safe=True)
+    return True
+
+
+def multiply_as_stored(value: ir.Value) -> None:
+    """Let products with the transposed weight `value` be Gemm nodes, which take it as it is: no second copy of it.
+
+    MatMul(x, Transpose(w)) is Reshape(Gemm(Reshape(x, [-1, k]), w, transB=1), [*x.shape[:-1], n]).
+    """
+    import onnx_ir as ir
+
+    for transpose in list(value.consumers()):
+        users = list(transpose.outputs[0].consumers())
+        turned = transpose.op_type == "Transpose" and list(transpose.attributes.get_ints("perm", ())) == [1, 0]
+        if not turned or not all(user.op_type == "MatMul" and user.inputs[1] is transpose.outputs[0] for user in users):
+            continue
+        columns, rows = value.const_value.shape.numpy()
+        for user in users:
+            add = functools.partial(node_before, user)
+            sizes = [add("Constant", [], value=ir.tensor(numbers)) for numbers in ([-1, rows], [0], [-1], [columns])]
+            flat, start, end, last = sizes
+            x = user.inputs[0]
+            product = add("Gemm", [add("Reshape", [x, flat]), value], transB=1)
+            leading = add("Slice", [add("Shape", [x]), start, end, start])
+            result = add("Reshape", [product, add("Concat", [leading, last], axis=0)])
+            result.shape, result.type = user.outputs[0].shape, user.outputs[0].type
+            ir.convenience.replace_all_uses_with(user.outputs[0], result, replace_graph_outputs=True)
+            user.graph.remove(user, safe=True)
+        transpose.graph.remove(transpose, safe=True)
+
+
+def node_before(place: ir.Node, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
+    """The output of a new node before `place`."""
+    import onnx_ir as ir
+
+    node = ir.node(operator, inputs, attributes)
+    place.graph.insert_before(place, node)
+    return node.outputs[0]
 
 
 def export_dynamo(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
@@ -5417,52 +5836,165 @@ def branch_of(
     return ir.Graph([], [found[name] for name in names], nodes=nodes, name="branch")
 
 
-def write_graph(model: ir.Model, path: Path) -> None:
-    """Serialise to `path`, with the weights in `path`.data where one file cannot hold them; synced to the disk."""
+def write_graph(model: ir.Model, path: Path) -> Path:
+    """Serialise to `path`, with the weights in `path`.data where one file cannot hold them; synced to the disk.
+
+    Returns a file with the same graph to check and run: of a large single file its twin, whose weights lie outside, in
+    `path`, so that nobody needs to have all of them in memory. Raises ConversionError (RESOURCES) for want of space.
+    """
     import onnx_ir as ir
 
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if weights > SINGLE_FILE_LIMIT:
-        ir.save(model, path, external_data=f"{path.name}.data")
-    else:
-        write_single_file(model, path)
-    for file in path.parent.glob(f"{path.name}*"):
-        with file.open("rb+") as stream:  # a full disk may only show when the data is really written
-            os.fsync(stream.fileno())
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, ir.ExternalTensor))
+    check_space(path.parent, size)
+    light = path
+    with LOG.copying(f"write: {path.name}", size):
+        if size > SINGLE_FILE_LIMIT:
+            ir.save(model, path, external_data=f"{path.name}.data")
+        else:
+            light = write_single_file(model, path)
+        for file in path.parent.glob(f"{path.name}*"):
+            with file.open("rb+") as stream:  # a full disk may only show when the data is really written
+                os.fsync(stream.fileno())
+    return light
 
 
-def write_single_file(model: ir.Model, path: Path) -> None:
+def link_weights(model: ir.Model, folder: Path) -> dict[Path, Path]:
+    """Let the weights of `model` be parts of the checkpoint's own files; returns what to link in `folder` to which.
+
+    Until then, empty files of their sizes stand there: the checker refuses links. Raises ConversionError (USAGE) where
+    a weight is not in the graph as it is in a file.
+    """
+    import onnx_ir as ir
+
+    changed, links = [], {}
+    for value in model.graph.initializers.values():
+        tensor: Any = value.const_value
+        raw = getattr(tensor, "raw", None)
+        if isinstance(raw, stored_class()) and raw.source.dtype is raw.dtype and raw.source.is_contiguous():
+            source, offset = mapped_place(raw.source) or (folder, 0)
+            shape, size = ir.Shape(tensor.shape), raw.nbytes
+            value.const_value = ir.ExternalTensor(
+                source.name, offset, size, tensor.dtype, shape=shape, name=str(value.name), base_dir=folder
+            )
+            links[folder / source.name] = source
+        elif tensor.nbytes >= STORED_BYTES:
+            was = f" is {raw.source.dtype}" if isinstance(raw, stored_class()) else " is computed"
+            changed.append(f"{value.name}{was}".replace("torch.", ""))
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        advice = "leave it out, or pass the --dtype of the checkpoint"
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"--external-data link: not all weights can stay as they are ({changed[0]}{more}); {advice}",
+        )
+    for stand_in, source in links.items():
+        with stand_in.open("wb") as file:
+            file.truncate(source.stat().st_size)
+    return links
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Let `target` have the content of `source` without a copy: a clone where the file system can, else a hard link."""
+    import fcntl
+
+    with source.open("rb") as old, target.open("wb") as new, contextlib.suppress(OSError):
+        fcntl.ioctl(new, FICLONE, old.fileno())
+        return
+    target.unlink()
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"--external-data link: {source.name} cannot be linked from there ({error.strerror}); choose an -o on the "
+            "checkpoint's own file system, or leave it out",
+        ) from None
+    LOG.warn(f"{target.name} is a hard link: ONNX Runtime reads it, onnx.load and onnx.checker refuse such files")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise ConversionError (RESOURCES) where `needed` bytes do not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        sizes = f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free"
+        raise ConversionError(ExitStatus.RESOURCES, f"cannot write: {sizes}; free some space, or choose another -o")
+
+
+def write_single_file(model: ir.Model, path: Path) -> Path:
     """Serialise `model` with its large weights written straight from where they lie; they are taken out of `model`.
 
     The serialiser would copy them twice first. A protobuf message is its fields one after the other, so the weights can
     follow the rest of the graph (https://protobuf.dev/programming-guides/encoding; numbers of the fields: onnx.proto).
+    Returns the twin (see write_graph), or `path` where it is small.
     """
     import onnx
     import onnx_ir as ir
 
-    def field(number: int, length: int) -> bytes:
-        return varint(number << 3 | 2) + varint(length)  # 2: bytes, preceded by their number
-
-    large = [value for value in model.graph.initializers.values() if value.const_value.nbytes >= STREAMED_BYTES]
+    large = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value.nbytes >= STORED_BYTES and not isinstance(value.const_value, ir.ExternalTensor)
+    ]
     for value in large:
         del model.graph.initializers[value.name]
     proto = ir.to_proto(model)
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
+    rest = proto.SerializeToString(deterministic=True)
     tensors = [value.const_value for value in large]
-    heads = []
-    for value, tensor in zip(large, tensors, strict=True):
-        kind = {"name": value.name, "dims": tensor.shape.numpy(), "data_type": tensor.dtype.value}
-        head = onnx.TensorProto(**kind).SerializeToString()
-        head += field(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, tensor.nbytes)
-        heads.append(field(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + tensor.nbytes) + head)
-    size = len(graph) + sum(map(len, heads)) + sum(tensor.nbytes for tensor in tensors)
+    kinds = [
+        {"name": value.name, "dims": tensor.shape.numpy(), "data_type": tensor.dtype.value}
+        for value, tensor in zip(large, tensors, strict=True)
+    ]
+    size = len(graph) + sum(
+        tensor.nbytes + len(str(kind)) + ALIGNMENT for tensor, kind in zip(tensors, kinds, strict=True)
+    )
+    while True:  # where the weights lie depends on how long the number is that says how long all of it is
+        place = len(rest) + len(message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size)) + len(graph)
+        heads, starts = [], []
+        for kind, tensor in zip(kinds, tensors, strict=True):
+            heads.append(aligned_head(kind, tensor.nbytes, place))
+            starts.append(place + len(heads[-1]))
+            place = starts[-1] + tensor.nbytes
+        if size == (size := place - len(rest) - len(message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size))):
+            break
     with path.open("wb") as file:
-        file.write(proto.SerializeToString(deterministic=True))
-        file.write(field(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph)
+        file.write(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph)
         for head, tensor in zip(heads, tensors, strict=True):
             file.write(head)
             tensor.tofile(file)
+    if sum(tensor.nbytes for tensor in tensors) < STREAM_FROM:
+        return path
+    proto.graph.ParseFromString(graph)
+    for kind, tensor, start in zip(kinds, tensors, starts, strict=True):
+        outside = proto.graph.initializer.add(**kind, data_location=onnx.TensorProto.EXTERNAL)
+        for key, value in (("location", path.name), ("offset", start), ("length", tensor.nbytes)):
+            outside.external_data.add(key=key, value=str(value))
+    light = path.with_name(f".{path.name}.twin")
+    light.write_bytes(proto.SerializeToString(deterministic=True))
+    return light
+
+
+def aligned_head(kind: Mapping[str, Any], length: int, place: int) -> bytes:
+    """What stands before the `length` bytes of an initializer at `place` of the file, so that they begin aligned.
+
+    Runtimes may then use them where they lie. A doc_string of spaces fills the gap.
+    """
+    import onnx
+
+    for spaces in range(2 * ALIGNMENT):
+        head = onnx.TensorProto(**kind, doc_string=" " * spaces).SerializeToString()
+        head += message_head(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, length)
+        head = message_head(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + length) + head
+        if (place + len(head)) % ALIGNMENT == 0:
+            break
+    return head
+
+
+def message_head(number: int, length: int) -> bytes:
+    """The key of a protobuf field that holds `length` bytes."""
+    return varint(number << 3 | 2) + varint(length)  # 2: bytes, preceded by their number
 
 
 def varint(number: int) -> bytes:
@@ -5589,7 +6121,10 @@ def first_opset(operator: str, beyond: int) -> int | None:
 
 
 def open_session(path: Path, device: str) -> Any:
-    """An ONNX Runtime session, on the GPU where asked for and possible; raises RungError."""
+    """An ONNX Runtime session, on the GPU where asked for and possible; raises RungError.
+
+    Large weights outside of the graph are used where they lie in the mapped file, without packed or folded copies.
+    """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
@@ -5601,10 +6136,64 @@ def open_session(path: Path, device: str) -> Any:
             providers.insert(0, "CUDAExecutionProvider")
         else:
             LOG.info("verify: this ONNX Runtime has no CUDA provider, so it runs on the CPU")
+    weights = [file for file in weight_files(path) if file.stat().st_size >= STREAM_FROM]
+    if weights and len(providers) == 1:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        settings.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        return onnxruntime.InferenceSession(str(path), settings, providers=providers)
+        session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
+        return LeanSession(session, weights) if weights else session
     except Exception as error:
         raise RungError(f"ONNX Runtime cannot load it: {first_line(error)}", exported=True) from error
+
+
+def weight_files(path: Path) -> set[Path]:
+    """The files that a graph's weights lie in, other than its own."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    entries = itertools.chain.from_iterable(tensor.external_data for tensor in graph.initializer)
+    return {path.with_name(entry.value) for entry in entries if entry.key == "location"}
+
+
+class LeanSession:
+    """A session that lets go of the pages of mapped `weights` while it runs, before they add up to much."""
+
+    def __init__(self, session: Any, weights: Iterable[Path]) -> None:
+        self.get_outputs, self.session = session.get_outputs, session
+        found = (mapped_ranges(file) for file in weights)
+        self.ranges = list(itertools.chain.from_iterable(found))  # the session maps them once, when it is made
+
+    def run(self, names: Sequence[str] | None, inputs: Arrays) -> list[Any]:
+        """As InferenceSession.run."""
+        done = threading.Event()
+
+        def sweep() -> None:
+            while not done.wait(SWEEP_SECONDS):
+                for first, last in self.ranges:
+                    release(first, last)
+
+        sweeper = threading.Thread(target=sweep)
+        sweeper.start()
+        try:
+            return list(self.session.run(names, inputs))
+        finally:
+            done.set()
+            sweeper.join()
+            for first, last in self.ranges:
+                release(first, last)
+
+
+def mapped_ranges(file: Path) -> list[tuple[int, int]]:
+    """Where in memory a file is mapped (proc_pid_maps(5)); nothing on other systems than Linux."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        return [
+            tuple(int(number, 16) for number in line.split()[0].split("-"))
+            for line in lines
+            if line.endswith(str(file.resolve()))
+        ]
+    return []
 
 
 def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Difference]:
@@ -5821,6 +6410,7 @@ class Result(NamedTuple):
 
     rung: Rung
     path: Path
+    light: Path  # the same graph, with the weights of `path` (see write_graph)
     differences: list[Difference]
 
 
@@ -5833,18 +6423,22 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
     with LOG.step(f"export: {rung}"):
         exported, note = export_rung(rung, plan, work)
     path = folder / plan.file
+    graph = finish_graph(exported, plan, {**metadata, "exporter": exporter_name(rung)})
+    linked = link_weights(graph, folder) if plan.linked else {}
+    light = write_graph(graph, path)
+    del exported, graph
+    shutil.rmtree(work)
     with LOG.step("check: onnx.checker"):
-        write_graph(finish_graph(exported, plan, {**metadata, "exporter": exporter_name(rung)}), path)
-        del exported
-        shutil.rmtree(work)
-        check_graph(path)
+        check_graph(light)
+    for stand_in, source in linked.items():
+        link_file(source, stand_in)
     if options.no_verify:
-        return Result(rung, path, [])
+        return Result(rung, path, light, [])
     with LOG.step(
         f"verify: ONNX Runtime against PyTorch at {'; '.join(dict.fromkeys(case.label for case in plan.cases))}"
     ):
         try:
-            return Result(rung, path, verify(path, plan, options))
+            return Result(rung, path, light, verify(light, plan, options))
         except RungError as error:
             raise error.with_note(note) from error
 
@@ -5878,6 +6472,7 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
     """The first rung that holds, at the opset that was asked for; raises ConversionError (EXPORT or VERIFY)."""
     if options.no_verify:
         LOG.warn("--no-verify: nothing proves that the exported model computes the same")
+    plan = plan._replace(linked=options.external_data == "link")
     rungs = plan_rungs(options.exporter, options.opset)
     if not rungs:
         raise ConversionError(
@@ -5930,7 +6525,7 @@ def move_into_place(converted: Sequence[Converted], options: argparse.Namespace)
     """Rename staged files to their final names, the graphs last; returns where they are."""
     beside = options.staging / "beside"
     pairs = [(file, options.folder / file.name) for file in (sorted(beside.iterdir()) if beside.exists() else ())]
-    graphs = [file for item in converted for file in item.result.path.parent.iterdir()]
+    graphs = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
     pairs += [
         (file, options.output.with_name(file.name)) for file in sorted(graphs, key=lambda file: file.suffix == ".onnx")
     ]
@@ -5974,7 +6569,7 @@ def convert_state_dict_model(
         options = recognised_class(weights, loaded.around, options)
     with LOG.step(f"build: {options.model_class}"):
         hints = hints if isinstance(hints, Mapping) else {}
-        model = model_from_weights(options.model_class, options.model_args, weights, hints)
+        model = model_from_weights(options.model_class, options.model_args, store_all(weights, options), hints)
     return convert_module(model, loaded, options, metadata)
 
 
@@ -6123,16 +6718,16 @@ def merge_and_verify(
     plan = first._replace(specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check)
     folder = options.staging / "merged"
     folder.mkdir()
-    result = Result(converted[1].result.rung, folder / plan.file, [])
+    path, rung = folder / plan.file, converted[1].result.rung
     with LOG.step("verify: both decoders in one graph, and generating with it"):
-        merged = merge_decoders(converted[1].result.path, converted[2].result.path)
-        write_graph(finish_graph(merged, plan, {**metadata, "exporter": exporter_name(result.rung)}), result.path)
+        merged = merge_decoders(converted[1].result.light, converted[2].result.light)
+        light = write_graph(finish_graph(merged, plan, {**metadata, "exporter": exporter_name(rung)}), path)
         try:
-            check_graph(result.path)
-            differences = [] if options.no_verify else verify(result.path, plan, options)
+            check_graph(light)
+            differences = [] if options.no_verify else verify(light, plan, options)
         except RungError as error:
             raise ConversionError(ExitStatus.VERIFY, f"the merged decoder does not hold: {error}") from error
-    return Converted(plan, result._replace(differences=differences))
+    return Converted(plan, Result(rung, path, light, differences))
 
 
 def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
