@@ -3482,7 +3482,7 @@ def stored_class() -> Any:
 
         @classmethod
         def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            first, last, kwargs = args[0], args[-1], kwargs or {}
+            first, kwargs = args[0], kwargs or {}
             if isinstance(first, cls):
                 if func.is_view or func is aten.detach.default:
                     views = func(first.source, *args[1:], **kwargs)
@@ -3490,16 +3490,15 @@ def stored_class() -> Any:
                     return [cls(view, first.dtype) for view in views] if many else cls(views, first.dtype)
                 if func is aten._to_copy.default and casts_only(first, kwargs):  # noqa: SLF001
                     return cls(first.source, kwargs.get("dtype", first.dtype))
-                if func is aten.embedding.default:
-                    rows = func(first.source, *args[1:], **kwargs).to(first.dtype)
-                    first.let_go()
-                    return rows
                 if func._schema.is_mutable:  # noqa: SLF001
                     raise RuntimeError(f"{func} would write to weights that are streamed; pass --no-stream")
-            if func in (aten.mm.default, aten.addmm.default) and isinstance(last, cls):
-                return product_in_blocks(func, args, kwargs)
-            return call_with_values(func, args, kwargs)
+            return rules.get(func, call_with_values)(func, args, kwargs)
 
+    rules = {
+        aten.embedding.default: look_up_rows,
+        aten.mm.default: multiply_in_blocks,
+        aten.addmm.default: multiply_in_blocks,
+    }
     return Stored
 
 
@@ -3512,21 +3511,48 @@ def casts_only(stored: Any, wanted: Mapping[str, Any]) -> bool:
     return lossless and on_cpu and wanted.get("dtype", stored.dtype).is_floating_point
 
 
-def product_in_blocks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """mm or addmm whose last factor is a stored tensor, read a block of columns at a time where that is possible."""
+def look_up_rows(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """An embedding that reads only the rows it needs (what else it is given is about gradients)."""
+    table, indices = args[:2]
+    if not isinstance(table, stored_class()):
+        return call_with_values(func, args, kwargs)
+    rows: Tensor = table.source[indices].to(table.dtype)
+    table.let_go()
+    return rows
+
+
+def multiply_in_blocks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """A product (mm, or addmm with a vector) whose last factor is read a block of columns at a time."""
     import torch
 
     *others, last = args
-    if len(others) > 1 and others[0].dim() > 1:
+    if not isinstance(last, stored_class()) or (len(others) > 1 and others[0].dim() > 1):
         return call_with_values(func, args, kwargs)
     step = max(1, BLOCK_BYTES // max(1, last.shape[0] * last.itemsize))
     parts = []
     for start in range(0, last.shape[1], step):
         block = last[:, start : start + step]
         near = [other[start : start + step] if other.dim() == 1 and len(other) > 1 else other for other in others]
-        parts.append(func(*map(in_memory, near), block.read(), **kwargs))
+        parts.append(func(*map(in_memory, near), read_block(block), **kwargs))
         block.let_go()
     return torch.cat(parts, 1) if len(parts) != 1 else parts[0]
+
+
+def read_block(stored: Any) -> Tensor:
+    """The values of a stored matrix, until the next block is read: a cast one lies where the last one lay."""
+    if stored.source.dtype is stored.dtype or stored.nbytes > BLOCK_BYTES:
+        return in_memory(stored)
+    rows = stored.source.t() if stored.stride(0) < stored.stride(1) else stored.source
+    values = block_memory()[: stored.nbytes].view(stored.dtype).view(rows.shape).copy_(rows)
+    return values.t() if rows is not stored.source else values
+
+
+@functools.cache
+def block_memory() -> Tensor:
+    """BLOCK_BYTES that are taken from the system once: asking again for every block costs more than a cast."""
+    import torch
+
+    return torch.empty(BLOCK_BYTES, dtype=torch.uint8)
 
 
 def call_with_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -3551,13 +3577,15 @@ def store_all(weights: Mapping[str, Tensor], options: argparse.Namespace) -> dic
     """`weights` with the large ones as stored tensors, unless all are few, or to be loaded as --no-stream says."""
     import torch
 
-    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    small = sum(tensor.nbytes for tensor in weights.values()) < STREAM_FROM and options.external_data == "copy"
-    if options.no_stream or options.device != "cpu" or small:
+    linked = options.external_data == "link"
+    large = linked or sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM
+    if options.no_stream or options.device != "cpu" or not large:
         return dict(weights)
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    least = 1 if linked else STORED_BYTES
     return {
         name: stored_class()(tensor.detach(), tensor.dtype)
-        if tensor.nbytes >= STORED_BYTES and tensor.dtype in floats and is_mapped(tensor)
+        if tensor.nbytes >= least and tensor.dtype in floats and mapped_place(tensor)
         else tensor
         for name, tensor in weights.items()
     }
@@ -3570,11 +3598,6 @@ def mapped_place(tensor: Tensor) -> tuple[Path, int] | None:
     if start is None or address + extent(tensor) > start + MAPPED[start].stat().st_size:
         return None
     return MAPPED[start], address - start
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor's data lie in a mapped file."""
-    return mapped_place(tensor) is not None
 
 
 def in_memory(tensor: Tensor) -> Tensor:
@@ -5360,11 +5383,15 @@ def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -
     """Give a graph that was exported without its weights those of the model: views, read when they are written.
 
     The exporter itself holds several copies of all of them. A weight that is only used transposed is stored so; one
-    that several names share is stored once. None where the exporter made weights of its own (fused batch norms).
+    that several names share is stored once. None where the exporter would make weights of its own: batch norms after
+    convolutions become part of these.
     """
     import onnx_ir as ir
 
     graph, own = model.graph, {spec.name for spec in plan.specs}
+    norms = [node.inputs[0] for node in graph if node.op_type == "BatchNormalization"]
+    if not plan.linked and any(value.producer().op_type.startswith("Conv") for value in norms if value.producer()):
+        return None
     first: dict[tuple[Any, ...], ir.Value] = {}
     for value in [value for value in graph.inputs if value.name not in own]:
         tensor = weights.get(str(value.name))
@@ -5845,7 +5872,7 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     import onnx_ir as ir
 
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    size = sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, ir.ExternalTensor))
+    size = sum(tensor.nbytes for tensor in tensors if not lies_in(path.parent, tensor))
     check_space(path.parent, size)
     light = path
     with LOG.copying(f"write: {path.name}", size):
@@ -5878,10 +5905,11 @@ def link_weights(model: ir.Model, folder: Path) -> dict[Path, Path]:
                 source.name, offset, size, tensor.dtype, shape=shape, name=str(value.name), base_dir=folder
             )
             links[folder / source.name] = source
-        elif tensor.nbytes >= STORED_BYTES:
+        elif isinstance(raw, stored_class()) or tensor.nbytes >= STORED_BYTES:
             was = f" is {raw.source.dtype}" if isinstance(raw, stored_class()) else " is computed"
             changed.append(f"{value.name}{was}".replace("torch.", ""))
-    if changed:
+    if changed or not links:
+        changed = changed or ["none lies in a file as it is needed"]
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         advice = "leave it out, or pass the --dtype of the checkpoint"
         raise ConversionError(
@@ -5913,12 +5941,31 @@ def link_file(source: Path, target: Path) -> None:
     LOG.warn(f"{target.name} is a hard link: ONNX Runtime reads it, onnx.load and onnx.checker refuse such files")
 
 
+def lies_in(folder: Path, tensor: ir.TensorProtocol) -> bool:
+    """Whether a tensor's data are already in a file of `folder`."""
+    import onnx_ir as ir
+
+    return isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == folder
+
+
+def check_room(model: nn.Module, options: argparse.Namespace, copies: int = 1) -> None:
+    """Before the work begins: is there space for all weights? Raises ConversionError (RESOURCES)."""
+    if options.external_data == "copy":
+        check_space(options.staging.parent, copies * sum(tensor.nbytes for _, tensor in state_of(model)))
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raise ConversionError (RESOURCES) where `needed` bytes do not fit on the disk of `folder`."""
-    free = shutil.disk_usage(folder).free
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
     if needed > free:
-        sizes = f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free"
+        sizes = f"{size_text(needed)} are needed and {size_text(free)} are free on the disk of {place}"
         raise ConversionError(ExitStatus.RESOURCES, f"cannot write: {sizes}; free some space, or choose another -o")
+
+
+def size_text(count: int) -> str:
+    """Bytes in a unit that fits."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def write_single_file(model: ir.Model, path: Path) -> Path:
@@ -5934,7 +5981,7 @@ def write_single_file(model: ir.Model, path: Path) -> Path:
     large = [
         value
         for value in model.graph.initializers.values()
-        if value.const_value.nbytes >= STORED_BYTES and not isinstance(value.const_value, ir.ExternalTensor)
+        if value.const_value.nbytes >= STORED_BYTES and not lies_in(path.parent, value.const_value)
     ]
     for value in large:
         del model.graph.initializers[value.name]
@@ -6622,6 +6669,8 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
                 ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
             )
         found = load_pretrained(folder, config, task, cls, options)
+        graphs = 2 if task in GENERATION_TASKS and config.is_encoder_decoder else 1  # the decoder: twice, then merged
+        check_room(found.model, options, graphs)
         if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
             found = found._replace(steps=sentence_steps(source.path, trust=options.trust_pickle))
     LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")
@@ -6811,6 +6860,7 @@ def convert_module(
     if float_dtype(model) is torch.bfloat16:
         LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
         model.float()
+    check_room(model, options)
     for parameter in model.parameters():  # ScriptModule has no requires_grad_()
         parameter.requires_grad_(False)  # noqa: FBT003
     model.to(options.device)

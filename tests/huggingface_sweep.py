@@ -263,7 +263,7 @@ def check(name: str, folder: Path) -> Json:
     if absent := wanted - set(found["files"]):
         return {**found, "status": "wrong", "told": f"not in the folder: {', '.join(sorted(absent))}"}
     try:
-        model = tiny_models.model_class(MODELS[name]).from_pretrained(source).eval()
+        model = tiny_models.model_class(MODELS[name]).from_pretrained(source, dtype=torch.float32).eval()
         if "decoder_model_merged" in sessions:
             found |= check_pair(model, sessions["encoder_model"], sessions["decoder_model_merged"])
         elif MODELS[name].task == "text-generation":

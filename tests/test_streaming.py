@@ -1,0 +1,254 @@
+"""Weights that stay in the checkpoint: the numbers, the bytes, the memory and the links."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forked
+import huggingface_sweep
+import numpy as np
+import onnx
+import pytest
+import tiny_models
+import torch
+import torchvision
+import transformers
+from conftest import CONVERT, check_error, onnx_outputs, run_cli
+from onnx import numpy_helper
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+import convert as product
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt",
+            "bloom", "falcon", "bert", "t5", "whisper", "vit")  # fmt: skip
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda w, x: functional.linear(x, w),
+    "linear with bias": lambda w, x: functional.linear(x, w, w[:, 0]),
+    "a product with the other side": lambda w, x: w @ x.t(),
+    "a product of what is not turned": lambda w, x: x @ w[:48].reshape(48, 48),
+    "embedding": lambda w, x: functional.embedding((x[:, :3] * 10).long().abs() % len(w), w),
+    "rows and columns": lambda w, _: w[3:40:2, 5:].t() * 2,
+    "views of views": lambda w, _: w.t().unsqueeze(0).permute(2, 0, 1)[7].contiguous(),
+    "parts": lambda w, _: torch.cat([part + 1 for part in w.chunk(3)]),
+    "convolution": lambda w, x: functional.conv1d(x[None].mT, w[:, :, None]),
+    "other dtypes": lambda w, _: w.double() * w.half(),
+    "sums": lambda w, _: w.sum(0) + w.mean(),
+}
+
+
+def stored(tensor: Tensor, folder: Path, dtype: torch.dtype) -> Any:
+    """`tensor` as a stored tensor of a safetensors file, cast to `dtype`."""
+    save_file({"w": tensor}, folder / "w.safetensors")
+    found = product.load(product.detect(folder / "w.safetensors"), trust=False).content["w"]
+    return product.stored_class()(found, found.dtype).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_stored_tensors_are_tensors(
+    operation: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of operation gives what it gives for the same tensor in memory, a block at a time too."""
+    monkeypatch.setattr(product, "BLOCK_BYTES", 1000)
+    product.block_memory.cache_clear()
+    chance = torch.Generator().manual_seed(0)
+    values, x = torch.randn(100, 48, generator=chance).to(dtype), torch.randn(5, 48, generator=chance)
+    weight = stored(values, tmp_path, torch.float32)
+    expected = OPERATIONS[operation](values.float(), x)
+    actual = OPERATIONS[operation](weight, x)
+    torch.testing.assert_close(product.in_memory(actual), expected, rtol=1e-6, atol=1e-5)
+    product.block_memory.cache_clear()
+
+
+def test_stored_tensors_cannot_be_written_to(tmp_path: Path) -> None:
+    """Writing raises, and neither the file nor the values change."""
+    values = torch.randn(100, 48)
+    weight = stored(values, tmp_path, torch.float32)
+    before = (tmp_path / "w.safetensors").read_bytes()
+    for write in (weight.zero_, lambda: weight.t()[0].add_(1), lambda: weight[2].copy_(values[0])):
+        with pytest.raises(RuntimeError, match="no-stream"):
+            write()
+    torch.testing.assert_close(product.in_memory(weight), values, rtol=0, atol=0)
+    torch.zeros(100, 48).copy_(weight)  # from it is no writing to it
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+
+
+def test_bytes_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written a block at a time is the whole in its logical order, cast and turned."""
+    monkeypatch.setattr(product, "BLOCK_BYTES", 700)
+    values = torch.randn(101, 33).bfloat16()
+    weight = stored(values, tmp_path, torch.float32)
+    for view, expected in ((weight, values.float()), (weight.t(), values.float().t()), (weight[5:, 3], values[5:, 3])):
+        written = b"".join(product.byte_blocks(view))
+        assert written == expected.float().contiguous().numpy().tobytes()
+    assert b"".join(product.byte_blocks(torch.tensor(2.5))) == np.float32(2.5).tobytes()
+
+
+def weights_of(folder: Path) -> dict[str, list[str]]:
+    """Digests of the weights in every graph of a folder."""
+    return {
+        path.name: sorted(
+            hashlib.sha256(numpy_helper.to_array(tensor).tobytes()).hexdigest()
+            for tensor in onnx.load(path).graph.initializer
+            if len(tensor.raw_data) > 64
+        )
+        for path in folder.glob("*.onnx")
+    }
+
+
+def convert(folder: Path, *options: str) -> str:
+    """Convert folder/in to folder/out in a forked child; returns what was said."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    outcome = forked.convert_in_child(folder / "in", folder, *options, seconds=60)
+    assert outcome.code == 0, outcome.err
+    return outcome.err
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streamed graph gives transformers' answers, and its weights are the ordinary path's byte for byte."""
+    monkeypatch.setattr(product, "STREAM_FROM", 0)
+    monkeypatch.setattr(product, "STORED_BYTES", 0)
+    tiny_models.make(name, tmp_path / "in", dtype="bfloat16")
+    assert "are loaded" not in convert(tmp_path)  # the weights' values, while tracing
+    row = huggingface_sweep.check(name, tmp_path)
+    assert row["status"] == "ok", row
+    streamed = weights_of(tmp_path / "out")
+    convert(tmp_path, "--no-stream")
+    assert streamed == weights_of(tmp_path / "out")
+    assert sum(map(len, streamed.values())) > 10
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("alexnet", "safetensors"), ("alexnet", "pth"), ("resnet18", "pth")])
+def test_state_dicts(name: str, suffix: str, tmp_path: Path) -> None:
+    """Weights of torchvision models: the same bytes as without streaming, and PyTorch's answer."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name).eval()
+    (save_file if suffix == "safetensors" else torch.save)(model.state_dict(), tmp_path / "in")
+    convert(tmp_path, "--model-class", name)
+    streamed = weights_of(tmp_path / "out")
+    image = torch.rand(2, 3, 224, 224)
+    found = onnx_outputs(tmp_path / "out" / "model.onnx", {"input": image.numpy()})["output"]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(image).numpy(), rtol=1e-3, atol=1e-4)
+    convert(tmp_path, "--model-class", name, "--no-stream")
+    assert streamed == weights_of(tmp_path / "out")
+
+
+def test_links(tmp_path: Path) -> None:
+    """--external-data link: the graph reads the checkpoint's own bytes; nothing of them is written."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    tiny_models.make("llama", folder)
+    result = run_cli("-i", str(folder), "-o", f"{out}/", "--external-data", "link")
+    assert result.code == 0, result.err
+    assert (out / "model.safetensors").samefile(folder / "model.safetensors")
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    outside = {tensor.name for tensor in graph.initializer if tensor.external_data}
+    assert len(outside) > 10
+    shutil.copytree(out, tmp_path / "copy" / "out")  # onnx refuses to read hard links
+    (tmp_path / "copy" / "in").symlink_to(folder)
+    row = huggingface_sweep.check("llama", tmp_path / "copy")
+    assert row["status"] == "ok", row
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--dtype", "fp32"), ("bfloat16", "leave it out")),
+        (("--no-stream",), ("drop --no-stream",)),
+    ],
+    ids=["another dtype", "not streamed"],
+)
+def test_links_that_cannot_be(options: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    """A weight that has to change, or is not in a file: exit 2, and nothing is left."""
+    tiny_models.make("llama", tmp_path / "in", dtype="bfloat16")
+    result = run_cli("-i", str(tmp_path / "in"), "-o", f"{tmp_path}/out/", "--external-data", "link", *options)
+    check_error(result, 2, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_between_file_systems(tmp_path: Path) -> None:
+    """Where a file cannot be linked to: exit 2 that says so."""
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one file system only")
+    tiny_models.make("llama", tmp_path / "in")
+    result = run_cli("-i", str(tmp_path / "in"), "-o", f"{other}/pt2onnx-{os.getpid()}/", "--external-data", "link")
+    check_error(result, 2, "cannot be linked", "file system")
+    assert not (other / f"pt2onnx-{os.getpid()}").exists()
+
+
+def make_decoder(folder: Path) -> int:
+    """A decoder of 230 million parameters in bfloat16, as shards; returns the bytes of its graph in float32."""
+    config = transformers.Qwen2Config(
+        vocab_size=50_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=2, tie_word_embeddings=True, max_window_layers=12,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = transformers.Qwen2ForCausalLM(config).bfloat16()
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder, max_shard_size="200MB")
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def peak(command: list[str]) -> int:
+    """The most memory in bytes that a command and its children had."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        told = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, told
+    return usage.ru_maxrss * (resource.getpagesize() // 4 if sys.platform == "linux" else 1)
+
+
+def test_memory(tmp_path: Path) -> None:
+    """The weights in float32 are not in memory: less than a quarter of them is, beyond what a tiny model takes."""
+    (tmp_path / "tiny").mkdir()
+    tiny_models.make("qwen2", tmp_path / "tiny" / "in")
+    size = make_decoder(tmp_path / "in")
+    assert (tmp_path / "in" / "model.safetensors.index.json").exists()
+    command = [sys.executable, str(CONVERT), "-i"]
+    least = peak([*command, str(tmp_path / "tiny" / "in"), "-o", str(tmp_path / "tiny" / "out/")])
+    most = peak([*command, str(tmp_path / "in"), "-o", str(tmp_path / "out/")])
+    assert size > 800e6
+    assert most - least < size / 4, (most, least, size)
+
+
+def test_space_is_checked_first(tmp_path: Path) -> None:
+    """A disk that is too small is told before the work begins: exit 7 with both sizes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        torch.manual_seed(0)
+        torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "in.pth")
+        result = run_cli("-i", str(tmp_path / "in.pth"), "-o", str(disk / "x.onnx"), "--model-class", "resnet18")
+        check_error(result, 7, "46.", "are needed", "are free")
+        assert "export" not in result.err
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_report_counts_links(tmp_path: Path) -> None:
+    """--json lists the linked file among the files."""
+    tiny_models.make("gpt2", tmp_path / "in")
+    result = run_cli("-i", str(tmp_path / "in"), "-o", f"{tmp_path}/out/", "--external-data", "link", "--json")
+    assert result.code == 0, result.err
+    names = {Path(name).name for name in json.loads(result.out)["files"]}
+    assert {"model.onnx", "model.safetensors", "config.json"} <= names
