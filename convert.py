@@ -3583,12 +3583,28 @@ def store_all(weights: Mapping[str, Tensor], options: argparse.Namespace) -> dic
         return dict(weights)
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     least = 1 if linked else STORED_BYTES
+    options.streamed = True
     return {
         name: stored_class()(tensor.detach(), tensor.dtype)
         if tensor.nbytes >= least and tensor.dtype in floats and mapped_place(tensor)
         else tensor
         for name, tensor in weights.items()
     }
+
+
+def store_parameters(model: nn.Module, options: argparse.Namespace) -> None:
+    """Let the large parameters of a model that was loaded whole be stored tensors, by the rules of store_all."""
+    from torch import nn
+
+    places = [place for place in weight_places(model) if isinstance(place[2], nn.Parameter)]
+    weights = store_all({str(id(tensor)): tensor for *_, tensor in places}, options)
+    stored = {
+        key: nn.Parameter(tensor, requires_grad=False)
+        for key, tensor in weights.items()
+        if isinstance(tensor, stored_class())
+    }
+    for own, name, tensor in places:
+        own[name] = stored.get(str(id(tensor)), tensor)
 
 
 def mapped_place(tensor: Tensor) -> tuple[Path, int] | None:
@@ -3607,7 +3623,11 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 def weight_places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     """Where the modules of `model` keep the tensors of its state dict: the dict, the key in it and the tensor."""
+    import torch
+
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # keeps them elsewhere
+            continue
         lost = module._non_persistent_buffers_set  # noqa: SLF001  (there is no public way to ask, as below)
         for own in (module._parameters, module._buffers):  # noqa: SLF001
             yield from ((own, name, own[name]) for name in own if own[name] is not None and name not in lost)
@@ -5502,16 +5522,17 @@ def export_dynamo(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.M
             TS2EPConverter(flat.inner, tuple(plan.traced)).convert().module(), [spec.name for spec in plan.specs]
         )
     shapes = tuple(dict.fromkeys(spec.axes, torch.export.Dim.AUTO) for spec in plan.specs)
-    program = torch.onnx.export(
-        flat,
-        tuple(plan.traced),
-        dynamo=True,
-        opset_version=opset,
-        dynamic_shapes=(shapes,),
-        input_names=[spec.name for spec in plan.specs],
-        output_names=plan.outputs,
-        verbose=False,
-    )
+    with weights_in_memory(flat):
+        program = torch.onnx.export(
+            flat,
+            tuple(plan.traced),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=(shapes,),
+            input_names=[spec.name for spec in plan.specs],
+            output_names=plan.outputs,
+            verbose=False,
+        )
     return program.model
 
 
@@ -6603,6 +6624,7 @@ def convert_pytorch_model(loaded: Loaded, options: argparse.Namespace, metadata:
             ExitStatus.USAGE,
             f"{options.input} holds {loaded.what}, not a model; pass --mode state_dict and --model-class",
         )
+    store_parameters(model, options)
     return convert_module(model, loaded, options, metadata)
 
 
@@ -6941,20 +6963,22 @@ def check_records(path: Path) -> None:
 
 
 def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    """Convert `source` as `options` say; returns the report that --json prints. Raises ConversionError."""
+    """Convert `source` as `options` say; returns the report that --json prints. Raises ConversionError.
+
+    What fails with stored weights, in a model that does with them what only tensors in memory allow, is tried without.
+    """
     start = time.monotonic()
-    if source.kind is Kind.HUGGINGFACE:
-        mode, converted = "huggingface", convert_huggingface_model(source, options)
-    else:
-        digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
-        with LOG.step(f"load: {source.path}"):
-            loaded = load(source, trust=options.trust_pickle)
-        if isinstance(loaded.content, Mapping):
-            loaded = take_out(loaded, options)
-        mode = choose_mode(source, loaded, options)
-        metadata = {"source_sha256": digest.result(), "mode": mode}
-        converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
-        converted = converters[mode](loaded, options, metadata)
+    options.streamed = False
+    try:
+        mode, converted = dispatch(source, options)
+    except ConversionError as error:
+        lasting = error.status in (ExitStatus.INPUT, ExitStatus.REFUSED, ExitStatus.RESOURCES)
+        if lasting or not options.streamed or options.external_data == "link":
+            raise
+        LOG.info(f"{error}")
+        LOG.info("once more with all weights in memory, as with --no-stream")
+        shutil.rmtree(options.staging, ignore_errors=True)
+        mode, converted = dispatch(source, argparse.Namespace(**{**vars(options), "no_stream": True}))
     files = move_into_place(converted, options)
     graphs = [describe_graph(item, options) for item in converted]
     return {
@@ -6965,6 +6989,21 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         **({"graphs": graphs} if len(graphs) > 1 else {}),
         "seconds": round(time.monotonic() - start, 2),
     }
+
+
+def dispatch(source: Source, options: argparse.Namespace) -> tuple[str, list[Converted]]:
+    """Load `source`, and convert it in the mode that takes it; returns the mode and the graphs."""
+    if source.kind is Kind.HUGGINGFACE:
+        return "huggingface", convert_huggingface_model(source, options)
+    digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
+    with LOG.step(f"load: {source.path}"):
+        loaded = load(source, trust=options.trust_pickle)
+    if isinstance(loaded.content, Mapping):
+        loaded = take_out(loaded, options)
+    mode = choose_mode(source, loaded, options)
+    metadata = {"source_sha256": digest.result(), "mode": mode}
+    converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
+    return mode, converters[mode](loaded, options, metadata)
 
 
 def describe_graph(item: Converted, options: argparse.Namespace) -> dict[str, Any]:

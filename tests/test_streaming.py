@@ -144,6 +144,47 @@ def test_state_dicts(name: str, suffix: str, tmp_path: Path) -> None:
     assert streamed == weights_of(tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_complete_models(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A pickled model, in float32 or not: the same bytes as without streaming, and PyTorch's answer."""
+    torch.manual_seed(0)
+    model = torchvision.models.alexnet().eval().to(dtype)
+    torch.save(model, tmp_path / "in")
+    assert "once more" not in convert(tmp_path, "--static")
+    streamed = weights_of(tmp_path / "out")
+    image = torch.rand(1, 3, 224, 224)
+    found = onnx_outputs(tmp_path / "out" / "model.onnx", {"input": image.numpy()})["output"]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model.float()(image).numpy(), rtol=1e-3, atol=1e-4)
+    convert(tmp_path, "--static", "--no-stream")
+    assert streamed == weights_of(tmp_path / "out")
+
+
+def test_what_needs_memory_gets_it(tmp_path: Path) -> None:
+    """A model that asks for the address of its weights cannot be streamed: it is converted all the same."""
+    source = """
+import torch
+class Net(torch.nn.Linear):
+    def forward(self, x):
+        assert self.weight.data_ptr() % 4 == 0
+        return super().forward(x) + self.weight.numpy(force=True).sum()
+"""
+    (tmp_path / "addresses.py").write_text(source, encoding="utf-8")
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4096, 2500).eval()
+    torch.save(layer.state_dict(), tmp_path / "in.pth")
+    arguments = ["--model-class", "addresses:Net", "--model-args", '{"in_features": 4096, "out_features": 2500}']
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    files = ["-i", str(tmp_path / "in.pth"), "-o", str(tmp_path / "x.onnx")]
+    result = run_cli(*files, *arguments, "--input-shape", "1,4096", env=environment)
+    assert result.code == 0, result.err
+    assert "once more with all weights in memory" in result.err
+    given = torch.randn(3, 4096)
+    found = onnx_outputs(tmp_path / "x.onnx", {"input": given.numpy()})["output"]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, (layer(given) + layer.weight.sum()).numpy(), rtol=1e-3, atol=1e-2)
+
+
 def test_links(tmp_path: Path) -> None:
     """--external-data link: the graph reads the checkpoint's own bytes; nothing of them is written."""
     folder, out = tmp_path / "in", tmp_path / "out"
