@@ -1839,7 +1839,7 @@ def map_file(path: Path) -> torch.UntypedStorage:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
-    MAPPED[storage.data_ptr()] = path.resolve()
+    MAPPED[storage.data_ptr()] = path
     return storage
 
 
@@ -3425,6 +3425,7 @@ def shape_text(sizes: Iterable[int]) -> str:
 
 STREAM_FROM = 32 << 20  # bytes of all weights: smaller models are read at once
 STORED_BYTES = 1 << 16  # smaller tensors are read at once
+LEAN_FROM = 512 << 20  # bytes of a file of weights that ONNX Runtime is not to make copies of
 BLOCK_BYTES = 64 << 20  # of a stored tensor that are in memory at a time, where the operation allows it
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MADV_DONTNEED = 4  # madvise(2): the pages may go; they are read again from the file when they are touched
@@ -3937,8 +3938,9 @@ def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
     """
     for name in WEIGHT_FILES:
         if (folder / name).exists():
-            sharded = name.endswith(".json")  # the hub's cache keeps shards under names of its own
-            file = folder / name if sharded else (folder / name).resolve()
+            file = folder / name
+            if name.endswith(".bin"):  # what may be wrong with it names it
+                file = file.resolve()
             content = state_dict_of(load(detect(file), trust=trust).content)
             if content is None:
                 raise ConversionError(ExitStatus.INPUT, f"{name} does not hold a state dict; save the model again")
@@ -5974,7 +5976,7 @@ def link_file(source: Path, target: Path) -> None:
         return
     target.unlink()
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError as error:
         raise ConversionError(
             ExitStatus.USAGE,
@@ -6214,7 +6216,8 @@ def first_opset(operator: str, beyond: int) -> int | None:
 def open_session(path: Path, device: str) -> Any:
     """An ONNX Runtime session, on the GPU where asked for and possible; raises RungError.
 
-    Large weights outside of the graph are used where they lie in the mapped file, without packed or folded copies.
+    Large weights outside of the graph are used where they lie in the mapped file, without packed or fused copies; small
+    models run as they will for their users.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
@@ -6227,7 +6230,7 @@ def open_session(path: Path, device: str) -> Any:
             providers.insert(0, "CUDAExecutionProvider")
         else:
             LOG.info("verify: this ONNX Runtime has no CUDA provider, so it runs on the CPU")
-    weights = [file for file in weight_files(path) if file.stat().st_size >= STREAM_FROM]
+    weights = [file for file in weight_files(path) if file.stat().st_size >= LEAN_FROM]
     if weights and len(providers) == 1:
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         settings.add_session_config_entry("session.disable_prepacking", "1")
@@ -6282,7 +6285,7 @@ def mapped_ranges(file: Path) -> list[tuple[int, int]]:
         return [
             tuple(int(number, 16) for number in line.split()[0].split("-"))
             for line in lines
-            if line.endswith(str(file.resolve()))
+            if line.endswith(f" {file.resolve()}")
         ]
     return []
 
