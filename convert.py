@@ -3431,11 +3431,17 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MADV_DONTNEED = 4  # madvise(2): the pages may go; they are read again from the file when they are touched
 
 
+@functools.cache
+def c_library() -> ctypes.CDLL:
+    """The C library of this process."""
+    return ctypes.CDLL(None)
+
+
 def release(address: int, end: int) -> None:
     """Let the whole pages between two addresses of an unchanged mapped file go."""
     first, last = -(-address // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
     if sys.platform == "linux" and last > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
+        c_library().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
 
 
 def extent(tensor: Tensor) -> int:
@@ -3968,7 +3974,8 @@ AXIS_NAMES = {  # by rank: the names of the axes after the batch
 }
 BATCH = "batch_size"
 ODD_CASES = 4
-SWEEP_SECONDS = 0.02  # in which a machine reads a hundred megabytes
+SWEEP_SECONDS = 0.005  # in which a machine reads some dozens of megabytes
+SWEPT_BYTES = 128 << 20  # of mapped weights that may be resident
 FIRST_ODD_CASE = 3  # after the traced, the smaller and the larger one
 GIVEN_SEED = 1  # that of the smaller case, which is the given one where the batch alone is free
 # Names that a single input keeps: the ecosystem's. Any other single input is called `input`.
@@ -6260,12 +6267,12 @@ class LeanSession:
 
     def run(self, names: Sequence[str] | None, inputs: Arrays) -> list[Any]:
         """As InferenceSession.run."""
-        done = threading.Event()
+        done, most = threading.Event(), mapped_bytes() + SWEPT_BYTES
 
         def sweep() -> None:
             while not done.wait(SWEEP_SECONDS):
-                for first, last in self.ranges:
-                    release(first, last)
+                if mapped_bytes() > most:
+                    self.let_go()
 
         sweeper = threading.Thread(target=sweep)
         sweeper.start()
@@ -6274,8 +6281,19 @@ class LeanSession:
         finally:
             done.set()
             sweeper.join()
-            for first, last in self.ranges:
-                release(first, last)
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Give back the memory that the weights take."""
+        for first, last in self.ranges:
+            release(first, last)
+
+
+def mapped_bytes() -> int:
+    """The resident memory that mapped files take (proc_pid_statm(5)); 0 on other systems than Linux."""
+    with contextlib.suppress(FileNotFoundError):
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[2]) * PAGE_BYTES
+    return 0
 
 
 def mapped_ranges(file: Path) -> list[tuple[int, int]]:
@@ -7410,7 +7428,7 @@ def become_worker(arguments: Sequence[str], run: str) -> NoReturn:
     """Replace this process by one that runs the same command as a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the supervisor
+        c_library().prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the supervisor
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
     environment = {**os.environ, WORKER_VARIABLE: run, "GLIBC_TUNABLES": tunables}
     os.execve(sys.executable, [sys.executable, "-P", __file__, *arguments], environment)  # noqa: S606
