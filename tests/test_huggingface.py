@@ -112,6 +112,16 @@ def test_half_precision_on_request(tmp_path: Path) -> None:
     np.testing.assert_allclose(actual, expected, atol=2e-2 * np.abs(expected).max())
 
 
+def test_bfloat16_has_no_judge(tmp_path: Path) -> None:
+    """ONNX Runtime lacks bfloat16 on the CPU: exit 2 before the work begins, and a graph on request."""
+    tiny_models.make("llama", tmp_path / "in", dtype="bfloat16")
+    assert "--dtype fp16" in convert(tmp_path, "--dtype", "bf16", code=2)
+    convert(tmp_path, "--dtype", "bf16", "--no-verify")
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    assert onnx.TensorProto.BFLOAT16 in {tensor.data_type for tensor in graph.initializer}
+    onnx.checker.check_model(tmp_path / "out" / "model.onnx", full_check=True)
+
+
 def test_without_cache(tmp_path: Path) -> None:
     """--no-cache: neither past nor present."""
     tiny_models.make("llama", tmp_path / "in")
