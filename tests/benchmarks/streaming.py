@@ -154,8 +154,8 @@ def run(command: list[str], limit: int) -> Run:
 
 
 def copy_seconds(size: int, folder: Path) -> float:
-    """How long `cp` and `sync` take for a file of `size` bytes that are not all zero, at most 4 GB of it measured."""
-    part = min(size, 4 << 30)
+    """How long `cp` and `sync` take for a file of `size` bytes that are not all zero, at most 2 GB of it measured."""
+    part = min(size, 2 << 30)
     block = os.urandom(1 << 24)
     with (folder / "a").open("wb") as file:
         for _ in range(part // len(block) or 1):
