@@ -5938,11 +5938,11 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     return light
 
 
-def link_weights(model: ir.Model, folder: Path) -> dict[Path, Path]:
+def link_weights(model: ir.Model, folder: Path, target: Path) -> dict[Path, Path]:
     """Let the weights of `model` be parts of the checkpoint's own files; returns what to link in `folder` to which.
 
     Until then, empty files of their sizes stand there: the checker refuses links. Raises ConversionError (USAGE) where
-    a weight is not in the graph as it is in a file.
+    a weight is not in the graph as it is in a file, and where another file has a link's name in the `target` folder.
     """
     import onnx_ir as ir
 
@@ -5969,6 +5969,11 @@ def link_weights(model: ir.Model, folder: Path) -> dict[Path, Path]:
             f"--external-data link: not all weights can stay as they are ({changed[0]}{more}); {advice}",
         )
     for stand_in, source in links.items():
+        taken = target / stand_in.name
+        if taken.exists() and not taken.samefile(source):
+            raise ConversionError(
+                ExitStatus.USAGE, f"--external-data link: {taken} is another file already; choose another folder for -o"
+            )
         with stand_in.open("wb") as file:
             file.truncate(source.stat().st_size)
     return links
@@ -5990,7 +5995,7 @@ def link_file(source: Path, target: Path) -> None:
             f"--external-data link: {source.name} cannot be linked from there ({error.strerror}); choose an -o on the "
             "checkpoint's own file system, or leave it out",
         ) from None
-    LOG.warn(f"{target.name} is a hard link: ONNX Runtime reads it, onnx.load and onnx.checker refuse such files")
+    LOG.warn(f"{target.name} is a hard link: who writes to the checkpoint changes the model, and onnx.load refuses it")
 
 
 def lies_in(folder: Path, tensor: ir.TensorProtocol) -> bool:
@@ -6536,7 +6541,7 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
         exported, note = export_rung(rung, plan, work)
     path = folder / plan.file
     graph = finish_graph(exported, plan, {**metadata, "exporter": exporter_name(rung)})
-    linked = link_weights(graph, folder) if plan.linked else {}
+    linked = link_weights(graph, folder, options.output.parent) if plan.linked else {}
     light = write_graph(graph, path)
     del exported, graph
     shutil.rmtree(work)

@@ -217,6 +217,17 @@ def test_links_that_cannot_be(options: tuple[str, ...], words: tuple[str, ...], 
     assert not (tmp_path / "out").exists()
 
 
+def test_links_do_not_replace(tmp_path: Path) -> None:
+    """Another checkpoint of the same name in the output folder stays, and so does its graph: exit 2."""
+    for name in ("llama", "gpt2"):
+        tiny_models.make(name, tmp_path / name)
+    before = (tmp_path / "gpt2" / "model.safetensors").read_bytes()
+    command = ["-i", str(tmp_path / "llama"), "-o", f"{tmp_path}/gpt2/", "--external-data", "link"]
+    check_error(run_cli(*command), 2, "is another file already")
+    assert (tmp_path / "gpt2" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "gpt2" / "model.onnx").exists()
+
+
 def test_links_between_file_systems(tmp_path: Path) -> None:
     """Where a file cannot be linked to: exit 2 that says so."""
     other = Path("/dev/shm")
