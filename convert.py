@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # heavy: imported where they are needed, after the arguments 
     import warnings
 
     import numpy as np
+    import onnx
     import onnx_ir as ir
     import torch
     from torch import Tensor, nn
@@ -156,15 +157,11 @@ class Log:
     def step(self, text: str) -> Iterator[None]:
         """A step that may take long: a spinner on a terminal, a plain line elsewhere; the time is told at the end."""
         start = time.monotonic()
-        if self.stream.isatty() and not self.verbose:
-            from rich.console import Console
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        if self.on_terminal():
+            from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-            screen = Console(file=self.stream)
-            with Progress(
-                *columns, console=screen, transient=True, redirect_stdout=False, redirect_stderr=False
-            ) as progress:
+            text_column = TextColumn("{task.description}", markup=False)
+            with self.display(SpinnerColumn(), text_column, TimeElapsedColumn()) as progress:
                 progress.add_task(printable(text))
                 yield
             self.info(f"{text}: {time.monotonic() - start:.1f} s")
@@ -174,23 +171,34 @@ class Log:
 
     @contextlib.contextmanager
     def copying(self, text: str, total: int) -> Iterator[None]:
-        """A step that writes `total` bytes and calls `advance`: a bar with the rate on a terminal, else two lines."""
+        """A step that writes `total` bytes and calls `advance`; told at the end, and on a terminal shown as a bar."""
         start = time.monotonic()
         with contextlib.ExitStack() as stack:
-            if self.stream.isatty() and not self.verbose:
-                from rich.console import Console
-                from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+            if self.on_terminal():
+                from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
-                columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-                screen = Console(file=self.stream)
-                bar = Progress(*columns, TransferSpeedColumn(), console=screen, transient=True, redirect_stdout=False,
-                               redirect_stderr=False)  # fmt: skip
-                task = stack.enter_context(bar).add_task(printable(text), total=total)
+                text_column = TextColumn("{task.description}", markup=False)
+                bar = stack.enter_context(
+                    self.display(text_column, BarColumn(), DownloadColumn(), TransferSpeedColumn())
+                )
+                task = bar.add_task(printable(text), total=total)
                 self.advance = lambda count: bar.advance(task, count)
             stack.callback(setattr, self, "advance", lambda _: None)
             yield
         seconds = time.monotonic() - start
         self.info(f"{text}: {total / 1e6:.1f} MB in {seconds:.1f} s ({total / 1e6 / max(seconds, 1e-3):.0f} MB/s)")
+
+    def on_terminal(self) -> bool:
+        """Whether somebody sees a step while it goes on."""
+        return self.stream.isatty() and not self.verbose
+
+    def display(self, *columns: Any) -> Any:
+        """A progress display on the log's stream, gone when its step ends; other output is none of its business."""
+        from rich.console import Console
+        from rich.progress import Progress
+
+        screen = Console(file=self.stream)
+        return Progress(*columns, console=screen, transient=True, redirect_stdout=False, redirect_stderr=False)
 
     def silence_third_parties(self, *, verbose: bool) -> int:
         """Keep our lines on the terminal and send everything else nowhere (--verbose: to standard error).
@@ -816,7 +824,7 @@ MAX_MODULE_PATHS = 200_000  # eval() visits every path, so a DAG of shared modul
 MAX_MODULE_DEPTH = 400
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 ZIP_METHOD_OFFSET = 8  # of the compression method in a local file header (PKWARE APPNOTE 4.3.7)
-MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python names it from 3.13 on
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # asm-generic/mman.h; Python names it from 3.13 on
 STORAGE_ALIGNMENT = 8  # bytes; what the largest dtype needs (torch.save aligns to 64)
 
 
@@ -1835,7 +1843,7 @@ def map_file(path: Path) -> torch.UntypedStorage:
 
     import torch
 
-    flags = mmap.MAP_PRIVATE | (MAP_NORESERVE if sys.platform == "linux" else 0)
+    flags = mmap.MAP_PRIVATE | MAP_NORESERVE
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
@@ -2515,51 +2523,31 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
     raise DamagedFileError(f"it holds a {type(content).__name__}, neither a model nor a state dict")
 
 
-SAFETENSORS_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2FNUZ": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E8M0": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}  # fmt: skip  (safetensors 0.7's Dtype)
+# Bits of a number, and torch's name for it where it has one (safetensors 0.7's Dtype).
 SAFETENSORS_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}  # fmt: skip  (of torch; it lacks the others)
+    "BOOL": (8, "bool"),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F4": (4, None),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "F32": (32, "float32"),
+    "C64": (64, "complex64"),
+    "F64": (64, "float64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
+}
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -2599,7 +2587,7 @@ def check_extents(header: Mapping[str, Any], size: int) -> None:
         numbers = [begin, stop, *entry["shape"]]
         if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(numbers) > 66:
             raise ValueError(f"the tensor {shorten(name, 60)!r} has a damaged shape or offset")
-        bits = math.prod(entry["shape"]) * SAFETENSORS_BITS[entry["dtype"]]
+        bits = math.prod(entry["shape"]) * SAFETENSORS_DTYPES[entry["dtype"]][0]
         if begin != end or (stop - begin) * 8 != bits:
             raise ValueError(f"the data of {shorten(name, 60)!r} overlap others, leave a gap or have another size")
         end = stop
@@ -2612,7 +2600,8 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
     import torch
 
     header = safetensors_header(source.path)
-    unknown = sorted({entry["dtype"] for entry in header.values()} - SAFETENSORS_DTYPES.keys())
+    names = {name: SAFETENSORS_DTYPES[name][1] for name in sorted({entry["dtype"] for entry in header.values()})}
+    unknown = [name for name, known in names.items() if known is None]
     if unknown:
         raise DamagedFileError(f"it holds {', '.join(unknown)} numbers, which PyTorch lacks; save it in another dtype")
     mapped = map_file(source.path)
@@ -2620,7 +2609,7 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        dtype = getattr(torch, SAFETENSORS_DTYPES[entry["dtype"]])
+        dtype = getattr(torch, names[entry["dtype"]])
         part = data[begin:end]
         aligned = part if part.data_ptr() % dtype.itemsize == 0 else part.clone()
         tensors[name] = aligned.view(dtype).view(entry["shape"])
@@ -3425,7 +3414,6 @@ def shape_text(sizes: Iterable[int]) -> str:
 
 STREAM_FROM = 32 << 20  # bytes of all weights: smaller models are read at once
 STORED_BYTES = 1 << 16  # smaller tensors are read at once
-LEAN_FROM = 512 << 20  # bytes of a file of weights that ONNX Runtime is not to make copies of
 BLOCK_BYTES = 64 << 20  # of a stored tensor that are in memory at a time, where the operation allows it
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MADV_DONTNEED = 4  # madvise(2): the pages may go; they are read again from the file when they are touched
@@ -3668,7 +3656,7 @@ def blank_maker(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     import torch
 
     size = max((tensor.nbytes for tensor in tensors), default=0)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (MAP_NORESERVE if sys.platform == "linux" else 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     zeros = torch.frombuffer(mmap.mmap(-1, size or 1, flags=flags), dtype=torch.uint8)
 
     def blank(tensor: Tensor) -> Tensor:
@@ -3974,8 +3962,6 @@ AXIS_NAMES = {  # by rank: the names of the axes after the batch
 }
 BATCH = "batch_size"
 ODD_CASES = 4
-SWEEP_SECONDS = 0.005  # in which a machine reads some dozens of megabytes
-SWEPT_BYTES = 128 << 20  # of mapped weights that may be resident
 FIRST_ODD_CASE = 3  # after the traced, the smaller and the larger one
 GIVEN_SEED = 1  # that of the smaller case, which is the given one where the batch alone is free
 # Names that a single input keeps: the ecosystem's. Any other single input is called `input`.
@@ -4980,7 +4966,7 @@ def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
         for name, (_, heads, _, size) in zip(cache_tensors(probe, "present"), shapes, strict=True)
     ]
     every, tokens = (*DECODER_SIZES, *window_sizes(config, shapes)), GENERATED
-    if (size := sum(tensor.nbytes for _, tensor in state_of(model))) >= HEAVY_BYTES:
+    if (size := weight_bytes(model)) >= HEAVY_BYTES:
         every, tokens = DECODER_SIZES[:2], FEW_GENERATED
         LOG.info(
             f"verify: each pass reads {size_text(size)}, so it is {len(every)} sizes and {tokens} generated tokens"
@@ -6008,7 +5994,7 @@ def lies_in(folder: Path, tensor: ir.TensorProtocol) -> bool:
 def check_room(model: nn.Module, options: argparse.Namespace, copies: int = 1) -> None:
     """Before the work begins: is there space for all weights? Raises ConversionError (RESOURCES)."""
     if options.external_data == "copy":
-        check_space(options.staging.parent, copies * sum(tensor.nbytes for _, tensor in state_of(model)))
+        check_space(options.staging.parent, copies * weight_bytes(model))
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -6047,41 +6033,59 @@ def write_single_file(model: ir.Model, path: Path) -> Path:
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
     rest = proto.SerializeToString(deterministic=True)
-    tensors = [value.const_value for value in large]
-    kinds = [
-        {"name": value.name, "dims": tensor.shape.numpy(), "data_type": tensor.dtype.value}
-        for value, tensor in zip(large, tensors, strict=True)
-    ]
-    size = len(graph) + sum(
-        tensor.nbytes + len(str(kind)) + ALIGNMENT for tensor, kind in zip(tensors, kinds, strict=True)
-    )
+    size = len(graph) + sum(value.const_value.nbytes for value in large)
     while True:  # where the weights lie depends on how long the number is that says how long all of it is
-        place = len(rest) + len(message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size)) + len(graph)
-        heads, starts = [], []
-        for kind, tensor in zip(kinds, tensors, strict=True):
-            heads.append(aligned_head(kind, tensor.nbytes, place))
-            starts.append(place + len(heads[-1]))
-            place = starts[-1] + tensor.nbytes
-        if size == (size := place - len(rest) - len(message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size))):
+        before = rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph
+        placed = place_weights(large, len(before))
+        end = placed[-1].start + placed[-1].tensor.nbytes if placed else len(before)
+        if size == (size := end - len(before) + len(graph)):
             break
     with path.open("wb") as file:
-        file.write(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph)
-        for head, tensor in zip(heads, tensors, strict=True):
-            file.write(head)
-            tensor.tofile(file)
-    if sum(tensor.nbytes for tensor in tensors) < STREAM_FROM:
+        file.write(before)
+        for weight in placed:
+            file.write(weight.head)
+            weight.tensor.tofile(file)
+    if sum(weight.tensor.nbytes for weight in placed) < STREAM_FROM:
         return path
     proto.graph.ParseFromString(graph)
-    for kind, tensor, start in zip(kinds, tensors, starts, strict=True):
-        outside = proto.graph.initializer.add(**kind, data_location=onnx.TensorProto.EXTERNAL)
-        for key, value in (("location", path.name), ("offset", start), ("length", tensor.nbytes)):
+    return write_twin(proto, placed, path)
+
+
+class PlacedWeight(NamedTuple):
+    """An initializer in a file: its fields other than the data, what stands before these, and where they begin."""
+
+    fields: Mapping[str, Any]
+    tensor: ir.TensorProtocol
+    head: bytes
+    start: int
+
+
+def place_weights(values: Iterable[ir.Value], place: int) -> list[PlacedWeight]:
+    """Initializers one after the other, from `place` of the file on, the data of each aligned."""
+    placed = []
+    for value in values:
+        tensor: Any = value.const_value
+        fields = {"name": value.name, "dims": tensor.shape.numpy(), "data_type": tensor.dtype.value}
+        head = aligned_head(fields, tensor.nbytes, place)
+        placed.append(PlacedWeight(fields, tensor, head, place + len(head)))
+        place += len(head) + tensor.nbytes
+    return placed
+
+
+def write_twin(proto: onnx.ModelProto, placed: Iterable[PlacedWeight], path: Path) -> Path:
+    """Write `proto`, which lacks the weights, beside `path` with references to where they lie in that file."""
+    import onnx
+
+    for weight in placed:
+        outside = proto.graph.initializer.add(**weight.fields, data_location=onnx.TensorProto.EXTERNAL)
+        for key, value in (("location", path.name), ("offset", weight.start), ("length", weight.tensor.nbytes)):
             outside.external_data.add(key=key, value=str(value))
     light = path.with_name(f".{path.name}.twin")
     light.write_bytes(proto.SerializeToString(deterministic=True))
     return light
 
 
-def aligned_head(kind: Mapping[str, Any], length: int, place: int) -> bytes:
+def aligned_head(fields: Mapping[str, Any], length: int, place: int) -> bytes:
     """What stands before the `length` bytes of an initializer at `place` of the file, so that they begin aligned.
 
     Runtimes may then use them where they lie. A doc_string of spaces fills the gap.
@@ -6089,7 +6093,7 @@ def aligned_head(kind: Mapping[str, Any], length: int, place: int) -> bytes:
     import onnx
 
     for spaces in range(2 * ALIGNMENT):
-        head = onnx.TensorProto(**kind, doc_string=" " * spaces).SerializeToString()
+        head = onnx.TensorProto(**fields, doc_string=" " * spaces).SerializeToString()
         head += message_head(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, length)
         head = message_head(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + length) + head
         if (place + len(head)) % ALIGNMENT == 0:
@@ -6121,6 +6125,9 @@ SCORE_TIE = 1e-3  # scores that rounding may swap
 SAME = 1e-3  # of the largest value: two programs' answers for one detection
 STIR = 1e-5  # of each value: what layers of float32 add up to between two right programs
 MAX_ROW = 256  # numbers in a row that is compared to find its partner: boxes, labels and keypoints, not masks
+LEAN_FROM = 512 << 20  # bytes of a file of weights that ONNX Runtime is not to make copies of
+SWEEP_SECONDS = 0.005  # in which a machine reads some dozens of megabytes
+SWEPT_BYTES = 128 << 20  # of mapped weights that may be resident
 ROUNDING_LIMIT = 0.05
 ROUNDING_MARGIN = 4  # a sum in another order may err in the other direction, and as far again in the largest element
 ROUNDING_STEPS = 8  # of the largest value's last digit: what is left of values that cancel in a sum
@@ -6510,6 +6517,11 @@ def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """The bytes of all parameters and buffers, shared ones once."""
+    return sum(tensor.nbytes for _, tensor in state_of(model))
+
+
 def largest_value(tensor: Tensor) -> float:
     """The largest finite absolute value of a tensor of real numbers, or 0."""
     if not tensor.is_floating_point() or not tensor.numel():
@@ -6740,8 +6752,8 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
                 ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
             )
         found = load_pretrained(folder, config, task, cls, options)
-        graphs = 2 if task in GENERATION_TASKS and config.is_encoder_decoder else 1  # the decoder: twice, then merged
-        check_room(found.model, options, graphs)
+        copies = 2 if task in GENERATION_TASKS and config.is_encoder_decoder else 1  # the decoder: twice, then merged
+        check_room(found.model, options, copies)
         if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
             found = found._replace(steps=sentence_steps(source.path, trust=options.trust_pickle))
     LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")

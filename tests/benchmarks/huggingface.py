@@ -43,7 +43,7 @@ from transformers.exporters import OnnxExporter
 from transformers.exporters.configs import OnnxConfig
 source, target = sys.argv[1:]
 config = transformers.AutoConfig.from_pretrained(source)
-model = getattr(transformers, config.architectures[0]).from_pretrained(source).eval()
+model = getattr(transformers, config.architectures[0]).from_pretrained(source, dtype=torch.float32).eval()
 given = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
 if model.can_generate():
     cache = transformers.DynamicCache(config=config)

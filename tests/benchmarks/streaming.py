@@ -28,9 +28,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface import EXPORTER
 from overhead import CONVERT
 
-SHAPES: dict[str, dict[str, Any]] = {  # those of Qwen2.5, and layers, and whether the embedding is the head's too
+SHAPES: dict[str, dict[str, Any]] = {  # those of Qwen2.5
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
     "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
@@ -79,21 +80,6 @@ text += b" " * (-len(text) % 8)
 with open(f"{folder}/model.safetensors", "wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     file.truncate(8 + len(text) + end)
-"""
-EXPORTER = """
-import sys, torch, transformers
-from transformers.exporters import OnnxExporter
-from transformers.exporters.configs import OnnxConfig
-source, target = sys.argv[1:]
-config = transformers.AutoConfig.from_pretrained(source)
-model = transformers.Qwen2ForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-cache = transformers.DynamicCache(config=config)
-size = (2, config.num_key_value_heads, 5, config.hidden_size // config.num_attention_heads)
-for layer in range(config.num_hidden_layers):
-    cache.update(torch.zeros(size), torch.zeros(size), layer)
-given = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-         "position_ids": torch.arange(5, 8).repeat(2, 1), "past_key_values": cache}
-OnnxExporter().export(model, given, OnnxConfig(dynamic=True)).save_pretrained(target)
 """
 
 
@@ -174,7 +160,7 @@ def row(shape: str, way: str, result: Run, target: Path, folder: Path) -> str:
     """One line of the table."""
     if result.code:
         killed = result.code in (-signal.SIGKILL, 7)
-        return f"| {shape} | {way} | {'over' if killed else f'exit {result.code}'} | | | | |"
+        return f"| {shape} | {way} | {'over' if killed else f'exit {result.code}'} {'| ' * (len(COLUMNS) - 2)}".rstrip()
     files = [file for file in target.rglob("*.onnx*") if file.is_file()]  # a link is not written
     written = sum(file.stat().st_size for file in files)
     ratio = ""
