@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import errno
 import functools
@@ -4233,6 +4234,18 @@ class Plan(NamedTuple):
     file: str
     further_checks: Callable[[Any, Plan, argparse.Namespace], list[Difference]] | None = None
     linked: bool = False  # the weights stay as they lie in the checkpoint, which the graph refers to
+    step: TokenStep | None = None  # what is exported and then repeated, where `model` reads a text token by token
+
+
+class TokenStep(NamedTuple):
+    """A model's work on one token. The graph of a model with states repeats it: PyTorch's own loop cannot be traced.
+
+    `specs` are the inputs of a single token (batch x 1), the mask up to it, and the cache before it.
+    """
+
+    module: nn.Module
+    specs: list[InputSpec]
+    traced: list[Tensor]
 
 
 class RejectedInputError(Exception):
@@ -4615,6 +4628,7 @@ class Graph(NamedTuple):
     examples: Examples
     sizes: tuple[dict[str, int], ...]
     further_checks: Callable[[Any, Plan, argparse.Namespace], list[Difference]] | None = None
+    step: TokenStep | None = None
 
 
 def padding_mask(batch: int, length: int, *, left: bool) -> Tensor:
@@ -4904,6 +4918,8 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
             {**size, "num_choices": CHOICES + turn, DECODER_SEQUENCE: DECODED + turn}
             for turn, size in enumerate(TEXT_SIZES)
         )
+        if task == "feature-extraction" and not found.steps and has_states(config):
+            return stateful_graph(found, specs, cached=False, verified=False)
     names = [spec.name for spec in specs]
     module = named_call(model, names, task_outputs(task, found.missing))
     if found.steps and "attention_mask" in names:
@@ -4933,12 +4949,32 @@ def cache_of(tensors: Sequence[Tensor]) -> Any:
     return cache
 
 
-def cache_tensors(cache: Any, prefix: str = "", kind: str = "") -> dict[str, Tensor]:
-    """`present.N.key` and `present.N.value` of every layer (for encoder-decoder models `present.N.decoder.key`)."""
+def cache_tensors(cache: Any, prefix: str = "", kind: str = "", recurrent: str = "") -> dict[str, Tensor]:
+    """`present.N.key` and `present.N.value` of every layer (for encoder-decoder models `present.N.decoder.key`).
+
+    Layers with states have `present_conv.N` and, under the name of `recurrent`, `present_ssm.N`.
+    """
     named = {}
     for index, layer in enumerate(cache.layers):
-        named[f"{prefix}.{index}{kind}.key"], named[f"{prefix}.{index}{kind}.value"] = layer.keys, layer.values
+        if getattr(layer, "keys", None) is not None:
+            named[f"{prefix}.{index}{kind}.key"], named[f"{prefix}.{index}{kind}.value"] = layer.keys, layer.values
+        named |= {f"{prefix}_{name}": states[turn] for name, states, turn in state_places(layer, index, recurrent)}
     return named
+
+
+def state_places(layer: Any, index: int, recurrent: str) -> list[tuple[str, dict[int, Tensor], int]]:
+    """Where a layer of transformers' cache keeps its states, each with its name; none in layers of attention."""
+    found = []
+    if hasattr(layer, "recurrent_states"):
+        for kind, states in (("conv", layer.conv_states), (recurrent, layer.recurrent_states)):
+            turns = [turn for turn, state in states.items() if state is not None]
+            found += [(f"{kind}.{index}" + (f".{turn}" if len(turns) > 1 else ""), states, turn) for turn in turns]
+    return found
+
+
+def past_name(present: str) -> str:
+    """The input that takes what an output gave: `past_key_values.N.key` for `present.N.key`, `past_conv.N`."""
+    return present.replace("present", "past_key_values" if present.startswith("present.") else "past", 1)
 
 
 def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
@@ -4953,30 +4989,215 @@ def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
     dims, axes = (2, DECODER_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
     specs = [InputSpec(name, dims, torch.int64, axes) for name in names]
     config = model.config.get_text_config(decoder=True)
+    if has_states(config):
+        return stateful_graph(found, specs, cached=cached, verified=verified)
     examples = functools.partial(example_tensors, specs, config, left=True)
     if not cached:
         module = named_call(model, names, task_outputs(found.task, ()))
         return Graph("model", module, specs, examples, TEXT_SIZES)
     with torch.no_grad():
         probe = model(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=True).past_key_values
-    shapes = [tensor.shape for tensor in cache_tensors(probe).values()]
-    specs = [spec._replace(axes={0: BATCH, 1: TOTAL}) if "mask" in spec.name else spec for spec in specs]
-    specs += [
-        InputSpec(name.replace("present", "past_key_values", 1), (2, heads, 6, size), dtype, {0: BATCH, 2: PAST})
-        for name, (_, heads, _, size) in zip(cache_tensors(probe, "present"), shapes, strict=True)
-    ]
-    every, tokens = (*DECODER_SIZES, *window_sizes(config, shapes)), GENERATED
-    if (size := weight_bytes(model)) >= HEAVY_BYTES:
-        every, tokens = DECODER_SIZES[:2], FEW_GENERATED
-        LOG.info(
-            f"verify: each pass reads {size_text(size)}, so it is {len(every)} sizes and {tokens} generated tokens"
-        )
-    sizes = tuple({**size, TOTAL: size[PAST] + size[SEQUENCE]} for size in every)
+    past = cache_specs(probe, dtype)
+    specs = [*growing_masks(specs), *past]
+    sizes, tokens = decoder_sizes(model, config, past)
     examples = functools.partial(example_tensors, specs, config, left=True)
     check = None
     if verified and model.can_generate():
         check = functools.partial(check_generation, generate(model, config, tokens), specs)
     return Graph("model", cached_call(model, names), specs, examples, sizes, check)
+
+
+def growing_masks(specs: Sequence[InputSpec]) -> list[InputSpec]:
+    """`specs` with masks that span the past, too."""
+    return [spec._replace(axes={0: BATCH, 1: TOTAL}) if "mask" in spec.name else spec for spec in specs]
+
+
+def cache_specs(probe: Any, dtype: torch.dtype, recurrent: str = "") -> list[InputSpec]:
+    """The inputs for a cache like `probe`, which holds what a single token left."""
+    found = []
+    for name, tensor in cache_tensors(probe, "present", recurrent=recurrent).items():
+        _, *rest = tensor.shape
+        if name.startswith("present."):
+            heads, _, size = rest
+            found.append(InputSpec(past_name(name), (2, heads, 6, size), dtype, {0: BATCH, 2: PAST}))
+        else:
+            found.append(InputSpec(past_name(name), (2, *rest), tensor.dtype, {0: BATCH}))
+    return found
+
+
+def decoder_sizes(model: Any, config: Any, past: Sequence[InputSpec]) -> tuple[tuple[dict[str, int], ...], int]:
+    """Sizes at which a decoder with a `past` is compared, and how many tokens it generates."""
+    every, tokens = (*DECODER_SIZES, *window_sizes(config, [spec.dims for spec in past])), GENERATED
+    if (size := weight_bytes(model)) >= HEAVY_BYTES:
+        every, tokens = DECODER_SIZES[:2], FEW_GENERATED
+        LOG.info(
+            f"verify: each pass reads {size_text(size)}, so it is {len(every)} sizes and {tokens} generated tokens"
+        )
+    return tuple({**size, TOTAL: size[PAST] + size[SEQUENCE]} for size in every), tokens
+
+
+def has_states(config: Any) -> bool:
+    """Whether transformers gives this model's cache layers with states: state spaces and linear attention."""
+    from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
+
+
+def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bool, verified: bool) -> Graph:
+    """The graph of a model with states (mamba, lfm2, qwen3_next): a loop over the tokens, in prefill as in decoding.
+
+    Without a cache the states begin with zeros, and what they become is no output.
+    """
+    import torch
+
+    model, config = found.model, found.model.config.get_text_config(decoder=True)
+    argument = "cache_params" if takes(model, "cache_params") else "past_key_values"
+    with torch.no_grad():
+        probe = getattr(model(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=True), argument)
+    # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
+    recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in config.to_dict()) else "recurrent"
+    past = cache_specs(probe, float_dtype(model), recurrent)
+    names, states = [spec.name for spec in specs], [spec.name for spec in past]
+    way = Stateful(model, names, states, argument, probe.layers, recurrent, task_outputs(found.task, ()))
+    one = {BATCH: 2, PAST: 6, SEQUENCE: 1, TOTAL: 7}
+    single = [spec._replace(dims=(2, one[spec.axes[1]])) for spec in growing_masks(specs)]
+    single = [
+        spec._replace(axes={axis: name for axis, name in spec.axes.items() if name != SEQUENCE}) for spec in single
+    ]
+    every = [*single, *past]
+    step = TokenStep(token_call(way), every, stateful_examples(every, config, one, 0))
+    if not cached:
+        examples = functools.partial(example_tensors, specs, config, left=True)
+        return Graph("model", text_call(way, step.module, cached=False), list(specs), examples, TEXT_SIZES, step=step)
+    every = [*growing_masks(specs), *past]
+    sizes, tokens = decoder_sizes(model, config, past)
+    examples = functools.partial(stateful_examples, every, config)
+    check = functools.partial(check_generation, generate(model, config, tokens), every) if verified else None
+    return Graph("model", text_call(way, step.module, cached=True), every, examples, sizes, check, step)
+
+
+def stateful_examples(specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
+    """Example inputs of a decoder; where no token is past, the states are zeros."""
+    tensors = example_tensors(specs, config, sizes, seed, left=True)
+    if not sizes[PAST]:
+        for spec, tensor in zip(specs, tensors, strict=True):
+            if spec.name.startswith("past_"):
+                tensor.zero_()
+    return tensors
+
+
+class Stateful(NamedTuple):
+    """How a model with states is called."""
+
+    model: Any
+    names: list[str]  # of its inputs
+    past: list[str]  # of the cache's tensors
+    argument: str  # the cache's name
+    layers: list[Any]  # of a cache: what is in them is replaced
+    recurrent: str  # what its recurrent states are called
+    choose: Callable[[Any], dict[str, Tensor]]  # the task's outputs, each batch x tokens x ...
+
+
+def token_call(way: Stateful) -> nn.Module:
+    """A module that takes one token of each row, the mask up to it and the cache; outputs and the cache after it.
+
+    A padded token leaves the states as they were: transformers hides it from them in a whole text, but not alone.
+    """
+    import torch
+    from torch import nn
+
+    attends = any(name.startswith("past_key_values") for name in way.past)
+
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = way.model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            given = dict(zip([*way.names, *way.past], inputs, strict=True))
+            before = {name: given.pop(name) for name in way.past}
+            mask = given["attention_mask"]
+            if not attends:  # nothing looks back at padding
+                del given["attention_mask"]
+            cache = filled_cache(way, before)
+            output = self.inner(**given, **{way.argument: cache}, use_cache=True, return_dict=True)
+            result = {**way.choose(output), **cache_tensors(cache, "present", recurrent=way.recurrent)}
+            for name, after in result.items():
+                if name.startswith("present_"):
+                    real = mask[:, -1].to(torch.bool).view(-1, *[1] * (after.dim() - 1))
+                    result[name] = torch.where(real, after, before[past_name(name)])
+            return without_padding(result, mask)
+
+    return Token()
+
+
+def text_call(way: Stateful, step: nn.Module, *, cached: bool) -> nn.Module:
+    """A module with the inputs and outputs of the graph, which reads a whole text as PyTorch does.
+
+    Not every model goes on from a past with more than one token: there it is `step` by step.
+    """
+    import torch
+    from torch import nn
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = way.model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            given, before = dict(zip(way.names, inputs, strict=False)), inputs[len(way.names) :]
+            mask, length = given["attention_mask"], given["input_ids"].shape[1]
+            past = mask.shape[1] - length
+            if not past:
+                output = self.inner(**given, use_cache=True, return_dict=True)
+                cache = cache_tensors(output[way.argument], "present", recurrent=way.recurrent) if cached else {}
+                return without_padding({**way.choose(output), **cache}, mask)
+            answers = []
+            for turn in range(length):
+                token = {name: tensor[:, turn : turn + 1] for name, tensor in given.items()}
+                token["attention_mask"] = mask[:, : past + turn + 1]
+                answers.append(step(*token.values(), *before))
+                before = [value for name, value in answers[-1].items() if name.startswith("present")]
+            return {
+                name: value if name.startswith("present") else torch.cat([answer[name] for answer in answers], 1)
+                for name, value in answers[-1].items()
+            }
+
+    return Text()
+
+
+def filled_cache(way: Stateful, tensors: Mapping[str, Tensor]) -> Any:
+    """A cache with the layers of `way` that holds `tensors`; models write into copies of the states."""
+    from transformers.cache_utils import DynamicCache, LinearAttentionAndFullAttentionLayer
+
+    cache = DynamicCache()
+    cache.layers = []
+    for index, like in enumerate(way.layers):
+        grown = [tensors[name] for part in ("key", "value") if (name := f"past_key_values.{index}.{part}") in tensors]
+        layer = cache_layer(*grown) if grown else copy.copy(like)
+        if states := state_places(like, index, way.recurrent):
+            if grown:  # both in one layer, whatever window it has
+                layer = LinearAttentionAndFullAttentionLayer(like.number_of_states)
+                vars(layer).update({**vars(like), **vars(cache_layer(*grown))})
+            layer.conv_states, layer.recurrent_states = dict(like.conv_states), dict(like.recurrent_states)
+            for name, _, turn in states:
+                kept = layer.conv_states if name.startswith("conv") else layer.recurrent_states
+                kept[turn] = tensors[f"past_{name}"].clone()
+        cache.layers.append(layer)
+    return cache
+
+
+def without_padding(tensors: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Zeros in all that belongs to padded tokens, which counts nowhere: outputs, keys and values."""
+    hidden = {}
+    for name, tensor in tensors.items():
+        if name.startswith("present."):
+            hidden[name] = tensor * mask[:, None, :, None].to(tensor.dtype)
+        elif name.startswith("present_"):
+            hidden[name] = tensor
+        else:
+            hidden[name] = tensor * mask[:, -tensor.shape[1] :, None].to(tensor.dtype)
+    return hidden
 
 
 class Generated(NamedTuple):
@@ -5029,7 +5250,7 @@ def check_generation(
     cache = {
         spec.name: np.zeros(spec.resized({BATCH: batch, PAST: 0}), numpy_dtype(spec))
         for spec in specs
-        if PAST in spec.axes.values()
+        if spec.name.startswith("past_")
     }
     steps = []
     count = expected.tokens.shape[1]
@@ -5039,7 +5260,7 @@ def check_generation(
         wanted = {spec.name: given[spec.name] for spec in specs}
         results = dict(zip(names, session.run(None, wanted), strict=True))
         steps.append(results.pop("logits")[:, -1])
-        cache = {name.replace("present", "past_key_values", 1): value for name, value in results.items()}
+        cache = {past_name(name): value for name, value in results.items()}
         ids = steps[-1].argmax(-1)[:, None]
         mask = np.concatenate([mask, np.ones((batch, 1), mask.dtype)], 1)
     return compare_generated(expected, np.stack(steps, 1), f"{count} tokens after {batch}x{length}", plan, options)
@@ -5082,7 +5303,7 @@ def check_encoder_decoder(  # noqa: PLR0913, PLR0917
         given |= {"input_ids": ids, CACHE_FLAG: np.array([step > 0])}
         results = dict(zip(names, session.run(None, {spec.name: given[spec.name] for spec in specs}), strict=True))
         steps.append(results.pop("logits")[:, -1])
-        given |= {name.replace("present", "past_key_values", 1): value for name, value in results.items()}
+        given |= {past_name(name): value for name, value in results.items()}
         ids = steps[-1].argmax(-1)[:, None]
     return compare_generated(expected, np.stack(steps, 1), f"{GENERATED} tokens", plan, options)
 
@@ -5200,7 +5421,7 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
         answer = first(*example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0))
     past = [
         InputSpec(
-            name.replace("present", "past_key_values", 1),
+            past_name(name),
             tuple(tensor.shape),
             dtype,
             {0: BATCH, 2: PAST} if ".decoder." in name else {0: BATCH, **({2: ENCODER_SEQUENCE} if free else {})},
@@ -5380,7 +5601,7 @@ def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, outp
     """repeat_interleave as the exporter has it, which adds to `dim` in place: other nodes share that constant."""
     from torch.onnx import symbolic_helper, symbolic_opset13
 
-    axis = None if symbolic_helper._is_none(dim) else symbolic_helper._maybe_get_const(dim, "i")  # noqa: SLF001
+    axis = None if symbolic_helper._is_none(dim) else symbolic_helper._maybe_get_const(dim, "t").clone()  # noqa: SLF001
     return symbolic_opset13.repeat_interleave(graph, tensor, repeats, axis, output_size)
 
 
@@ -5667,6 +5888,9 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     import torch
 
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
+    whole = plan
+    if plan.step is not None:
+        plan = plan_of_step(plan.step, plan)
     flat = flat_module(plan.model, [spec.name for spec in plan.specs])
     if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
@@ -5690,7 +5914,97 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
         warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
     if model.opset_imports.get("") != rung.opset:
         raise RungError(f"it wrote opset {model.opset_imports.get('')} instead")
+    if whole.step is not None:
+        repeat_for_tokens(model, plan, whole)
     return model, fixed_by_tracing(caught)
+
+
+def plan_of_step(step: TokenStep, plan: Plan) -> Plan:
+    """The plan to export the work on one token."""
+    import torch
+
+    with torch.no_grad():
+        outputs = list(step.module(*step.traced))
+    return plan._replace(model=step.module, specs=step.specs, traced=step.traced, outputs=outputs, cases=[], step=None)
+
+
+def repeat_for_tokens(model: ir.Model, single: Plan, whole: Plan) -> None:
+    """Turn the graph of one token in place into that of a text, a Loop around it; raises RungError.
+
+    The cache goes from turn to turn, what is said of each token is stacked up, and the weights stay outside.
+    """
+    import onnx_ir as ir
+    from onnx_ir.tape import Tape
+
+    graph = model.graph
+    restore_inputs(graph, single)
+    if len(graph.outputs) != len(single.outputs):
+        raise RungError(f"its graph has {len(graph.outputs)} outputs, the model {len(single.outputs)}")
+    inputs = {value.name: ir.Value(name=value.name, type=value.type) for value in graph.inputs}
+    answers = dict(zip(single.outputs, graph.outputs, strict=True))
+    nodes = list(graph)
+    graph.outputs.clear()
+    graph.remove(nodes)
+    outer, first, last = Tape(), Tape(), Tape()  # around the loop, and at both ends of a turn
+
+    def numbers(tape: Tape, *values: int) -> ir.Value:
+        return tape.op("Constant", [], {"value": ir.tensor(values)})
+
+    def size(name: str, axis: int) -> ir.Value:
+        return outer.op("Gather", [outer.op("Shape", [inputs[name]]), numbers(outer, axis)], {"axis": 0})
+
+    turn = ir.Value(name="loop/turn", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    going = ir.Value(name="loop/going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    place = first.op("Reshape", [turn, numbers(first, 1)])
+    batch, length = size("input_ids", 0), size("input_ids", 1)
+    kept, begun, given = [], [], {spec.name for spec in whole.specs}
+    for spec, value in zip(single.specs, graph.inputs, strict=True):
+        if spec.name.startswith("past_"):
+            own = ir.Value(name=f"loop/{spec.name}", type=value.type)
+            kept.append(own)
+            begun.append(inputs[spec.name] if spec.name in given else nothing_past(spec, batch, outer))
+        elif TOTAL in spec.axes.values():
+            behind = outer.op("Sub", [size(spec.name, 1), length])
+            end = first.op("Add", [first.op("Add", [behind, place]), numbers(first, 1)])
+            own = first.op("Slice", [inputs[spec.name], numbers(first, 0), end, numbers(first, 1)])
+        else:
+            own = first.op("Gather", [inputs[spec.name], place], {"axis": 1})
+        ir.convenience.replace_all_uses_with(value, own)
+    states = [name for name in single.outputs if name.startswith("present")]
+    told = [name for name in single.outputs if name not in states]
+    zero = last.op("Constant", [], {"value": ir.tensor(0)})
+    ends = [
+        last.op("Identity", [going]),
+        *(answers[name] for name in states),
+        *(last.op("Gather", [answers[name], zero], {"axis": 1}) for name in told),
+    ]
+    for node in nodes:  # of a single token and a past that now grows
+        for value in node.outputs:
+            value.shape = None
+    body = ir.Graph([turn, going, *kept], ends, nodes=[*first.nodes, *nodes, *last.nodes], name="token")
+    trips = outer.op("Squeeze", [length])
+    left = outer.op_multi_out("Loop", [trips, None, *begun], {"body": body}, num_outputs=len(ends) - 1)
+    results = dict(zip([*states, *told], left, strict=True))
+    results |= {name: outer.op("Transpose", [results[name]], {"perm": (1, 0, 2)}) for name in told}
+    for name, value in results.items():
+        value.type = answers[name].type
+    for number, node in enumerate([*outer.nodes, *first.nodes, *last.nodes]):
+        node.name = f"loop/{node.op_type}_{number}"
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}/{index}"
+    graph.inputs[:] = [inputs[spec.name] for spec in whole.specs]
+    graph.extend(outer.nodes)
+    graph.outputs.extend(results[name] for name in whole.outputs)
+
+
+def nothing_past(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Value:
+    """The cache before the first token: no keys and values, and states of zeros, for `batch` (1) rows."""
+    import numpy as np
+    import onnx_ir as ir
+
+    sizes = [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:]
+    shape = tape.op("Concat", [batch, tape.op("Constant", [], {"value": ir.tensor(sizes)})], {"axis": 0})
+    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, numpy_dtype(spec)))})
 
 
 def fixed_by_tracing(caught: Iterable[warnings.WarningMessage]) -> str:
@@ -5895,7 +6209,7 @@ def branch_of(
     graph.remove(nodes)
     for name in names:
         if name not in found:
-            given = inputs[name.replace("present", "past_key_values", 1)]
+            given = inputs[past_name(name)]
             nodes.append(ir.node("Identity", [given], outputs=[ir.Value(name=name, type=given.type)]))
             found[name] = nodes[-1].outputs[0]
     return ir.Graph([], [found[name] for name in names], nodes=nodes, name="branch")
@@ -6908,7 +7222,8 @@ def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
         graph = graph._replace(specs=[spec._replace(axes={}) for spec in graph.specs], further_checks=None)
     specs = [spec._replace(dims=tuple(tensor.shape)) for spec, tensor in zip(graph.specs, traced, strict=True)]
     file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
-    return Plan(graph.module, specs, list(cases[0].outputs), traced, cases, file, graph.further_checks)
+    checks = graph.further_checks
+    return Plan(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
 
 
 def label_metadata(config: Any) -> dict[str, str]:
