@@ -3444,17 +3444,17 @@ def stored_class() -> Any:
     """The class of stored tensors (torch is imported late)."""
     import torch
 
-    aten = torch.ops.aten
-
     class Stored(torch.Tensor):
         """A tensor with the values of `source`, which lies in a mapped file, in another dtype or the same.
 
-        Views and casts of it are stored tensors again; products and lookups read it a block at a time; any other
-        operation reads it as a whole, for as long as it runs. It cannot be written to: that raises RuntimeError.
+        Views and casts of it are stored tensors again, and so is what joins several; products and lookups read it a
+        block at a time; any other operation reads it as a whole, for as long as it runs. It cannot be written to: that
+        raises RuntimeError.
         https://docs.pytorch.org/docs/stable/notes/extending.html#extending-torch-native-api
         """
 
-        source: Tensor
+        source: Tensor | None  # none where it is joined
+        kept_as: torch.dtype  # in the file
 
         @staticmethod
         def __new__(cls: Any, source: Tensor, dtype: torch.dtype) -> Any:
@@ -3463,10 +3463,10 @@ def stored_class() -> Any:
             )
 
         def __init__(self, source: Tensor, dtype: torch.dtype) -> None:  # noqa: ARG002  (as in __new__)
-            self.source = source
+            self.source, self.kept_as = source, source.dtype
 
         def __repr__(self, *, tensor_contents: Any = None) -> str:
-            return f"Stored({shape_text(self.shape)}, {self.source.dtype} as {self.dtype})"
+            return f"{type(self).__name__}({shape_text(self.shape)}, {self.kept_as} as {self.dtype})"
 
         def read(self) -> Tensor:
             """Its values as an ordinary tensor: of the same dtype those in the mapped file."""
@@ -3476,33 +3476,144 @@ def stored_class() -> Any:
             """Give back the memory that reading took."""
             release(self.source.data_ptr(), self.source.data_ptr() + extent(self.source))
 
+        def address(self) -> tuple[int, ...]:
+            """What tells two stored tensors apart that have the same shape and dtype."""
+            return (self.source.data_ptr(), *self.source.stride())
+
+        def cast(self, dtype: torch.dtype) -> Stored:
+            """The same numbers in another dtype."""
+            return Stored(self.source, dtype)
+
+        def view_by(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+            """The view or views of it that `func` makes; None where it has to be read for them."""
+            views = func(self.source, *args, **kwargs)
+            many = isinstance(views, (list, tuple))
+            return [Stored(view, self.dtype) for view in views] if many else Stored(views, self.dtype)
+
         @classmethod
         def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            first, kwargs = args[0], kwargs or {}
-            if isinstance(first, cls):
-                if func.is_view or func is aten.detach.default:
-                    views = func(first.source, *args[1:], **kwargs)
-                    many = isinstance(views, (list, tuple))
-                    return [cls(view, first.dtype) for view in views] if many else cls(views, first.dtype)
-                if func is aten._to_copy.default and casts_only(first, kwargs):  # noqa: SLF001
-                    return cls(first.source, kwargs.get("dtype", first.dtype))
-                if func._schema.is_mutable:  # noqa: SLF001
-                    raise RuntimeError(f"{func} would write to weights that are streamed; pass --no-stream")
-            return rules.get(func, call_with_values)(func, args, kwargs)
+            return call_operator(func, args, kwargs or {})
 
+    return Stored
+
+
+def call_operator(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call an operator of torch with stored tensors among its arguments."""
+    import torch
+
+    aten, first = torch.ops.aten, args[0]
+    if isinstance(first, stored_class()):
+        viewed = func.is_view or func is aten.detach.default
+        if viewed and (views := first.view_by(func, args[1:], kwargs)) is not None:
+            return views
+        if func is aten._to_copy.default and casts_only(first, kwargs):  # noqa: SLF001
+            return first.cast(kwargs.get("dtype", first.dtype))
+        if func._schema.is_mutable:  # noqa: SLF001
+            raise RuntimeError(f"{func} would write to weights that are streamed; pass --no-stream")
     rules = {
         aten.embedding.default: look_up_rows,
         aten.mm.default: multiply_in_blocks,
         aten.addmm.default: multiply_in_blocks,
+        aten.stack.default: join,
+        aten.cat.default: join,
     }
-    return Stored
+    return rules.get(func, call_with_values)(func, args, kwargs)
+
+
+@functools.cache
+def joined_class() -> Any:
+    """The class of stored tensors that are made of several: transformers joins the experts of a layer."""
+    import torch
+
+    Stored = stored_class()  # noqa: N806  (a class)
+
+    class Joined(Stored):  # type: ignore[misc,valid-type]
+        """Stored tensors of one dtype, one behind the other along `axis`."""
+
+        @staticmethod
+        def __new__(cls: Any, parts: Sequence[Any], axis: int) -> Any:
+            shape = list(parts[0].shape)
+            shape[axis] = sum(part.shape[axis] for part in parts)
+            return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=parts[0].dtype)  # noqa: SLF001
+
+        def __init__(self, parts: Sequence[Any], axis: int) -> None:
+            self.parts, self.axis, self.source, self.kept_as = list(parts), axis, None, parts[0].kept_as
+
+        def read(self) -> Tensor:
+            return torch.cat([part.read() for part in self.parts], self.axis)
+
+        def let_go(self) -> None:
+            for part in self.parts:
+                part.let_go()
+
+        def address(self) -> tuple[int, ...]:
+            return tuple(itertools.chain.from_iterable(part.address() for part in self.parts))
+
+        def cast(self, dtype: torch.dtype) -> Any:
+            return Joined([part.cast(dtype) for part in self.parts], self.axis)
+
+        def view_by(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+            return view_of_joined(self, func, args) if not kwargs else None
+
+    return Joined
+
+
+def view_of_joined(joined: Any, func: Any, args: Sequence[Any]) -> Any:
+    """The view or views of a joined tensor that `func` makes, joined again or one part's; None of unusual kinds."""
+    import torch
+
+    kind = func._schema.name.removeprefix("aten::")  # noqa: SLF001
+    if kind == "narrow":
+        axis, start, length = args
+        return torch.ops.aten.slice.Tensor(joined, axis, start, start + length)
+    if kind == "split":
+        axis, length = (args[1] if len(args) > 1 else 0), args[0]
+        starts = range(0, joined.shape[axis], length)
+        return [joined.narrow(axis, start, min(length, joined.shape[axis] - start)) for start in starts]
+    if kind in ("slice", "select") and (args[0] if args else 0) % joined.dim() == joined.axis:
+        if kind == "select":
+            index = args[1] % joined.shape[joined.axis]
+            return part_of_joined(joined, index, index + 1).parts[0].select(joined.axis, 0)
+        first, last, step = slice(*args[1:]).indices(joined.shape[joined.axis])
+        return part_of_joined(joined, first, max(first, last)) if step == 1 else None
+    if kind not in ("alias", "detach", "t", "permute", "transpose", "slice", "select"):
+        return None
+    numbered = torch.empty_strided(joined.shape, tuple(range(1, joined.dim() + 1)), device="meta")  # strides as names
+    axis = func(numbered, *args).stride().index(joined.axis + 1)
+    return joined_class()([func(part, *args) for part in joined.parts], axis)
+
+
+def part_of_joined(joined: Any, first: int, last: int) -> Any:
+    """What lies from `first` to before `last` along the axis of a joined tensor."""
+    found, begin = [], 0
+    for part in joined.parts:
+        end = begin + part.shape[joined.axis]
+        start, stop = max(first, begin), min(last, end)
+        if start < stop:
+            found.append(part.narrow(joined.axis, start - begin, stop - start))
+        begin = end
+    return joined_class()(found or [joined.parts[0].narrow(joined.axis, 0, 0)], joined.axis)
+
+
+def join(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Stack or concatenate: a stored tensor where all parts are, and of one dtype."""
+    import torch
+
+    parts, axis = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    kinds = {(part.kept_as, part.dtype) if isinstance(part, stored_class()) else None for part in parts}
+    if len(kinds) > 1 or None in kinds:
+        return call_with_values(func, args, kwargs)
+    if func is torch.ops.aten.stack.default:
+        axis %= parts[0].dim() + 1
+        parts = [part.unsqueeze(axis) for part in parts]
+    return joined_class()(parts, axis % parts[0].dim())
 
 
 def casts_only(stored: Any, wanted: Mapping[str, Any]) -> bool:
     """Whether a copy changes the dtype at most, so that casting the source gives the same numbers."""
     import torch
 
-    lossless = torch.promote_types(stored.source.dtype, stored.dtype) is stored.dtype
+    lossless = torch.promote_types(stored.kept_as, stored.dtype) is stored.dtype
     on_cpu = wanted.get("device") in (None, torch.device("cpu"))
     return lossless and on_cpu and wanted.get("dtype", stored.dtype).is_floating_point
 
@@ -3510,7 +3621,7 @@ def casts_only(stored: Any, wanted: Mapping[str, Any]) -> bool:
 def look_up_rows(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """An embedding that reads only the rows it needs (what else it is given is about gradients)."""
     table, indices = args[:2]
-    if not isinstance(table, stored_class()):
+    if not isinstance(table, stored_class()) or table.source is None:
         return call_with_values(func, args, kwargs)
     rows: Tensor = table.source[indices].to(table.dtype)
     table.let_go()
@@ -3536,7 +3647,7 @@ def multiply_in_blocks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def read_block(stored: Any) -> Tensor:
     """The values of a stored matrix, until the next block is read: a cast one lies where the last one lay."""
-    if stored.source.dtype is stored.dtype or stored.nbytes > BLOCK_BYTES:
+    if stored.source is None or stored.kept_as is stored.dtype or stored.nbytes > BLOCK_BYTES:
         return in_memory(stored)
     rows = stored.source.t() if stored.stride(0) < stored.stride(1) else stored.source
     values = block_memory()[: stored.nbytes].view(stored.dtype).view(rows.shape).copy_(rows)
@@ -5683,14 +5794,14 @@ def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -
         tensor = tensor.detach()
         value.const_value = streamed_class()(tensor, value.name)
         graph.inputs.remove(value)
-        data = tensor.source if isinstance(tensor, stored_class()) else tensor
-        place = (data.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        address = tensor.address() if isinstance(tensor, stored_class()) else (tensor.data_ptr(), *tensor.stride())
+        place = (address, tensor.shape, tensor.dtype)
         if tensor.numel() and place in first:
             ir.convenience.replace_all_uses_with(value, first[place])
             continue
         first[place] = value
         graph.initializers.add(value)
-    for value in first.values():
+    for value in itertools.chain.from_iterable([split_weight(graph, whole) for whole in first.values()]):
         if (plan.linked or not turn_weight(graph, value)) and model.opset_imports[""] >= GEMM_OPSET:
             multiply_as_stored(value)
     return model
@@ -5716,6 +5827,35 @@ def streamed_class() -> Any:
                 LOG.advance(len(block))
 
     return Streamed
+
+
+def split_weight(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
+    """The weight `value` itself, or one for each of its rows where nodes only pick single ones: a layer's experts.
+
+    ONNX Runtime would copy each row when it is picked.
+    """
+    import onnx_ir as ir
+
+    picks = []
+    for node in value.consumers():
+        index = node.inputs[1] if node.op_type == "Gather" and node.inputs[0] is value else None
+        row = ir.convenience.get_const_tensor(index) if index is not None else None
+        if row is None or row.shape.rank() or node.attributes.get_int("axis", 0):
+            return [value]
+        picks.append((node, int(row.numpy())))
+    raw, found = value.const_value.raw, {}
+    for node, row in picks:
+        if row not in found:
+            name = f"{value.name}.{row}"
+            shape = ir.Shape(raw.shape[1:])
+            part = ir.Value(name=name, shape=shape, type=value.type, const_value=streamed_class()(raw[row], name))
+            found[row] = part
+            graph.initializers.add(part)
+        ir.convenience.replace_all_uses_with(node.outputs[0], found[row])
+        node.graph.remove(node, safe=True)
+    if found:
+        del graph.initializers[value.name]
+    return list(found.values()) or [value]
 
 
 def turn_weight(graph: ir.Graph, value: ir.Value) -> bool:
@@ -6275,15 +6415,16 @@ def link_weights(model: ir.Model, folder: Path, target: Path) -> dict[Path, Path
     for value in model.graph.initializers.values():
         tensor: Any = value.const_value
         raw = getattr(tensor, "raw", None)
-        if isinstance(raw, stored_class()) and raw.source.dtype is raw.dtype and raw.source.is_contiguous():
-            source, offset = mapped_place(raw.source) or (folder, 0)
+        lies = raw.source if isinstance(raw, stored_class()) else None
+        if lies is not None and lies.dtype is raw.dtype and lies.is_contiguous():
+            source, offset = mapped_place(lies) or (folder, 0)
             shape, size = ir.Shape(tensor.shape), raw.nbytes
             value.const_value = ir.ExternalTensor(
                 source.name, offset, size, tensor.dtype, shape=shape, name=str(value.name), base_dir=folder
             )
             links[folder / source.name] = source
         elif isinstance(raw, stored_class()) or tensor.nbytes >= STORED_BYTES:
-            was = f" is {raw.source.dtype}" if isinstance(raw, stored_class()) else " is computed"
+            was = f" is {lies.dtype}" if lies is not None else " is computed"
             changed.append(f"{value.name}{was}".replace("torch.", ""))
     if changed or not links:
         changed = changed or ["none lies in a file as it is needed"]

@@ -28,8 +28,10 @@ from torch.nn import functional
 
 import convert as product
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt",
-            "bloom", "falcon", "bert", "t5", "whisper", "vit")  # fmt: skip
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe", "mamba", "gemma2", "gemma3_text", "phi3", "gpt2"),
+    *("gpt_neox", "opt", "bloom", "falcon", "bert", "t5", "whisper", "vit"),
+)
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": lambda w, x: functional.linear(x, w),
     "linear with bias": lambda w, x: functional.linear(x, w, w[:, 0]),
@@ -67,6 +69,39 @@ def test_stored_tensors_are_tensors(
     actual = OPERATIONS[operation](weight, x)
     torch.testing.assert_close(product.in_memory(actual), expected, rtol=1e-6, atol=1e-5)
     product.block_memory.cache_clear()
+
+
+EXPERTS: dict[str, Callable[[Tensor], Any]] = {
+    "itself": lambda w: w,
+    "an expert": lambda w: w[1],
+    "the last expert, turned": lambda w: w[-1].T,
+    "half of an expert": lambda w: w[2, 3:20].t(),
+    "all halves": lambda w: w[:, 20:],
+    "across both halves": lambda w: w[1:, 30:60, 5:],
+    "columns": lambda w: w[:, :, 7:9].transpose(1, 2),
+    "another order": lambda w: w.permute(2, 0, 1)[3],
+    "a row": lambda w: w[1][4],
+    "parts of experts": lambda w: w.split(2)[1],
+    "parts of rows": lambda w: w.split(33, 1)[2],
+}
+
+
+@pytest.mark.parametrize("view", EXPERTS)
+def test_joined_experts_stay_stored(view: str, tmp_path: Path) -> None:
+    """What transformers does to a layer's experts, stacking and joining, and views of it: the numbers, and no copy."""
+    tensors = {f"{side}{i}": torch.randn(40, 16).to(torch.bfloat16) for side in "ab" for i in range(3)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    found = product.load(product.detect(tmp_path / "w.safetensors"), trust=False).content
+    kept = {name: product.stored_class()(tensor, tensor.dtype) for name, tensor in found.items()}
+    expected, actual = (
+        torch.cat([torch.stack([x[f"{side}{i}"] for i in range(3)]) for side in "ab"], 1).to(torch.float32)
+        for x in (tensors, kept)
+    )
+    lazy = EXPERTS[view](torch.nn.Parameter(actual, requires_grad=False))
+    assert isinstance(lazy, product.stored_class())
+    torch.testing.assert_close(product.in_memory(lazy), EXPERTS[view](expected), rtol=0, atol=0)
+    written = b"".join(bytes(block) for block in product.byte_blocks(lazy))
+    assert written == EXPERTS[view](expected).contiguous().numpy().tobytes()
 
 
 def test_stored_tensors_cannot_be_written_to(tmp_path: Path) -> None:
