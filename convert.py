@@ -2566,21 +2566,30 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER_BYTES):
+        if length > MAX_HEADER_BYTES:
             raise DamagedFileError(f"its safetensors header would have {length} bytes; copy or download it again")
         text = file.read(length)
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique_keys)
-        header.pop("__metadata__", None)
-        check_extents(header, size - 8 - length)
+        needed = 8 + length
+        if size >= needed:
+            header = json.loads(text.decode(), object_pairs_hook=unique_keys)
+            header.pop("__metadata__", None)
+            needed += check_extents(header, size - needed)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         advice = "copy or download it again"
         raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)}); {advice}") from None
+    if size < needed:
+        raise DamagedFileError(
+            f"it is cut off: a safetensors file of {needed} bytes, {size} of which are there; copy or download it again"
+        )
     return header
 
 
-def check_extents(header: Mapping[str, Any], size: int) -> None:
-    """Compare shapes, dtypes and offsets of a safetensors header with each other and with the `size` of the data."""
+def check_extents(header: Mapping[str, Any], size: int) -> int:
+    """Compare shapes, dtypes and offsets of a safetensors header with each other and with the `size` of the data.
+
+    Returns the size that they tell, which is larger where the file is cut off; raises ValueError for what is damaged.
+    """
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, stop = entry["data_offsets"]
@@ -2591,8 +2600,9 @@ def check_extents(header: Mapping[str, Any], size: int) -> None:
         if begin != end or (stop - begin) * 8 != bits:
             raise ValueError(f"the data of {shorten(name, 60)!r} overlap others, leave a gap or have another size")
         end = stop
-    if end != size:
+    if end < size:
         raise ValueError(f"{end} bytes of data are declared and {size} are there")
+    return end
 
 
 def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
@@ -6827,6 +6837,7 @@ def check_folder(folder: Path) -> None:
             f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them",
         )
     for name in weights:
+        detect(folder / name)  # says what it is that is none: a pointer of Git LFS, an HTML page
         try:
             safetensors_header(folder / name)
         except DamagedFileError as error:  # of many shards, that one
