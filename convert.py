@@ -6043,15 +6043,15 @@ def write_single_file(model: ir.Model, path: Path) -> Path:
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
     rest = proto.SerializeToString(deterministic=True)
-    size = len(graph) + sum(value.const_value.nbytes for value in large)
-    while True:  # where the weights lie depends on how long the number is that says how long all of it is
-        before = rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph
-        placed = place_weights(large, len(before))
-        end = placed[-1].start + placed[-1].tensor.nbytes if placed else len(before)
-        if size == (size := end - len(before) + len(graph)):
-            break
+    size, width, placed = len(graph) + sum(value.const_value.nbytes for value in large), 0, []
+    while width < len(varint(size)):  # where the weights lie, and with it `size`, depends on how wide `size` is written
+        width = len(varint(size))
+        place = len(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size, width) + graph)
+        placed = place_weights(large, place)
+        end = placed[-1].start + placed[-1].tensor.nbytes if placed else place
+        size = len(graph) + end - place
     with path.open("wb") as file:
-        file.write(before)
+        file.write(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size, width) + graph)
         for weight in placed:
             file.write(weight.head)
             weight.tensor.tofile(file)
@@ -6111,15 +6111,18 @@ def aligned_head(fields: Mapping[str, Any], length: int, place: int) -> bytes:
     return head
 
 
-def message_head(number: int, length: int) -> bytes:
-    """The key of a protobuf field that holds `length` bytes."""
-    return varint(number << 3 | 2) + varint(length)  # 2: bytes, preceded by their number
+def message_head(number: int, length: int, width: int = 1) -> bytes:
+    """The key of a protobuf field that holds `length` bytes, a number written in `width` bytes or more."""
+    return varint(number << 3 | 2) + varint(length, width)  # 2: bytes, preceded by their number
 
 
-def varint(number: int) -> bytes:
-    """A number as protobuf writes it: 7 bits a byte, the lowest first, the top bit set on all but the last."""
+def varint(number: int, width: int = 1) -> bytes:
+    """A number as protobuf writes it: 7 bits a byte, the lowest first, the top bit set on all but the last.
+
+    It has `width` bytes or more; zeros at its end do not count.
+    """
     low, rest = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+    return bytes([low | 0x80]) + varint(rest, width - 1) if rest or width > 1 else bytes([low])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
