@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import filecmp
 import functools
 import gc
 import hashlib
@@ -73,6 +74,7 @@ ALIGNMENT = 64  # bytes, of weights in a file: what the widest vector instructio
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODES = ("auto", "pytorch", "huggingface", "state_dict")
+WITHOUT_LINKS = "leave --external-data link out"  # what helps where there can be none
 
 
 # What torch, the C library and the dynamic loader say when memory runs out.
@@ -443,10 +445,17 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
         options.staging = options.output.parent / f".pt2onnx.{run}.partial"
     if options.no_verify and (options.atol is not None or options.rtol is not None):
         raise ConversionError(ExitStatus.USAGE, "--no-verify leaves nothing for --atol and --rtol to do: drop either")
-    if options.no_stream and options.external_data == "link":
-        raise ConversionError(
-            ExitStatus.USAGE, "--external-data link needs weights that are streamed: drop --no-stream"
-        )
+    if options.external_data == "link":
+        if options.no_stream or options.device != "cpu":
+            unfit = "--no-stream" if options.no_stream else f"--device {options.device}"
+            raise ConversionError(
+                ExitStatus.USAGE, f"--external-data link needs weights that are streamed: drop {unfit}"
+            )
+        if options.exporter == "dynamo":
+            raise ConversionError(
+                ExitStatus.USAGE, "--external-data link needs the other exporter: drop --exporter dynamo"
+            )
+        options.exporter = "torchscript"
     if options.device == "cuda" and not cuda_devices():
         raise ConversionError(
             ExitStatus.RESOURCES,
@@ -5920,10 +5929,11 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     import onnx_ir as ir
 
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    size = sum(tensor.nbytes for tensor in tensors if not lies_in(path.parent, tensor))
+    linked = sum(tensor.nbytes for tensor in tensors if lies_in(path.parent, tensor))
+    size = sum(tensor.nbytes for tensor in tensors) - linked
     check_space(path.parent, size)
-    light = path
-    with LOG.copying(f"write: {path.name}", size):
+    light, what = path, f"write: {path.name}"
+    with LOG.step(f"{what}, {linked / 1e6:.1f} MB linked") if linked else LOG.copying(what, size):
         if size > SINGLE_FILE_LIMIT:
             ir.save(model, path, external_data=f"{path.name}.data")
         else:
@@ -5934,15 +5944,15 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     return light
 
 
-def link_weights(model: ir.Model, folder: Path, target: Path) -> dict[Path, Path]:
+def link_weights(model: ir.Model, folder: Path) -> dict[Path, Path]:
     """Let the weights of `model` be parts of the checkpoint's own files; returns what to link in `folder` to which.
 
-    Until then, empty files of their sizes stand there: the checker refuses links. Raises ConversionError (USAGE) where
-    a weight is not in the graph as it is in a file, and where another file has a link's name in the `target` folder.
+    Until then, empty files of their sizes stand there: the checker refuses links. Small weights that are not in the
+    graph as they are in a file become part of the graph; a large one raises ConversionError (USAGE).
     """
     import onnx_ir as ir
 
-    changed, links = [], {}
+    computed, links = [], {}
     for value in model.graph.initializers.values():
         tensor: Any = value.const_value
         raw = getattr(tensor, "raw", None)
@@ -5953,35 +5963,31 @@ def link_weights(model: ir.Model, folder: Path, target: Path) -> dict[Path, Path
                 source.name, offset, size, tensor.dtype, shape=shape, name=str(value.name), base_dir=folder
             )
             links[folder / source.name] = source
-        elif isinstance(raw, stored_class()) or tensor.nbytes >= STORED_BYTES:
-            was = f" is {raw.source.dtype}" if isinstance(raw, stored_class()) else " is computed"
-            changed.append(f"{value.name}{was}".replace("torch.", ""))
-    if changed or not links:
-        changed = changed or ["none lies in a file as it is needed"]
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        advice = "leave it out, or pass the --dtype of the checkpoint"
+        elif tensor.nbytes >= STORED_BYTES:
+            computed.append(value.name)
+    if computed or not links:
+        more = f" and {len(computed) - 1} more" if len(computed) > 1 else ""
         raise ConversionError(
             ExitStatus.USAGE,
-            f"--external-data link: not all weights can stay as they are ({changed[0]}{more}); {advice}",
+            "--external-data link: not all weights are in the graph as they are in the checkpoint "
+            f"({computed[0] if computed else 'none is'}{more}); {WITHOUT_LINKS}",
         )
     for stand_in, source in links.items():
-        taken = target / stand_in.name
-        if taken.exists() and not taken.samefile(source):
-            raise ConversionError(
-                ExitStatus.USAGE, f"--external-data link: {taken} is another file already; choose another folder for -o"
-            )
         with stand_in.open("wb") as file:
             file.truncate(source.stat().st_size)
     return links
 
 
-def link_file(source: Path, target: Path) -> None:
-    """Let `target` have the content of `source` without a copy: a clone where the file system can, else a hard link."""
+def link_file(source: Path, target: Path) -> bool:
+    """Let `target` have the content of `source` without a copy: a clone where the file system can, else a hard link.
+
+    Returns whether it is a clone; raises ConversionError (USAGE) where it can be neither.
+    """
     import fcntl
 
     with source.open("rb") as old, target.open("wb") as new, contextlib.suppress(OSError):
         fcntl.ioctl(new, FICLONE, old.fileno())
-        return
+        return True
     target.unlink()
     try:
         os.link(source.resolve(), target)
@@ -5989,9 +5995,62 @@ def link_file(source: Path, target: Path) -> None:
         raise ConversionError(
             ExitStatus.USAGE,
             f"--external-data link: {source.name} cannot be linked from there ({error.strerror}); choose an -o on the "
-            "checkpoint's own file system, or leave it out",
+            f"checkpoint's own file system (in a container: in the same volume), or {WITHOUT_LINKS}",
         ) from None
-    LOG.warn(f"{target.name} is a hard link: who writes to the checkpoint changes the model, and onnx.load refuses it")
+    return False
+
+
+def check_links(model: nn.Module, options: argparse.Namespace, dtypes: Mapping[str, str]) -> None:
+    """Before the work begins: can the weights of `model` stay in their files? `dtypes` are what --dtype can ask for.
+
+    Raises ConversionError (USAGE) where they lie in no file or have to change, and see check_linked_files.
+    """
+    if options.external_data != "link":
+        return
+    stored = [tensor for _, tensor in state_of(model) if isinstance(tensor, stored_class())]
+    large = [tensor for tensor in stored if tensor.nbytes >= STORED_BYTES] or stored
+    if not large:
+        what = f"no weights lie in {options.input} as a graph needs them"
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
+    changed = [str(tensor.dtype).removeprefix("torch.") for tensor in large if tensor.source.dtype is not tensor.dtype]
+    if changed:
+        held = sorted({str(tensor.source.dtype).removeprefix("torch.") for tensor in large})
+        flag = next((flag for flag, dtype in dtypes.items() if [dtype] == held), "")
+        flag += " --no-verify (a graph without proof)" if flag == "bf16" else ""  # see check_options
+        advice = f"pass --dtype {flag}, or {WITHOUT_LINKS}" if flag else WITHOUT_LINKS
+        what = f"the weights are {' and '.join(held)} and the graph needs {changed[0]}"
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {advice}")
+    check_linked_files({mapped_place(tensor.source)[0] for tensor in stored}, options)
+
+
+def check_linked_files(files: Iterable[Path], options: argparse.Namespace) -> None:
+    """Link `files` into the staging folder for a try, and warn of what links mean.
+
+    Raises ConversionError (USAGE) where they cannot be linked, or another file has a link's name in the folder of -o.
+    """
+    own, hard = [], []
+    trial = options.staging / "trial"
+    trial.parent.mkdir(parents=True, exist_ok=True)
+    for file in sorted(files):
+        target = options.output.with_name(file.name)
+        if target == options.output or target.is_symlink() or (target.exists() and not same_content(file, target)):
+            what = f"{target} is taken by another file"
+            raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; choose another folder for -o")
+        cloned = link_file(file, trial)
+        trial.unlink()
+        if target.exists() and target.resolve() == file.resolve():
+            own.append(file.name)
+        elif not cloned:
+            hard.append(file.name)
+    for names, what in ((own, "the checkpoint itself"), (hard, "a hard link, which onnx.load refuses")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if names[1:] else ""
+            LOG.warn(f"{names[0]}{more} beside the graph is {what}: who writes to the checkpoint changes the model")
+
+
+def same_content(file: Path, other: Path) -> bool:
+    """Whether `other` is there and the same file, or one of the same bytes."""
+    return other.exists() and (other.samefile(file) or filecmp.cmp(file, other, shallow=False))
 
 
 def lies_in(folder: Path, tensor: ir.TensorProtocol) -> bool:
@@ -6224,15 +6283,15 @@ def align_detections(expected: Arrays, actual: Arrays) -> Arrays:
     return {name: value[order] if name in rows else value for name, value in actual.items()}
 
 
-def check_graph(path: Path) -> None:
+def check_graph(path: Path, opset: int) -> None:
     """onnx.checker with shape inference, by path so that any size is accepted; raises RungError."""
     import onnx
 
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # ValidationError, InferenceError, RuntimeError by version
-        missing = re.search(r"No Op registered for (\w+) with domain_version of (\d+)", str(error))
-        needs = first_opset(missing[1], int(missing[2])) if missing else None
+        lacks = re.search(r"No Op registered for (\w+)|\(op_type:(\w+),.* has unsupported type", str(error))
+        needs = first_opset(lacks[1] or lacks[2], opset) if lacks else None
         raise RungError(f"onnx.checker: {first_line(error)}", exported=True, needs=needs) from error
 
 
@@ -6554,6 +6613,7 @@ class Result(NamedTuple):
     path: Path
     light: Path  # the same graph, with the weights of `path` (see write_graph)
     differences: list[Difference]
+    links: Mapping[Path, Path] = {}  # what lies beside `path` and holds weights as they were, and what it is linked to
 
 
 def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argparse.Namespace) -> Result:
@@ -6566,21 +6626,21 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
         exported, note = export_rung(rung, plan, work)
     path = folder / plan.file
     graph = finish_graph(exported, plan, {**metadata, "exporter": exporter_name(rung)})
-    linked = link_weights(graph, folder, options.output.parent) if plan.linked else {}
+    links = link_weights(graph, folder) if plan.linked else {}
     light = write_graph(graph, path)
     del exported, graph
     shutil.rmtree(work)
     with LOG.step("check: onnx.checker"):
-        check_graph(light)
-    for stand_in, source in linked.items():
+        check_graph(light, rung.opset)
+    for stand_in, source in links.items():
         link_file(source, stand_in)
     if options.no_verify:
-        return Result(rung, path, light, [])
+        return Result(rung, path, light, [], links)
     with LOG.step(
         f"verify: ONNX Runtime against PyTorch at {'; '.join(dict.fromkeys(case.label for case in plan.cases))}"
     ):
         try:
-            return Result(rung, path, light, verify(light, plan, options))
+            return Result(rung, path, light, verify(light, plan, options), links)
         except RungError as error:
             raise error.with_note(note) from error
 
@@ -6640,6 +6700,7 @@ def no_exporter_holds(
 ) -> ConversionError:
     """The error that tells every rung's reason and what to do: where an opset was asked for, the lowest that works."""
     fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
+    fewer = WITHOUT_LINKS if options.external_data == "link" else fewer  # of which another exporter knows nothing
     advice = f"{fewer}, or replace the operator in the model"
     slight = [error.slight for _, error in failures if error.slight]
     if slight:  # 5 % more than the difference, so that two digits are enough
@@ -6664,21 +6725,27 @@ class Converted(NamedTuple):
 
 
 def move_into_place(converted: Sequence[Converted], options: argparse.Namespace) -> list[Path]:
-    """Rename staged files to their final names, the graphs last; returns where they are."""
+    """Rename staged files to their final names, the graphs last; returns where they are.
+
+    Checkpoints and files beside the graph that are there already with the same content are left alone.
+    """
     beside = options.staging / "beside"
-    pairs = [(file, options.folder / file.name) for file in (sorted(beside.iterdir()) if beside.exists() else ())]
+    targets = {file: options.folder / file.name for file in (sorted(beside.iterdir()) if beside.exists() else ())}
+    origins = {file: file for file in targets}
     graphs = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
-    pairs += [
-        (file, options.output.with_name(file.name)) for file in sorted(graphs, key=lambda file: file.suffix == ".onnx")
-    ]
-    for file, target in pairs:
-        file.replace(target)
-    for parent in {target.parent for _, target in pairs}:
+    for file in sorted(graphs, key=lambda file: file.suffix == ".onnx"):
+        targets[file] = options.output.with_name(file.name)
+    for item in converted:
+        origins |= item.result.links
+    for file, target in targets.items():
+        if file not in origins or not same_content(origins[file], target):
+            file.replace(target)
+    for parent in {target.parent for target in targets.values()}:
         folder = os.open(parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
     shutil.rmtree(options.staging)
-    return [target for _, target in pairs]
+    return list(dict.fromkeys(targets.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6760,13 +6827,12 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
         config = read_config(folder, trust=trust)
         sentences = (source.path / "modules.json").exists()
         task, cls = choose_task(config, options, embeds_sentences=sentences)
-        if options.output.name != "model.onnx" and config.is_encoder_decoder and task in GENERATION_TASKS:
-            raise ConversionError(
-                ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
-            )
+        is_pair = config.is_encoder_decoder and task in GENERATION_TASKS
+        if is_pair:
+            check_pair_options(options)
         found = load_pretrained(folder, config, task, cls, options)
-        copies = 2 if task in GENERATION_TASKS and config.is_encoder_decoder else 1  # the decoder: twice, then merged
-        check_room(found.model, options, copies)
+        check_room(found.model, options, copies=2 if is_pair else 1)  # the decoder: twice, then merged
+        check_links(found.model, options, DTYPE_NAMES)
         if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
             found = found._replace(steps=sentence_steps(source.path, trust=options.trust_pickle))
     LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")
@@ -6808,6 +6874,17 @@ def check_options(options: argparse.Namespace) -> None:
             raise ConversionError(
                 ExitStatus.USAGE, f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out"
             )
+
+
+def check_pair_options(options: argparse.Namespace) -> None:
+    """Raise ConversionError (USAGE) for options that an encoder and its decoder cannot have."""
+    if options.output.name != "model.onnx":
+        raise ConversionError(
+            ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
+        )
+    if options.external_data == "link":
+        what = "this model becomes an encoder and a decoder, whose weights are merged"
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -6877,7 +6954,7 @@ def merge_and_verify(
         merged = merge_decoders(converted[1].result.light, converted[2].result.light)
         light = write_graph(finish_graph(merged, plan, {**metadata, "exporter": exporter_name(rung)}), path)
         try:
-            check_graph(light)
+            check_graph(light, rung.opset)
             differences = [] if options.no_verify else verify(light, plan, options)
         except RungError as error:
             raise ConversionError(ExitStatus.VERIFY, f"the merged decoder does not hold: {error}") from error
@@ -6967,6 +7044,7 @@ def convert_module(
         LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
         model.float()
     check_room(model, options)
+    check_links(model, options, {})
     for parameter in model.parameters():  # ScriptModule has no requires_grad_()
         parameter.requires_grad_(False)  # noqa: FBT003
     model.to(options.device)
@@ -7065,10 +7143,12 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         mode, converted = dispatch(source, argparse.Namespace(**{**vars(options), "no_stream": True}))
     files = move_into_place(converted, options)
     graphs = [describe_graph(item, options) for item in converted]
+    linked = sorted({str(options.output.with_name(link.name)) for item in converted for link in item.result.links})
     return {
         "status": "ok",
         **graphs[0],
         "files": {str(file): file.stat().st_size for file in files},
+        **({"linked": linked} if linked else {}),
         "mode": mode,
         **({"graphs": graphs} if len(graphs) > 1 else {}),
         "seconds": round(time.monotonic() - start, 2),
@@ -7079,6 +7159,13 @@ def dispatch(source: Source, options: argparse.Namespace) -> tuple[str, list[Con
     """Load `source`, and convert it in the mode that takes it; returns the mode and the graphs."""
     if source.kind is Kind.HUGGINGFACE:
         return "huggingface", convert_huggingface_model(source, options)
+    linkable = (Kind.CHECKPOINT, Kind.SAFETENSORS, Kind.SHARDED_WEIGHTS)
+    if options.external_data == "link" and source.kind not in linkable:
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"--external-data link: a graph cannot refer to parts of {source.path}, for {source.why}; pass the weights "
+            f"as safetensors or as a zip checkpoint, or {WITHOUT_LINKS}",
+        )
     digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
     with LOG.step(f"load: {source.path}"):
         loaded = load(source, trust=options.trust_pickle)
@@ -7368,7 +7455,10 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 def describe_success(report: Mapping[str, Any]) -> str:
     """The last line of a run that went well."""
-    size = sum(report["files"].values()) / 1e6
+    linked = sum(report["files"][name] for name in report.get("linked", ())) / 1e6
+    sizes = f"{sum(report['files'].values()) / 1e6 - linked:.1f} MB" + (
+        f" and {linked:.1f} MB linked" if linked else ""
+    )
     differences = [item for graph in report.get("graphs", [report]) for item in graph["verified"]]
     proof = "not verified"
     if differences:
@@ -7376,7 +7466,7 @@ def describe_success(report: Mapping[str, Any]) -> str:
         worst = max(difference["largest"] for difference in differences)
         proof = f"verified at {shapes} shape{'s' if shapes > 1 else ''}, largest difference {worst:.2g}"
     names = " and ".join(graph["output"] for graph in report.get("graphs", [report]))
-    return f"{names} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
+    return f"{names} ({sizes}, opset {report['opset']}, {report['exporter']} exporter), {proof}"
 
 
 def cgroup_memory_files() -> Iterator[Path]:
