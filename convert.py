@@ -389,7 +389,7 @@ def build_parser() -> Parser:
         "--external-data",
         choices=("copy", "link"),
         default="copy",
-        help="link: the graph refers to a hard link of the safetensors file, unchanged (default: copy)",
+        help="link: the graph refers to a hard link of the safetensors files or zip checkpoint (default: copy)",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to load, run and export (default: cpu)")
     add(
