@@ -489,6 +489,12 @@ def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
         raise ConversionError(ExitStatus.USAGE, f"-o {text}: {path} exists and is not a regular file")
     if path.exists() and source.exists() and path.samefile(source):
         raise ConversionError(ExitStatus.USAGE, f"-o {text}: the output would replace the input; name another file")
+    place = path.parent.resolve()
+    if any(is_snapshot(folder) for folder in (place, *place.parents)):
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"-o {text}: a snapshot of the hub's cache, where files are links; choose another directory",
+        )
     parent = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
     if not parent.is_dir():
         raise ConversionError(ExitStatus.USAGE, f"-o {text}: {parent} is not a directory")
@@ -499,6 +505,11 @@ def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
             "permissions, or run the container with --user $(id -u):$(id -g)",
         )
     return path.parent.parent if layout == "transformersjs" else path.parent, path
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether `folder` is one that the hub's cache keeps, with links to its `blobs`."""
+    return folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2445,7 +2456,7 @@ def check_inside(folder: Path, name: str) -> None:
         return
     target, root = Path(os.path.realpath(entry)), folder.resolve()
     blobs = root.parent.parent / "blobs"
-    if root not in target.parents and not (root.parent.name == "snapshots" and blobs in target.parents):
+    if root not in target.parents and not (is_snapshot(root) and blobs in target.parents):
         raise RefusedFileError(f"{name} is a link that leads out of the folder; copy the file into it")
 
 
@@ -6823,6 +6834,7 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     check_folder(inner)
     digest = ThreadPoolExecutor(1).submit(folder_digest, source.path)
     folder = copy_without_code(inner, cleaned, options.staging / "source", trust=trust)
+    check_side_files(folder, options)
     with LOG.step(f"load: {source.path}"):
         config = read_config(folder, trust=trust)
         sentences = (source.path / "modules.json").exists()
@@ -7023,12 +7035,46 @@ def folder_digest(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def side_files(folder: Path) -> list[Path]:
+    """What a user of the model needs beside the graph: configuration, tokenizer, processor, chat template."""
+    files = [entry for entry in sorted(folder.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
+    return [file for file in files if SIDE_FILES.fullmatch(file.name)]
+
+
+def check_side_files(folder: Path, options: argparse.Namespace) -> None:
+    """Before the work begins: would files of another model be replaced? Raises ConversionError (USAGE).
+
+    Those that an earlier conversion left beside its graph, which is replaced too, may be, unless weights are there.
+    """
+    targets = {file: options.folder / file.name for file in side_files(folder)}
+    others = [
+        target.name for file, target in targets.items() if os.path.lexists(target) and not same_content(file, target)
+    ]
+    if not others:
+        return
+    names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    graphs = [options.output, options.output.with_name("encoder_model.onnx")]
+    if any((options.folder / name).exists() for name in WEIGHT_FILES) or not any(map(is_our_graph, graphs)):
+        what = f"{names} with other content would be replaced there"
+        raise ConversionError(
+            ExitStatus.USAGE, f"-o {options.folder}: {what}; choose another directory, or remove what is not needed"
+        )
+    LOG.warn(f"{names} of an earlier conversion in {options.folder} will be replaced")
+
+
+def is_our_graph(path: Path) -> bool:
+    """Whether `path` is a graph of an earlier conversion: a protobuf message begins with its lowest fields."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"\x12\x07pt2onnx" in file.read(32)  # field 2, producer_name, of 7 bytes
+
+
 def stage_side_files(folder: Path, target: Path) -> None:
-    """Copy what a user of the model needs beside the graph: configuration, tokenizer, processor, chat template."""
+    """Copy what belongs beside the graph."""
     target.mkdir()
-    for entry in sorted(folder.iterdir()):
-        if entry.is_file() and not entry.name.startswith(".") and SIDE_FILES.fullmatch(entry.name):
-            shutil.copyfile(entry, target / entry.name)
+    for file in side_files(folder):
+        shutil.copyfile(file, target / file.name)
 
 
 def convert_module(
