@@ -2656,11 +2656,15 @@ def shard_files(index: Path) -> dict[str, set[str]]:
     try:
         entries = read_json(index)["weight_map"].items()
     except (TypeError, KeyError, AttributeError) as error:
-        raise DamagedFileError(f"its weight_map is damaged ({first_line(error)})") from None
+        raise DamagedFileError(
+            f"the weight_map of {index.name} is damaged ({first_line(error)}); download it again"
+        ) from None
     shards: dict[str, set[str]] = {}
     for tensor, name in entries:
         if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
-            raise RefusedFileError(f"it points at {name!r}, outside its own folder")
+            raise RefusedFileError(
+                f"{index.name} points at {name!r}, outside its own folder; copy the shard there and name it alone"
+            )
         if not (index.parent / name).is_file():
             raise DamagedFileError(f"the shard {name} is missing; copy or download it too")
         shards.setdefault(name, set()).add(tensor)
@@ -6003,11 +6007,10 @@ def link_file(source: Path, target: Path) -> bool:
     try:
         os.link(source.resolve(), target)
     except OSError as error:
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"--external-data link: {source.name} cannot be linked from there ({error.strerror}); choose an -o on the "
-            f"checkpoint's own file system (in a container: in the same volume), or {WITHOUT_LINKS}",
-        ) from None
+        what = f"{source.name} cannot be linked from there ({error.strerror})"
+        nearer = "choose an -o on the checkpoint's own file system (in a container: in the same volume), or "
+        advice = (nearer if error.errno == errno.EXDEV else "") + WITHOUT_LINKS
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {advice}") from None
     return False
 
 
@@ -6927,6 +6930,12 @@ def check_folder(folder: Path) -> None:
         raise ConversionError(
             ExitStatus.INPUT,
             f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them",
+        )
+    if not any(name in names for name in WEIGHT_FILES):
+        raise ConversionError(
+            ExitStatus.INPUT,
+            f"{folder} has weights, but neither one file of all nor the index of its shards "
+            f"({', '.join(WEIGHT_FILES)}); copy or download it too",
         )
     for name in weights:
         detect(folder / name)  # says what it is that is none: a pointer of Git LFS, an HTML page

@@ -211,3 +211,7 @@ def test_truncated_shard(tmp_path: Path) -> None:
     assert f"of {len(content)} bytes, {len(content) // 2} of which are there" in told
     shard.unlink()
     assert shard.name in convert(tmp_path, code=3)
+    (tmp_path / "in" / "model.safetensors.index.json").unlink()
+    told = convert(tmp_path, code=3)
+    assert "nor the index of its shards" in told
+    assert "load" not in told.partition("[ERROR]")[0]
