@@ -446,15 +446,15 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     if options.no_verify and (options.atol is not None or options.rtol is not None):
         raise ConversionError(ExitStatus.USAGE, "--no-verify leaves nothing for --atol and --rtol to do: drop either")
     if options.external_data == "link":
-        if options.no_stream or options.device != "cpu":
-            unfit = "--no-stream" if options.no_stream else f"--device {options.device}"
-            raise ConversionError(
-                ExitStatus.USAGE, f"--external-data link needs weights that are streamed: drop {unfit}"
-            )
-        if options.exporter == "dynamo":
-            raise ConversionError(
-                ExitStatus.USAGE, "--external-data link needs the other exporter: drop --exporter dynamo"
-            )
+        for unfit, given in (
+            ("--no-stream", options.no_stream),
+            ("--device cuda", options.device == "cuda"),
+            ("--exporter dynamo", options.exporter == "dynamo"),
+        ):
+            if given:
+                raise ConversionError(
+                    ExitStatus.USAGE, f"--external-data link needs weights that are streamed: drop {unfit}"
+                )
         options.exporter = "torchscript"
     if options.device == "cuda" and not cuda_devices():
         raise ConversionError(
@@ -2656,9 +2656,8 @@ def shard_files(index: Path) -> dict[str, set[str]]:
     try:
         entries = read_json(index)["weight_map"].items()
     except (TypeError, KeyError, AttributeError) as error:
-        raise DamagedFileError(
-            f"the weight_map of {index.name} is damaged ({first_line(error)}); download it again"
-        ) from None
+        what = f"the weight_map of {index.name} is damaged ({first_line(error)})"
+        raise DamagedFileError(f"{what}; download it again") from None
     shards: dict[str, set[str]] = {}
     for tensor, name in entries:
         if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
@@ -6017,7 +6016,7 @@ def link_file(source: Path, target: Path) -> bool:
 def check_links(model: nn.Module, options: argparse.Namespace, dtypes: Mapping[str, str]) -> None:
     """Before the work begins: can the weights of `model` stay in their files? `dtypes` are what --dtype can ask for.
 
-    Raises ConversionError (USAGE) where they lie in no file or have to change, and see check_linked_files.
+    Raises ConversionError (USAGE) where they lie in no file, have to change, or their files cannot be linked.
     """
     if options.external_data != "link":
         return
@@ -6759,7 +6758,7 @@ def move_into_place(converted: Sequence[Converted], options: argparse.Namespace)
         os.fsync(folder)
         os.close(folder)
     shutil.rmtree(options.staging)
-    return list(dict.fromkeys(targets.values()))
+    return list(targets.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7511,9 +7510,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 def describe_success(report: Mapping[str, Any]) -> str:
     """The last line of a run that went well."""
     linked = sum(report["files"][name] for name in report.get("linked", ())) / 1e6
-    sizes = f"{sum(report['files'].values()) / 1e6 - linked:.1f} MB" + (
-        f" and {linked:.1f} MB linked" if linked else ""
-    )
+    sizes = f"{sum(report['files'].values()) / 1e6 - linked:.1f} MB{f' and {linked:.1f} MB linked' if linked else ''}"
     differences = [item for graph in report.get("graphs", [report]) for item in graph["verified"]]
     proof = "not verified"
     if differences:

@@ -297,6 +297,8 @@ def test_links_do_not_replace(tmp_path: Path) -> None:
     """Another checkpoint of the same name in the output folder stays, and so does its graph: exit 2."""
     for name in ("llama", "gpt2"):
         tiny_models.make(name, tmp_path / name)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "gpt2" / name).unlink()  # which would be refused before
     before = (tmp_path / "gpt2" / "model.safetensors").read_bytes()
     command = ["-i", str(tmp_path / "llama"), "-o", f"{tmp_path}/gpt2/", "--external-data", "link"]
     check_error(run_cli(*command), 2, "is taken by another file")
