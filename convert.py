@@ -6877,9 +6877,10 @@ def check_options(options: argparse.Namespace) -> None:
             ExitStatus.USAGE, f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files"
         )
     if options.dtype == "bf16" and options.device == "cpu" and not options.no_verify:
+        other = "" if options.external_data == "link" else "--dtype fp16, or "  # links leave the weights as they are
         raise ConversionError(
             ExitStatus.USAGE,
-            "--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass --dtype fp16, or "
+            f"--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass {other}"
             "--no-verify for a graph without proof",
         )
     for name in ("model_class", "checkpoint_key", "input_shape", "dynamic_axes", "model_args", "allow_class"):

@@ -209,7 +209,7 @@ def test_links(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (("--dtype", "fp32"), ("bfloat16", "pass --dtype bf16 --no-verify", "leave --external-data link out")),
-        (("--dtype", "bf16"), ("pass --dtype fp16, or --no-verify",)),
+        (("--dtype", "bf16"), ("; pass --no-verify for",)),
         (("--no-stream",), ("drop --no-stream",)),
         (("--device", "cuda"), ("drop --device cuda",)),
         (("--exporter", "dynamo"), ("drop --exporter dynamo",)),
