@@ -19,6 +19,7 @@ import contextlib
 import copy
 import ctypes
 import errno
+import filecmp
 import functools
 import gc
 import hashlib
@@ -74,6 +75,7 @@ ALIGNMENT = 64  # bytes, of weights in a file: what the widest vector instructio
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODES = ("auto", "pytorch", "huggingface", "state_dict")
+WITHOUT_LINKS = "leave --external-data link out"  # what helps where there can be none
 
 
 # What torch, the C library and the dynamic loader say when memory runs out.
@@ -388,7 +390,7 @@ def build_parser() -> Parser:
         "--external-data",
         choices=("copy", "link"),
         default="copy",
-        help="link: the graph refers to a hard link of the safetensors file, unchanged (default: copy)",
+        help="link: the graph refers to a hard link of the safetensors files or zip checkpoint (default: copy)",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to load, run and export (default: cpu)")
     add(
@@ -444,10 +446,17 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
         options.staging = options.output.parent / f".pt2onnx.{run}.partial"
     if options.no_verify and (options.atol is not None or options.rtol is not None):
         raise ConversionError(ExitStatus.USAGE, "--no-verify leaves nothing for --atol and --rtol to do: drop either")
-    if options.no_stream and options.external_data == "link":
-        raise ConversionError(
-            ExitStatus.USAGE, "--external-data link needs weights that are streamed: drop --no-stream"
-        )
+    if options.external_data == "link":
+        for unfit, given in (
+            ("--no-stream", options.no_stream),
+            ("--device cuda", options.device == "cuda"),
+            ("--exporter dynamo", options.exporter == "dynamo"),
+        ):
+            if given:
+                raise ConversionError(
+                    ExitStatus.USAGE, f"--external-data link needs weights that are streamed: drop {unfit}"
+                )
+        options.exporter = "torchscript"
     if options.device == "cuda" and not cuda_devices():
         raise ConversionError(
             ExitStatus.RESOURCES,
@@ -481,6 +490,12 @@ def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
         raise ConversionError(ExitStatus.USAGE, f"-o {text}: {path} exists and is not a regular file")
     if path.exists() and source.exists() and path.samefile(source):
         raise ConversionError(ExitStatus.USAGE, f"-o {text}: the output would replace the input; name another file")
+    place = path.parent.resolve()
+    if any(is_snapshot(folder) for folder in (place, *place.parents)):
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"-o {text}: a snapshot of the hub's cache, where files are links; choose another directory",
+        )
     parent = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
     if not parent.is_dir():
         raise ConversionError(ExitStatus.USAGE, f"-o {text}: {parent} is not a directory")
@@ -491,6 +506,11 @@ def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
             "permissions, or run the container with --user $(id -u):$(id -g)",
         )
     return path.parent.parent if layout == "transformersjs" else path.parent, path
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether `folder` is one that the hub's cache keeps, with links to its `blobs`."""
+    return folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2437,7 +2457,7 @@ def check_inside(folder: Path, name: str) -> None:
         return
     target, root = Path(os.path.realpath(entry)), folder.resolve()
     blobs = root.parent.parent / "blobs"
-    if root not in target.parents and not (root.parent.name == "snapshots" and blobs in target.parents):
+    if root not in target.parents and not (is_snapshot(root) and blobs in target.parents):
         raise RefusedFileError(f"{name} is a link that leads out of the folder; copy the file into it")
 
 
@@ -2567,21 +2587,30 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER_BYTES):
+        if length > MAX_HEADER_BYTES:
             raise DamagedFileError(f"its safetensors header would have {length} bytes; copy or download it again")
         text = file.read(length)
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique_keys)
-        header.pop("__metadata__", None)
-        check_extents(header, size - 8 - length)
+        needed = 8 + length
+        if size >= needed:
+            header = json.loads(text.decode(), object_pairs_hook=unique_keys)
+            header.pop("__metadata__", None)
+            needed += check_extents(header, size - needed)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         advice = "copy or download it again"
         raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)}); {advice}") from None
+    if size < needed:
+        raise DamagedFileError(
+            f"it is cut off: a safetensors file of {needed} bytes, {size} of which are there; copy or download it again"
+        )
     return header
 
 
-def check_extents(header: Mapping[str, Any], size: int) -> None:
-    """Compare shapes, dtypes and offsets of a safetensors header with each other and with the `size` of the data."""
+def check_extents(header: Mapping[str, Any], size: int) -> int:
+    """Compare shapes, dtypes and offsets of a safetensors header with each other and with the `size` of the data.
+
+    Returns the size that they tell, which is larger where the file is cut off; raises ValueError for what is damaged.
+    """
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, stop = entry["data_offsets"]
@@ -2592,8 +2621,9 @@ def check_extents(header: Mapping[str, Any], size: int) -> None:
         if begin != end or (stop - begin) * 8 != bits:
             raise ValueError(f"the data of {shorten(name, 60)!r} overlap others, leave a gap or have another size")
         end = stop
-    if end != size:
+    if end < size:
         raise ValueError(f"{end} bytes of data are declared and {size} are there")
+    return end
 
 
 def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
@@ -2627,11 +2657,14 @@ def shard_files(index: Path) -> dict[str, set[str]]:
     try:
         entries = read_json(index)["weight_map"].items()
     except (TypeError, KeyError, AttributeError) as error:
-        raise DamagedFileError(f"its weight_map is damaged ({first_line(error)})") from None
+        what = f"the weight_map of {index.name} is damaged ({first_line(error)})"
+        raise DamagedFileError(f"{what}; download it again") from None
     shards: dict[str, set[str]] = {}
     for tensor, name in entries:
         if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
-            raise RefusedFileError(f"it points at {name!r}, outside its own folder")
+            raise RefusedFileError(
+                f"{index.name} points at {name!r}, outside its own folder; copy the shard there and name it alone"
+            )
         if not (index.parent / name).is_file():
             raise DamagedFileError(f"the shard {name} is missing; copy or download it too")
         shards.setdefault(name, set()).add(tensor)
@@ -6389,10 +6422,11 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     import onnx_ir as ir
 
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    size = sum(tensor.nbytes for tensor in tensors if not lies_in(path.parent, tensor))
+    linked = sum(tensor.nbytes for tensor in tensors if lies_in(path.parent, tensor))
+    size = sum(tensor.nbytes for tensor in tensors) - linked
     check_space(path.parent, size)
-    light = path
-    with LOG.copying(f"write: {path.name}", size):
+    light, what = path, f"write: {path.name}"
+    with LOG.step(f"{what}, {linked / 1e6:.1f} MB linked") if linked else LOG.copying(what, size):
         if size > SINGLE_FILE_LIMIT:
             ir.save(model, path, external_data=f"{path.name}.data")
         else:
@@ -6403,15 +6437,15 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     return light
 
 
-def link_weights(model: ir.Model, folder: Path, target: Path) -> dict[Path, Path]:
+def link_weights(model: ir.Model, folder: Path) -> dict[Path, Path]:
     """Let the weights of `model` be parts of the checkpoint's own files; returns what to link in `folder` to which.
 
-    Until then, empty files of their sizes stand there: the checker refuses links. Raises ConversionError (USAGE) where
-    a weight is not in the graph as it is in a file, and where another file has a link's name in the `target` folder.
+    Until then, empty files of their sizes stand there: the checker refuses links. Small weights that are not in the
+    graph as they are in a file become part of the graph; a large one raises ConversionError (USAGE).
     """
     import onnx_ir as ir
 
-    changed, links = [], {}
+    computed, links = [], {}
     for value in model.graph.initializers.values():
         tensor: Any = value.const_value
         raw = getattr(tensor, "raw", None)
@@ -6423,45 +6457,96 @@ def link_weights(model: ir.Model, folder: Path, target: Path) -> dict[Path, Path
                 source.name, offset, size, tensor.dtype, shape=shape, name=str(value.name), base_dir=folder
             )
             links[folder / source.name] = source
-        elif isinstance(raw, stored_class()) or tensor.nbytes >= STORED_BYTES:
-            was = f" is {lies.dtype}" if lies is not None else " is computed"
-            changed.append(f"{value.name}{was}".replace("torch.", ""))
-    if changed or not links:
-        changed = changed or ["none lies in a file as it is needed"]
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        advice = "leave it out, or pass the --dtype of the checkpoint"
+        elif tensor.nbytes >= STORED_BYTES:
+            computed.append(value.name)
+    if computed or not links:
+        more = f" and {len(computed) - 1} more" if len(computed) > 1 else ""
         raise ConversionError(
             ExitStatus.USAGE,
-            f"--external-data link: not all weights can stay as they are ({changed[0]}{more}); {advice}",
+            "--external-data link: not all weights are in the graph as they are in the checkpoint "
+            f"({computed[0] if computed else 'none is'}{more}); {WITHOUT_LINKS}",
         )
     for stand_in, source in links.items():
-        taken = target / stand_in.name
-        if taken.exists() and not taken.samefile(source):
-            raise ConversionError(
-                ExitStatus.USAGE, f"--external-data link: {taken} is another file already; choose another folder for -o"
-            )
         with stand_in.open("wb") as file:
             file.truncate(source.stat().st_size)
     return links
 
 
-def link_file(source: Path, target: Path) -> None:
-    """Let `target` have the content of `source` without a copy: a clone where the file system can, else a hard link."""
+def link_file(source: Path, target: Path) -> bool:
+    """Let `target` have the content of `source` without a copy: a clone where the file system can, else a hard link.
+
+    Returns whether it is a clone; raises ConversionError (USAGE) where it can be neither.
+    """
     import fcntl
 
     with source.open("rb") as old, target.open("wb") as new, contextlib.suppress(OSError):
         fcntl.ioctl(new, FICLONE, old.fileno())
-        return
+        return True
     target.unlink()
     try:
         os.link(source.resolve(), target)
     except OSError as error:
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"--external-data link: {source.name} cannot be linked from there ({error.strerror}); choose an -o on the "
-            "checkpoint's own file system, or leave it out",
-        ) from None
-    LOG.warn(f"{target.name} is a hard link: who writes to the checkpoint changes the model, and onnx.load refuses it")
+        what = f"{source.name} cannot be linked from there ({error.strerror})"
+        nearer = "choose an -o on the checkpoint's own file system (in a container: in the same volume), or "
+        advice = (nearer if error.errno == errno.EXDEV else "") + WITHOUT_LINKS
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {advice}") from None
+    return False
+
+
+def check_links(model: nn.Module, options: argparse.Namespace, dtypes: Mapping[str, str]) -> None:
+    """Before the work begins: can the weights of `model` stay in their files? `dtypes` are what --dtype can ask for.
+
+    Raises ConversionError (USAGE) where they lie in no file, have to change, or their files cannot be linked.
+    """
+    if options.external_data != "link":
+        return
+    stored = [tensor for _, tensor in state_of(model) if isinstance(tensor, stored_class())]
+    large = [tensor for tensor in stored if tensor.nbytes >= STORED_BYTES] or stored
+    if not large:
+        what = f"no weights lie in {options.input} as a graph needs them"
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
+    if any(tensor.source is None for tensor in large):
+        what = "transformers joins weights of this model, those of a layer's experts, which lie apart in their files"
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
+    changed = [str(tensor.dtype).removeprefix("torch.") for tensor in large if tensor.kept_as is not tensor.dtype]
+    if changed:
+        held = sorted({str(tensor.kept_as).removeprefix("torch.") for tensor in large})
+        flag = next((flag for flag, dtype in dtypes.items() if [dtype] == held), "")
+        flag += " --no-verify (a graph without proof)" if flag == "bf16" else ""  # see check_options
+        advice = f"pass --dtype {flag}, or {WITHOUT_LINKS}" if flag else WITHOUT_LINKS
+        what = f"the weights are {' and '.join(held)} and the graph needs {changed[0]}"
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {advice}")
+    check_linked_files({mapped_place(tensor.source)[0] for tensor in stored if tensor.source is not None}, options)
+
+
+def check_linked_files(files: Iterable[Path], options: argparse.Namespace) -> None:
+    """Link `files` into the staging folder for a try, and warn of what links mean.
+
+    Raises ConversionError (USAGE) where they cannot be linked, or another file has a link's name in the folder of -o.
+    """
+    own, hard = [], []
+    trial = options.staging / "trial"
+    trial.parent.mkdir(parents=True, exist_ok=True)
+    for file in sorted(files):
+        target = options.output.with_name(file.name)
+        if target == options.output or target.is_symlink() or (target.exists() and not same_content(file, target)):
+            what = f"{target} is taken by another file"
+            raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; choose another folder for -o")
+        cloned = link_file(file, trial)
+        trial.unlink()
+        if target.exists() and target.resolve() == file.resolve():
+            own.append(file.name)
+        elif not cloned:
+            hard.append(file.name)
+    for names, what in ((own, "the checkpoint itself"), (hard, "a hard link, which onnx.load refuses")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if names[1:] else ""
+            LOG.warn(f"{names[0]}{more} beside the graph is {what}: who writes to the checkpoint changes the model")
+
+
+def same_content(file: Path, other: Path) -> bool:
+    """Whether `other` is there and the same file, or one of the same bytes."""
+    return other.exists() and (other.samefile(file) or filecmp.cmp(file, other, shallow=False))
 
 
 def lies_in(folder: Path, tensor: ir.TensorProtocol) -> bool:
@@ -6513,15 +6598,15 @@ def write_single_file(model: ir.Model, path: Path) -> Path:
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
     rest = proto.SerializeToString(deterministic=True)
-    size = len(graph) + sum(value.const_value.nbytes for value in large)
-    while True:  # where the weights lie depends on how long the number is that says how long all of it is
-        before = rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph
-        placed = place_weights(large, len(before))
-        end = placed[-1].start + placed[-1].tensor.nbytes if placed else len(before)
-        if size == (size := end - len(before) + len(graph)):
-            break
+    size, width, placed = len(graph) + sum(value.const_value.nbytes for value in large), 0, []
+    while width < len(varint(size)):  # where the weights lie, and with it `size`, depends on how wide `size` is written
+        width = len(varint(size))
+        place = len(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size, width) + graph)
+        placed = place_weights(large, place)
+        end = placed[-1].start + placed[-1].tensor.nbytes if placed else place
+        size = len(graph) + end - place
     with path.open("wb") as file:
-        file.write(before)
+        file.write(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size, width) + graph)
         for weight in placed:
             file.write(weight.head)
             weight.tensor.tofile(file)
@@ -6581,15 +6666,18 @@ def aligned_head(fields: Mapping[str, Any], length: int, place: int) -> bytes:
     return head
 
 
-def message_head(number: int, length: int) -> bytes:
-    """The key of a protobuf field that holds `length` bytes."""
-    return varint(number << 3 | 2) + varint(length)  # 2: bytes, preceded by their number
+def message_head(number: int, length: int, width: int = 1) -> bytes:
+    """The key of a protobuf field that holds `length` bytes, a number written in `width` bytes or more."""
+    return varint(number << 3 | 2) + varint(length, width)  # 2: bytes, preceded by their number
 
 
-def varint(number: int) -> bytes:
-    """A number as protobuf writes it: 7 bits a byte, the lowest first, the top bit set on all but the last."""
+def varint(number: int, width: int = 1) -> bytes:
+    """A number as protobuf writes it: 7 bits a byte, the lowest first, the top bit set on all but the last.
+
+    It has `width` bytes or more; zeros at its end do not count.
+    """
     low, rest = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+    return bytes([low | 0x80]) + varint(rest, width - 1) if rest or width > 1 else bytes([low])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6691,15 +6779,15 @@ def align_detections(expected: Arrays, actual: Arrays) -> Arrays:
     return {name: value[order] if name in rows else value for name, value in actual.items()}
 
 
-def check_graph(path: Path) -> None:
+def check_graph(path: Path, opset: int) -> None:
     """onnx.checker with shape inference, by path so that any size is accepted; raises RungError."""
     import onnx
 
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # ValidationError, InferenceError, RuntimeError by version
-        missing = re.search(r"No Op registered for (\w+) with domain_version of (\d+)", str(error))
-        needs = first_opset(missing[1], int(missing[2])) if missing else None
+        lacks = re.search(r"No Op registered for (\w+)|\(op_type:(\w+),.* has unsupported type", str(error))
+        needs = first_opset(lacks[1] or lacks[2], opset) if lacks else None
         raise RungError(f"onnx.checker: {first_line(error)}", exported=True, needs=needs) from error
 
 
@@ -7024,6 +7112,7 @@ class Result(NamedTuple):
     path: Path
     light: Path  # the same graph, with the weights of `path` (see write_graph)
     differences: list[Difference]
+    links: Mapping[Path, Path] = {}  # what lies beside `path` and holds weights as they were, and what it is linked to
 
 
 def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argparse.Namespace) -> Result:
@@ -7036,21 +7125,21 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
         exported, note = export_rung(rung, plan, work)
     path = folder / plan.file
     graph = finish_graph(exported, plan, {**metadata, "exporter": exporter_name(rung)})
-    linked = link_weights(graph, folder, options.output.parent) if plan.linked else {}
+    links = link_weights(graph, folder) if plan.linked else {}
     light = write_graph(graph, path)
     del exported, graph
     shutil.rmtree(work)
     with LOG.step("check: onnx.checker"):
-        check_graph(light)
-    for stand_in, source in linked.items():
+        check_graph(light, rung.opset)
+    for stand_in, source in links.items():
         link_file(source, stand_in)
     if options.no_verify:
-        return Result(rung, path, light, [])
+        return Result(rung, path, light, [], links)
     with LOG.step(
         f"verify: ONNX Runtime against PyTorch at {'; '.join(dict.fromkeys(case.label for case in plan.cases))}"
     ):
         try:
-            return Result(rung, path, light, verify(light, plan, options))
+            return Result(rung, path, light, verify(light, plan, options), links)
         except RungError as error:
             raise error.with_note(note) from error
 
@@ -7110,6 +7199,7 @@ def no_exporter_holds(
 ) -> ConversionError:
     """The error that tells every rung's reason and what to do: where an opset was asked for, the lowest that works."""
     fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
+    fewer = WITHOUT_LINKS if options.external_data == "link" else fewer  # of which another exporter knows nothing
     advice = f"{fewer}, or replace the operator in the model"
     slight = [error.slight for _, error in failures if error.slight]
     if slight:  # 5 % more than the difference, so that two digits are enough
@@ -7134,21 +7224,27 @@ class Converted(NamedTuple):
 
 
 def move_into_place(converted: Sequence[Converted], options: argparse.Namespace) -> list[Path]:
-    """Rename staged files to their final names, the graphs last; returns where they are."""
+    """Rename staged files to their final names, the graphs last; returns where they are.
+
+    Checkpoints and files beside the graph that are there already with the same content are left alone.
+    """
     beside = options.staging / "beside"
-    pairs = [(file, options.folder / file.name) for file in (sorted(beside.iterdir()) if beside.exists() else ())]
+    targets = {file: options.folder / file.name for file in (sorted(beside.iterdir()) if beside.exists() else ())}
+    origins = {file: file for file in targets}
     graphs = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
-    pairs += [
-        (file, options.output.with_name(file.name)) for file in sorted(graphs, key=lambda file: file.suffix == ".onnx")
-    ]
-    for file, target in pairs:
-        file.replace(target)
-    for parent in {target.parent for _, target in pairs}:
+    for file in sorted(graphs, key=lambda file: file.suffix == ".onnx"):
+        targets[file] = options.output.with_name(file.name)
+    for item in converted:
+        origins |= item.result.links
+    for file, target in targets.items():
+        if file not in origins or not same_content(origins[file], target):
+            file.replace(target)
+    for parent in {target.parent for target in targets.values()}:
         folder = os.open(parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
     shutil.rmtree(options.staging)
-    return [target for _, target in pairs]
+    return list(targets.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7226,17 +7322,17 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     check_folder(inner)
     digest = ThreadPoolExecutor(1).submit(folder_digest, source.path)
     folder = copy_without_code(inner, cleaned, options.staging / "source", trust=trust)
+    check_side_files(folder, options)
     with LOG.step(f"load: {source.path}"):
         config = read_config(folder, trust=trust)
         sentences = (source.path / "modules.json").exists()
         task, cls = choose_task(config, options, embeds_sentences=sentences)
-        if options.output.name != "model.onnx" and config.is_encoder_decoder and task in GENERATION_TASKS:
-            raise ConversionError(
-                ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
-            )
+        is_pair = config.is_encoder_decoder and task in GENERATION_TASKS
+        if is_pair:
+            check_pair_options(options)
         found = load_pretrained(folder, config, task, cls, options)
-        copies = 2 if task in GENERATION_TASKS and config.is_encoder_decoder else 1  # the decoder: twice, then merged
-        check_room(found.model, options, copies)
+        check_room(found.model, options, copies=2 if is_pair else 1)  # the decoder: twice, then merged
+        check_links(found.model, options, DTYPE_NAMES)
         if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
             found = found._replace(steps=sentence_steps(source.path, trust=options.trust_pickle))
     LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")
@@ -7267,9 +7363,10 @@ def check_options(options: argparse.Namespace) -> None:
             ExitStatus.USAGE, f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files"
         )
     if options.dtype == "bf16" and options.device == "cpu" and not options.no_verify:
+        other = "" if options.external_data == "link" else "--dtype fp16, or "  # links leave the weights as they are
         raise ConversionError(
             ExitStatus.USAGE,
-            "--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass --dtype fp16, or "
+            f"--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass {other}"
             "--no-verify for a graph without proof",
         )
     for name in ("model_class", "checkpoint_key", "input_shape", "dynamic_axes", "model_args", "allow_class"):
@@ -7278,6 +7375,17 @@ def check_options(options: argparse.Namespace) -> None:
             raise ConversionError(
                 ExitStatus.USAGE, f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out"
             )
+
+
+def check_pair_options(options: argparse.Namespace) -> None:
+    """Raise ConversionError (USAGE) for options that an encoder and its decoder cannot have."""
+    if options.output.name != "model.onnx":
+        raise ConversionError(
+            ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
+        )
+    if options.external_data == "link":
+        what = "this model becomes an encoder and a decoder, whose weights are merged"
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -7309,7 +7417,14 @@ def check_folder(folder: Path) -> None:
             ExitStatus.INPUT,
             f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them",
         )
+    if not any(name in names for name in WEIGHT_FILES):
+        raise ConversionError(
+            ExitStatus.INPUT,
+            f"{folder} has weights, but neither one file of all nor the index of its shards "
+            f"({', '.join(WEIGHT_FILES)}); copy or download it too",
+        )
     for name in weights:
+        detect(folder / name)  # says what it is that is none: a pointer of Git LFS, an HTML page
         try:
             safetensors_header(folder / name)
         except DamagedFileError as error:  # of many shards, that one
@@ -7346,7 +7461,7 @@ def merge_and_verify(
         merged = merge_decoders(converted[1].result.light, converted[2].result.light)
         light = write_graph(finish_graph(merged, plan, {**metadata, "exporter": exporter_name(rung)}), path)
         try:
-            check_graph(light)
+            check_graph(light, rung.opset)
             differences = [] if options.no_verify else verify(light, plan, options)
         except RungError as error:
             raise ConversionError(ExitStatus.VERIFY, f"the merged decoder does not hold: {error}") from error
@@ -7416,12 +7531,46 @@ def folder_digest(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def side_files(folder: Path) -> list[Path]:
+    """What a user of the model needs beside the graph: configuration, tokenizer, processor, chat template."""
+    files = [entry for entry in sorted(folder.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
+    return [file for file in files if SIDE_FILES.fullmatch(file.name)]
+
+
+def check_side_files(folder: Path, options: argparse.Namespace) -> None:
+    """Before the work begins: would files of another model be replaced? Raises ConversionError (USAGE).
+
+    Those that an earlier conversion left beside its graph, which is replaced too, may be, unless weights are there.
+    """
+    targets = {file: options.folder / file.name for file in side_files(folder)}
+    others = [
+        target.name for file, target in targets.items() if os.path.lexists(target) and not same_content(file, target)
+    ]
+    if not others:
+        return
+    names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    graphs = [options.output, options.output.with_name("encoder_model.onnx")]
+    if any((options.folder / name).exists() for name in WEIGHT_FILES) or not any(map(is_our_graph, graphs)):
+        what = f"{names} with other content would be replaced there"
+        raise ConversionError(
+            ExitStatus.USAGE, f"-o {options.folder}: {what}; choose another directory, or remove what is not needed"
+        )
+    LOG.warn(f"{names} of an earlier conversion in {options.folder} will be replaced")
+
+
+def is_our_graph(path: Path) -> bool:
+    """Whether `path` is a graph of an earlier conversion: a protobuf message begins with its lowest fields."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"\x12\x07pt2onnx" in file.read(32)  # field 2, producer_name, of 7 bytes
+
+
 def stage_side_files(folder: Path, target: Path) -> None:
-    """Copy what a user of the model needs beside the graph: configuration, tokenizer, processor, chat template."""
+    """Copy what belongs beside the graph."""
     target.mkdir()
-    for entry in sorted(folder.iterdir()):
-        if entry.is_file() and not entry.name.startswith(".") and SIDE_FILES.fullmatch(entry.name):
-            shutil.copyfile(entry, target / entry.name)
+    for file in side_files(folder):
+        shutil.copyfile(file, target / file.name)
 
 
 def convert_module(
@@ -7437,6 +7586,7 @@ def convert_module(
         LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
         model.float()
     check_room(model, options)
+    check_links(model, options, {})
     for parameter in model.parameters():  # ScriptModule has no requires_grad_()
         parameter.requires_grad_(False)  # noqa: FBT003
     model.to(options.device)
@@ -7535,10 +7685,12 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         mode, converted = dispatch(source, argparse.Namespace(**{**vars(options), "no_stream": True}))
     files = move_into_place(converted, options)
     graphs = [describe_graph(item, options) for item in converted]
+    linked = sorted({str(options.output.with_name(link.name)) for item in converted for link in item.result.links})
     return {
         "status": "ok",
         **graphs[0],
         "files": {str(file): file.stat().st_size for file in files},
+        **({"linked": linked} if linked else {}),
         "mode": mode,
         **({"graphs": graphs} if len(graphs) > 1 else {}),
         "seconds": round(time.monotonic() - start, 2),
@@ -7549,6 +7701,13 @@ def dispatch(source: Source, options: argparse.Namespace) -> tuple[str, list[Con
     """Load `source`, and convert it in the mode that takes it; returns the mode and the graphs."""
     if source.kind is Kind.HUGGINGFACE:
         return "huggingface", convert_huggingface_model(source, options)
+    linkable = (Kind.CHECKPOINT, Kind.SAFETENSORS, Kind.SHARDED_WEIGHTS)
+    if options.external_data == "link" and source.kind not in linkable:
+        raise ConversionError(
+            ExitStatus.USAGE,
+            f"--external-data link: a graph cannot refer to parts of {source.path}, for {source.why}; pass the weights "
+            f"as safetensors or as a zip checkpoint, or {WITHOUT_LINKS}",
+        )
     digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
     with LOG.step(f"load: {source.path}"):
         loaded = load(source, trust=options.trust_pickle)
@@ -7838,7 +7997,8 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 def describe_success(report: Mapping[str, Any]) -> str:
     """The last line of a run that went well."""
-    size = sum(report["files"].values()) / 1e6
+    linked = sum(report["files"][name] for name in report.get("linked", ())) / 1e6
+    sizes = f"{sum(report['files'].values()) / 1e6 - linked:.1f} MB{f' and {linked:.1f} MB linked' if linked else ''}"
     differences = [item for graph in report.get("graphs", [report]) for item in graph["verified"]]
     proof = "not verified"
     if differences:
@@ -7846,7 +8006,7 @@ def describe_success(report: Mapping[str, Any]) -> str:
         worst = max(difference["largest"] for difference in differences)
         proof = f"verified at {shapes} shape{'s' if shapes > 1 else ''}, largest difference {worst:.2g}"
     names = " and ".join(graph["output"] for graph in report.get("graphs", [report]))
-    return f"{names} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
+    return f"{names} ({sizes}, opset {report['opset']}, {report['exporter']} exporter), {proof}"
 
 
 def cgroup_memory_files() -> Iterator[Path]:

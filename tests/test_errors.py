@@ -51,12 +51,14 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "gguf": (b"GGUF\3\0\0\0", "GGUF"),
     "binary": (bytes(range(255, 127, -1)), "no format that PyTorch writes"),
-    "safetensors-not-json": (struct.pack("<Q", 9) + b"{not json" + b"\0" * 16, "safetensors"),
+    "safetensors-not-json": (struct.pack("<Q", 9) + b"{not json" + b"\0" * 16, "header is damaged"),
     "safetensors-too-long": (struct.pack("<Q", 1 << 40) + b'{"a": 1}' + b"\0" * 16, "safetensors"),
     "safetensors-beyond-data": (
         struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'.ljust(64) + b"\0" * 4,
-        "safetensors",
+        "a safetensors file of 108 bytes, 76 of which are there",
     ),
+    "safetensors-cut-header": (struct.pack("<Q", 64) + b'{"a":{"dtype":"F32"', "of 72 bytes, 27 of which are there"),
+    "safetensors-data-left": (struct.pack("<Q", 2) + b"{}" + b"\0" * 4, "header is damaged"),
     "pickle-cut": (pickle.dumps({"a": [1.5] * 300}, protocol=2)[:-40], "damaged"),
 }
 

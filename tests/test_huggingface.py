@@ -170,13 +170,14 @@ def edit_config(folder: Path, **changes: Any) -> None:
     ("damage", "code", "word"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), 3, "no weights"),
+        (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"), 3, "git lfs pull"),
         (lambda folder: (folder / "config.json").write_text("{", encoding="utf-8"), 3, "config.json is damaged"),
         (lambda folder: edit_config(folder, hidden_size=64), 3, "do not belong together"),
         (lambda folder: edit_config(folder, model_type="unheard_of"), 3, "unheard_of"),
         (lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}), 4, "gptq"),
         (lambda folder: (folder / "config.json").unlink(), 3, "model.safetensors"),
     ],
-    ids=["no weights", "damaged config", "other shapes", "unknown type", "quantised", "no config"],
+    ids=["no weights", "Git LFS", "damaged config", "other shapes", "unknown type", "quantised", "no config"],
 )
 def test_bad_folders(tmp_path: Path, damage: Any, code: int, word: str) -> None:
     """One [ERROR] line that names it, and nothing written."""
@@ -205,6 +206,12 @@ def test_truncated_shard(tmp_path: Path) -> None:
     shard = max((tmp_path / "in").glob("*.safetensors"))
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
-    assert shard.name in convert(tmp_path, code=3)
+    told = convert(tmp_path, code=3)
+    assert shard.name in told
+    assert f"of {len(content)} bytes, {len(content) // 2} of which are there" in told
     shard.unlink()
     assert shard.name in convert(tmp_path, code=3)
+    (tmp_path / "in" / "model.safetensors.index.json").unlink()
+    told = convert(tmp_path, code=3)
+    assert "nor the index of its shards" in told
+    assert "load" not in told.partition("[ERROR]")[0]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import onnx
 import pytest
-from conftest import axes, onnx_outputs, run_cli
+import tiny_models
+from conftest import axes, check_error, lines, onnx_outputs, run_cli
 
 import convert as product
 
@@ -82,6 +85,66 @@ def test_an_older_file_is_replaced_only_by_a_good_one(models: Path, tmp_path: Pa
     assert names(tmp_path) == ["model.onnx"]
 
 
+def contents(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """The files below a folder: their inodes, when they were written and what they hold."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.lstat().st_ino, path.lstat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_files_of_another_model_stay(tmp_path: Path) -> None:
+    """Beside a checkpoint, or a graph of another name, no file is replaced by one of other content: exit 2 at once."""
+    for name in ("llama", "gpt2"):
+        tiny_models.make(name, tmp_path / name)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "gpt2" / "config.json", tmp_path / "other")
+    graph = bytes.fromhex("0808 1207 7074326f6e6e78")  # as ours begin
+    (tmp_path / "other" / "a.onnx").write_bytes(graph)
+    (tmp_path / "gpt2" / "model.onnx").write_bytes(graph)  # converted in place
+    before = contents(tmp_path)
+    for target in ("gpt2/", "other/b.onnx"):
+        result = run_cli("-i", str(tmp_path / "llama"), "-o", f"{tmp_path}/{target}")
+        check_error(result, 2, "config.json", "with other content would be replaced there", "choose another directory")
+        assert "load" not in result.err
+        assert contents(tmp_path) == before
+    config = json.loads((tmp_path / "llama" / "config.json").read_text(encoding="utf-8"))
+    content = json.dumps({**config, "auto_map": {"AutoModel": "own.Model"}})  # left out of what is written
+    (tmp_path / "llama" / "config.json").write_text(content, encoding="utf-8")
+    check_error(run_cli("-i", str(tmp_path / "llama"), "-o", f"{tmp_path}/llama/"), 2, "config.json with other content")
+    assert (tmp_path / "llama" / "config.json").read_text(encoding="utf-8") == content
+
+
+def test_conversions_into_one_folder(tmp_path: Path) -> None:
+    """In place, elsewhere, and there again after further training: files of the same content are left alone."""
+    folder = tmp_path / "in"
+    tiny_models.make("gpt2", folder)
+    before = contents(folder)
+    inner = run_cli("-i", str(folder), "-o", f"{folder}/")
+    assert inner.code == 0, inner.err
+    assert {name: file for name, file in contents(folder).items() if not name.endswith(".onnx")} == before
+    warning = f"trainer_state.json of an earlier conversion in {tmp_path / 'out'} will be replaced"
+    for step, words in ((1, []), (2, [warning])):
+        (folder / "trainer_state.json").write_text(str(step), encoding="utf-8")
+        result = run_cli("-i", str(folder), "-o", f"{tmp_path}/out/")
+        assert result.code == 0, result.err
+        assert lines(result, "WARN") == words
+        assert (tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8") == str(step)
+
+
+@pytest.mark.parametrize("place", ["", "x.onnx", "onnx/"])
+def test_a_snapshot_is_no_output(place: str, models: Path, tmp_path: Path) -> None:
+    """The links of the hub's cache are not replaced, and what they point at is not written to: exit 2."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "1").write_text("{}", encoding="utf-8")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    (tmp_path / "elsewhere").symlink_to(snapshot)
+    before = contents(tmp_path)
+    result = run_cli("-i", str(models / "flat.pt"), "-o", f"{tmp_path}/elsewhere/{place}")
+    check_error(result, 2, "a snapshot of the hub's cache", "choose another directory")
+    assert contents(tmp_path) == before
+
+
 def constant_model(weights: dict[str, Any]) -> Any:
     """An onnx_ir model whose outputs are its weights."""
     import onnx_ir as ir
@@ -123,6 +186,26 @@ def test_weights_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
         del model.graph.value_info[:]  # says again what the initializers say
     assert ours == library
     assert len(ours.graph.initializer) == len(weights)
+
+
+def test_layouts_settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph whose size has one byte more or less with the place of its weights, which depends on that: one is right.
+
+    The sizes around 2**14, where that happens to one.
+    """
+    monkeypatch.setattr(product, "STORED_BYTES", 1000)
+
+    def write_all() -> int:
+        for length in range(2**14 - 400, 2**14):
+            weight = np.arange(length).astype(np.uint8)
+            product.write_single_file(constant_model({"w": weight}), tmp_path / "m.onnx")
+            (tensor,) = onnx.load(tmp_path / "m.onnx").graph.initializer
+            assert tensor.raw_data == weight.tobytes()
+            assert (tmp_path / "m.onnx").read_bytes().index(tensor.raw_data) % product.ALIGNMENT == 0
+        return 0
+
+    outcome = forked.in_child(write_all, tmp_path, seconds=30)  # which ends it, if nothing else does
+    assert outcome.code == 0, outcome.err
 
 
 def test_external_data_above_two_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
