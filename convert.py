@@ -5332,15 +5332,18 @@ def filled_cache(way: Stateful, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def without_padding(tensors: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Zeros in all that belongs to padded tokens, which counts nowhere: outputs, keys and values."""
-    hidden = {}
+    """Zeros in all that belongs to padded tokens, which counts nowhere: outputs, keys and values.
+
+    `mask` (batch x tokens) has zeros for these, and may begin before the outputs (batch x tokens x ...) do.
+    """
+    padded, hidden = mask == 0, {}
     for name, tensor in tensors.items():
         if name.startswith("present."):
-            hidden[name] = tensor * mask[:, None, :, None].to(tensor.dtype)
+            hidden[name] = tensor.masked_fill(padded[:, None, :, None], 0)
         elif name.startswith("present_"):
             hidden[name] = tensor
         else:
-            hidden[name] = tensor * mask[:, -tensor.shape[1] :, None].to(tensor.dtype)
+            hidden[name] = tensor.masked_fill(padded[:, -tensor.shape[1] :, None], 0)
     return hidden
 
 
@@ -6895,7 +6898,9 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
     differences: list[Difference] = []
     for case in plan.cases:
         try:
-            results = dict(zip(names, session.run(None, case.inputs), strict=True))
+            results = what_counts(
+                dict(zip(names, session.run(None, case.inputs), strict=True)), case.inputs, plan.specs
+            )
         except Exception as error:
             raise RungError(f"ONNX Runtime fails for {case.label}: {first_line(error)}", exported=True) from error
         found = judge(case, results, plan, options)
@@ -6912,6 +6917,20 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
     if not differences:
         raise RungError("PyTorch's own answers are too unstable to compare with", exported=True)
     return differences
+
+
+def what_counts(outputs: Arrays, inputs: Arrays, specs: Sequence[InputSpec]) -> Arrays:
+    """A decoder's outputs without what belongs to padded tokens; those of other models as they are.
+
+    Such a token looks at nothing: how the scores of all that is masked round in half precision decides its answer.
+    """
+    import torch
+
+    mask = next((inputs[spec.name] for spec in specs if spec.axes.get(1) == TOTAL), None)
+    if mask is None:
+        return outputs
+    tensors = {name: torch.from_numpy(array) for name, array in outputs.items()}
+    return {name: tensor.numpy() for name, tensor in without_padding(tensors, torch.from_numpy(mask)).items()}
 
 
 def second_opinion(
@@ -7079,7 +7098,7 @@ def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Exact
         plan.model.to(dtype)
         for name, tensor in state_of(plan.model):  # not all need have been of that dtype
             tensor.data = own[name]
-    arrays = {name: to_numpy(tensor) for name, tensor in outputs.items()}
+    arrays = what_counts({name: to_numpy(tensor) for name, tensor in outputs.items()}, case.inputs, plan.specs)
     return Exact(arrays, max(passed)) if arrays.keys() == case.outputs.keys() else None
 
 
@@ -7499,6 +7518,7 @@ def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
     if not options.no_verify:
         check_deterministic(reference, cases[0], graph.sizes[0], 0)
         check_outputs(cases[0])
+        cases = [case._replace(outputs=what_counts(case.outputs, case.inputs, graph.specs)) for case in cases]
         for case in cases:
             check_finite(case)
     traced = reference.tensors(graph.sizes[0], 0)

@@ -3,11 +3,12 @@
     python tests/benchmarks/streaming.py [--shapes 0.5B 1.5B 3B] [--limit 2] [--ways pt2onnx link transformers]
 
 Decoders of the Qwen2 shapes with random weights in bfloat16 (for `link`: float32, as in the graph), in shards, made on
-the disk and removed again. Each way is a process in a control group of its own (root is needed) with limited memory, of
-which the page cache gives up its part first; `over`: it was killed there. Peak: what was resident, with the pages of
-mapped files. write / cp: the time in which the weights were written, relative to `cp` and `sync` of as many bytes right
-after it. sparse-7B and sparse-72B hold zeros in float32 that take no disk, 30 and 288 GB, for `link`; the second is not
-verified, since a pass over it takes minutes.
+the disk and removed again. `experts` is a Qwen3 mixture of 16 layers with 64 experts each, which lie in the checkpoint
+one by one. Each way is a process in a control group of its own (root is needed) with limited memory, of which the page
+cache gives up its part first; `over`: it was killed there. Peak: what was resident, with the pages of mapped files.
+write / cp: the time in which the weights were written, relative to `cp` and `sync` of as many bytes right after it.
+sparse-7B and sparse-72B hold zeros in float32 that take no disk, 30 and 288 GB, for `link`; the second is not verified,
+since a pass over it takes minutes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ SHAPES: dict[str, dict[str, Any]] = {  # those of Qwen2.5
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
     "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
     "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+    "experts": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 512,
+        "head_dim": 64,
+    },
     "sparse-7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
     "sparse-72B": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
@@ -46,16 +57,27 @@ import json, sys, torch, transformers
 from safetensors.torch import save_file
 folder, sizes = sys.argv[1], json.loads(sys.argv[2])
 dtype = sys.argv[3]
-config = transformers.Qwen2Config(architectures=["Qwen2ForCausalLM"], dtype=dtype, **sizes)
-config.save_pretrained(folder)
+config = transformers.AutoConfig.for_model(sizes.pop("model_type", "qwen2"), dtype=dtype, **sizes)
 with torch.device("meta"):
-    model = transformers.Qwen2ForCausalLM(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+config.architectures = [type(model).__name__]
+config.save_pretrained(folder)
 shard, count, index, chance = {}, 0, {}, torch.Generator().manual_seed(0)
-names = [name for name, _ in model.named_parameters()]
+shapes = {}
 for name, parameter in model.named_parameters():
-    tensor = torch.ones(parameter.shape) if "norm" in name else torch.randn(parameter.shape, generator=chance) / 50
+    if ".experts." not in name:
+        shapes[name] = parameter.shape
+        continue
+    layer, _, kind = name.rpartition(".")  # transformers joins them when it loads them
+    sides = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    experts, rows, columns = parameter.shape
+    for expert in range(experts):
+        for side in sides:
+            shapes[f"{layer}.{expert}.{side}.weight"] = (rows // len(sides), columns)
+for name, shape in shapes.items():
+    tensor = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=chance) / 50
     shard[name] = tensor.to(getattr(torch, dtype))
-    if sum(tensor.nbytes for tensor in shard.values()) > 1 << 30 or name == names[-1]:
+    if sum(tensor.nbytes for tensor in shard.values()) > 1 << 30 or len(index) + len(shard) == len(shapes):
         count += 1
         file = f"model-{count:05d}.safetensors"
         save_file(shard, f"{folder}/{file}", {"format": "pt"})
