@@ -3932,9 +3932,9 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
         raise ConversionError(
             ExitStatus.INPUT, f"{options.input}: transformers cannot load it ({first_line(error)})"
         ) from error
-    for name, stored, wanted in told["mismatched_keys"]:
-        if name in own:
-            continue
+    resized = {name: sizes for name, *sizes in told["mismatched_keys"]}
+    for name in sorted(resized.keys() - own.keys()):
+        stored, wanted = resized[name]
         sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
         raise ConversionError(ExitStatus.INPUT, f"{options.input}: {sizes}; they do not belong together")
     unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
@@ -3948,7 +3948,7 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
             "trained for, or the complete checkpoint",
         )
     if adapter:
-        merge_adapter(model, adapter)
+        merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
     heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
     return FolderModel(model.eval().requires_grad_(requires_grad=False), task, heads)
 
@@ -3971,6 +3971,49 @@ def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
         ExitStatus.INPUT,
         f"its weights are incomplete: none of {', '.join(WEIGHT_FILES)} is there; copy or download the whole folder",
     )
+
+
+def is_timm(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one that timm writes for the hub."""
+    return "model_type" not in config and isinstance(config.get("pretrained_cfg"), dict) and "architecture" in config
+
+
+def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
+    """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
+
+    transformers has a class for it, which loses what timm computes and does not save (the tables of a swin). Raises
+    ConversionError (INPUT) for an architecture that timm does not know, and weights that do not fit it.
+    """
+    import torch
+
+    timm, settings = import_library("timm"), read_json(folder / "config.json")
+    name, classes = settings["architecture"], settings.get("num_classes")
+    if not isinstance(name, str) or not timm.is_model(name):
+        known = f"timm {timm.__version__} knows no architecture {shorten(repr(name), 60)}"
+        raise ConversionError(ExitStatus.INPUT, f"{options.input}: {known}; check config.json")
+    config = settings["pretrained_cfg"]
+    try:
+        arguments = {"num_classes": classes, **(settings.get("model_args") or {})}
+        with without_initialisation():
+            model = timm.create_model(name, pretrained=False, pretrained_cfg=config, checkpoint_path="", **arguments)
+    except Exception as error:  # whatever its constructor raises
+        raise ConversionError(
+            ExitStatus.INPUT, f"{options.input}: timm cannot build {name} as config.json says ({first_line(error)})"
+        ) from error
+    size = preprocessing(model, None).get("size")
+    images = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
+    if not images or not isinstance(getattr(model, "num_classes", None), int):
+        what = "needs an input_size and no features_only to be an image model"
+        raise ConversionError(ExitStatus.INPUT, f"{options.input}: config.json {what}; repair it")
+    weights = load_folder(folder, trust=options.trust_pickle)
+    model = model.eval().requires_grad_(requires_grad=False).to(getattr(torch, DTYPE_NAMES[options.dtype]))
+    if refusal := load_weights(model, store_all(weights, options)):
+        misfit = describe_misfit(model, weights) or refusal
+        raise ConversionError(
+            ExitStatus.INPUT,
+            f"{options.input}: its weights do not fit {name} of config.json: {misfit}; copy both again",
+        )
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4006,25 +4049,27 @@ MERGE_IT = "merge it where it was trained (merge_and_unload of peft), and pass t
 
 
 class Adapter(NamedTuple):
-    """A LoRA adapter: its base's folder, its settings, tensors that replace the base's, and by layer LoRA's parts."""
+    """A LoRA adapter: its folder, its base's, its settings, tensors that replace the base's, LoRA's parts by layer."""
 
+    folder: Path
     base: Path
     settings: Mapping[str, Any]
     own: dict[str, Tensor]
     layers: dict[str, dict[str, Tensor]]
+    beneath: frozenset[str]  # those of `own` that lie under LoRA's parts: the base's, saved since tokens were added
 
 
 def check_adapter(settings: Mapping[str, Any]) -> None:
-    """Raise ConversionError (INPUT) for an adapter that is not LoRA, or whose settings cannot be used."""
+    """Raise DamagedFileError for an adapter that is not LoRA, or whose settings cannot be used."""
     kind, start = settings.get("peft_type"), settings.get("init_lora_weights")
     if kind != "LORA":
         what = f"the adapter's peft_type is {shorten(repr(kind), 40)}, and only LORA can be merged here"
-        raise ConversionError(ExitStatus.INPUT, f"{what}; {MERGE_IT}")
+        raise DamagedFileError(f"{what}; {MERGE_IT}")
     beyond = [key for key in BEYOND_LORA if settings.get(key)]
     if isinstance(start, (dict, list)) or start not in PLAIN_STARTS:
         beyond.append(f"init_lora_weights {shorten(repr(start), 40)}")
     if beyond:
-        raise ConversionError(ExitStatus.INPUT, f"the adapter is more than plain LoRA ({beyond[0]}); {MERGE_IT}")
+        raise DamagedFileError(f"the adapter is more than plain LoRA ({beyond[0]}); {MERGE_IT}")
     patterns = [settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     try:
         numbers = [settings.get("r", 8), settings.get("lora_alpha", 8), *(n for p in patterns for n in p.values())]
@@ -4034,7 +4079,7 @@ def check_adapter(settings: Mapping[str, Any]) -> None:
         usable = False
     if not usable:
         keys = "r, lora_alpha, rank_pattern or alpha_pattern"
-        raise ConversionError(ExitStatus.INPUT, f"adapter_config.json has {keys} that cannot be used; {MERGE_IT}")
+        raise DamagedFileError(f"adapter_config.json has {keys} that cannot be used; {MERGE_IT}")
 
 
 def read_adapter(folder: Path, options: argparse.Namespace) -> Adapter | None:
@@ -4042,28 +4087,37 @@ def read_adapter(folder: Path, options: argparse.Namespace) -> Adapter | None:
     if not (folder / "adapter_config.json").exists():
         return None
     settings = read_json(folder / "adapter_config.json")
-    check_adapter(settings)
+    own: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
+    try:
+        check_adapter(settings)
+        for name, tensor in adapter_tensors(folder, options).items():
+            place = name.removeprefix("base_model.model.")
+            if match := LORA_TENSOR.fullmatch(place):
+                layers.setdefault(match["layer"], {})["bias" if match["kind"] == "bias" else match["part"]] = tensor
+            else:
+                own[place.replace(".base_layer.", ".")] = tensor
+        base = base_folder(folder, settings, options)
+    except DamagedFileError as error:
+        raise ConversionError(error.status, f"{folder}: {error}") from None
+    beneath = frozenset(name for name in own if name.rpartition(".")[0] in layers)
+    return Adapter(folder, base, settings, own, layers, beneath)
+
+
+def adapter_tensors(folder: Path, options: argparse.Namespace) -> dict[str, Tensor]:
+    """The tensors of an adapter, read inertly; raises DamagedFileError where there are none."""
     file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
     tensors = state_dict_of(load(detect(file), trust=options.trust_pickle).content) if file else None
     if not tensors:
-        names = " nor ".join(ADAPTER_FILES)
-        raise ConversionError(ExitStatus.INPUT, f"{folder} has no weights, neither {names}; copy or download them")
+        raise DamagedFileError(f"it has no weights, neither {' nor '.join(ADAPTER_FILES)}; copy or download them")
     check_weights(tensors.values(), folder)
-    own: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        place = name.removeprefix("base_model.model.")
-        if match := LORA_TENSOR.fullmatch(place):
-            layers.setdefault(match["layer"], {})["bias" if match["kind"] == "bias" else match["part"]] = tensor
-        else:
-            own[place.replace(".base_layer.", ".")] = tensor
-    return Adapter(base_folder(folder, settings, options), settings, own, layers)
+    return tensors
 
 
 def base_folder(folder: Path, settings: Mapping[str, Any], options: argparse.Namespace) -> Path:
     """The folder of the model that an adapter belongs to: a path, else a name on the hub.
 
-    Raises ConversionError (INPUT) that says how to supply it.
+    Raises DamagedFileError, or ConversionError (INPUT), that says how to supply it.
     """
     name, revision = settings.get("base_model_name_or_path") or ".", settings.get("revision")
     shown = shorten(repr(name), 200)
@@ -4074,12 +4128,12 @@ def base_folder(folder: Path, settings: Mapping[str, Any], options: argparse.Nam
         LOG.info(f"adapter: its base model is {name}")
         base = download(name, revision if isinstance(revision, str) else None, options, otherwise=f"or {advice}").path
     else:
-        raise ConversionError(ExitStatus.INPUT, f"the adapter's base model, {shown}, is not there; {advice}")
+        raise DamagedFileError(f"the adapter's base model, {shown}, is not there; {advice}")
     if base.samefile(folder):
         if not (base / "config.json").exists():
-            raise ConversionError(ExitStatus.INPUT, f"the adapter names no base model; {advice}")
+            raise DamagedFileError(f"the adapter names no base model; {advice}")
     elif (base / "adapter_config.json").exists():
-        raise ConversionError(ExitStatus.INPUT, f"the adapter's base model, {shown}, is an adapter itself; merge it")
+        raise DamagedFileError(f"the adapter's base model, {shown}, is an adapter itself; merge that first")
     return base
 
 
@@ -4105,25 +4159,30 @@ def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def merge_adapter(model: Any, adapter: Adapter) -> None:
+def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
     """Replace the tensors of `model` that the adapter brings whole, and merge LoRA's products into its layers.
 
-    Raises ConversionError (INPUT) for a tensor that has no place in it.
+    `lost` are those that the base's files do not have in their sizes. Raises ConversionError (INPUT) for a tensor that
+    has no place, and where another is tied to a lost one.
     """
     import torch
 
     def misfit(what: str) -> ConversionError:
         advice = "pass the --task that it was trained for, or name its true base in adapter_config.json"
-        message = f"the adapter does not fit {type(model).__name__} of {adapter.base}: {shorten(what, 300)}; {advice}"
-        return ConversionError(ExitStatus.INPUT, message)
+        where = f"{adapter.folder}: the adapter does not fit {type(model).__name__} of {adapter.base}"
+        return ConversionError(ExitStatus.INPUT, f"{where}: {shorten(what, 300)}; {advice}")
 
-    expected = model.state_dict()
+    expected, own = model.state_dict(keep_vars=True), {}
     for name, tensor in adapter.own.items():
         if name not in expected:
             raise misfit(f"that has no {name}")
         if tensor.shape != expected[name].shape:
             raise misfit(f"{name} is {shape_text(tensor.shape)}, not {shape_text(expected[name].shape)}")
-    own = {name: tensor.to(expected[name].dtype) for name, tensor in adapter.own.items()}
+        tied = [other for other in expected if expected[other] is expected[name] and other not in adapter.own]
+        if name in lost and tied and name not in adapter.beneath:
+            raise misfit(f"{tied[0]} is tied to {name}, but the adapter resizes that alone")
+        names = [name, *tied] if name in lost else [name]
+        own |= dict.fromkeys(names, tensor.to(expected[name].dtype))
     model.load_state_dict(own, strict=False, assign=True)
     with torch.no_grad():
         for name, parts in adapter.layers.items():
@@ -4148,24 +4207,30 @@ def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Ma
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if not isinstance(layer, (nn.Linear, nn.Embedding, conv1d, *convolutions)) or getattr(layer, "groups", 1) > 1:
         raise ValueError(f"a {type(layer).__name__} is no layer that LoRA can be merged into here")
-    wanted = {"A", "B", *(["magnitude_vector"] if settings.get("use_dora") else [])}
-    if wanted ^ (parts.keys() - {"bias"}):
-        raise ValueError(f"LoRA's parts are {', '.join(sorted(parts))}, not {', '.join(sorted(wanted))}")
     turned = isinstance(layer, (nn.Embedding, conv1d))  # its weight has a column, not a row, for each output
-    weight = layer.weight.detach()
+    weight, rank = layer.weight.detach(), setting("rank_pattern", "r")
     rows = (weight.t() if turned else weight.flatten(1)).float()
-    left, right, rank = parts["B"].float().flatten(1), parts["A"].float().flatten(1), setting("rank_pattern", "r")
-    if (left.shape[0], *left.shape[1:], *right.shape) != (rows.shape[0], rank, rank, rows.shape[1]):
-        sizes = " and ".join(shape_text(part.shape) for part in (parts["A"], parts["B"]))
-        raise ValueError(f"{sizes} are not of rank {rank} for a weight of {shape_text(weight.shape)}")
-    scale = setting("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    rows = rows + scale * (left @ right)
+    wanted = {"A": (rank, rows.shape[1]), "B": (rows.shape[0], rank)}
     if settings.get("use_dora"):
-        rows *= parts["magnitude_vector"].float().view(-1, 1) / rows.norm(dim=1, keepdim=True)
+        wanted["magnitude_vector"] = (rows.shape[0],)
+    if "bias" in parts and getattr(layer, "bias", None) is not None:
+        wanted["bias"] = (rows.shape[0],)
+    flat = {
+        part: (value.flatten(1) if part in "AB" and value.dim() > 1 else value.flatten()).float()
+        for part, value in parts.items()
+    }
+    found = {part: tuple(value.shape) for part, value in flat.items()}
+    if rank < 1 or found != wanted:
+        raise ValueError(f"LoRA's parts have the sizes {found}, not {wanted}")
+    scale = setting("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    rows = rows + scale * (flat["B"] @ flat["A"])
+    if settings.get("use_dora"):
+        rows *= flat["magnitude_vector"][:, None] / rows.norm(dim=1, keepdim=True)
     merged = (rows.t() if turned else rows).reshape(weight.shape).to(weight.dtype).contiguous()
     layer.weight = nn.Parameter(merged, requires_grad=False)
-    if "bias" in parts:
-        layer.bias = nn.Parameter(layer.bias + scale * parts["bias"].to(layer.bias.dtype), requires_grad=False)
+    if "bias" in flat:
+        bias = (layer.bias.float() + scale * flat["bias"]).to(layer.bias.dtype)
+        layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5132,6 +5197,24 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
     if found.steps and "attention_mask" in names:
         module = sentence_call(model, names, found.steps)
     return Graph("model", module, specs, functools.partial(example_tensors, specs, config), sizes)
+
+
+def timm_graph(model: Any, output: str) -> Graph:
+    """The graph of a model of timm: images of the size that it was made for, and its one `output`."""
+    from torch import nn
+
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+            return {output: self.inner(pixel_values)}
+
+    size = preprocessing(model, None)["size"]
+    spec = InputSpec("pixel_values", (2, *size), float_dtype(model), {0: BATCH})
+    sizes = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
+    return Graph("model", Images(), [spec], functools.partial(example_tensors, [spec], None), sizes)
 
 
 def cache_layer(key: Tensor, value: Tensor) -> Any:
@@ -6966,6 +7049,10 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     check_folder(inner)
     digest = ThreadPoolExecutor(1).submit(folder_digest, source.path, inner)
     folder = copy_without_code(inner, cleaned_inner, options.staging / "source", trust=trust)
+    if is_timm(read_json(folder / "config.json")):
+        if adapter:
+            raise ConversionError(ExitStatus.INPUT, f"{source.path}: the adapter's base is a model of timm; {MERGE_IT}")
+        return convert_timm_folder(folder, {"mode": "huggingface", "source_sha256": digest.result()}, options)
     if adapter:
         copy_without_code(source.path, cleaned, folder, trust=trust, only=PROCESSOR_FILES)
     with LOG.step(f"load: {source.path}"):
@@ -6998,6 +7085,28 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
     if len(converted) > 1:
         converted = [converted[0], merge_and_verify(found.model, converted, metadata, options)]
+    stage_side_files(folder, options.staging / "beside")
+    return converted
+
+
+def convert_timm_folder(folder: Path, metadata: Mapping[str, str], options: argparse.Namespace) -> list[Converted]:
+    """Convert the image model in a vetted folder that timm wrote: a classifier, or without classes its features."""
+    with LOG.step(f"load: {options.input}"):
+        model: Any = timm_model(folder, options)
+    own = "image-classification" if model.num_classes else "feature-extraction"
+    if options.task not in (None, own):
+        raise ConversionError(
+            ExitStatus.USAGE, f"--task {options.task} does not fit this model of timm; it can do: {own}"
+        )
+    LOG.info(f"mode: huggingface; {options.input.name} holds {type(model).__name__} of timm for {own}")
+    check_room(model, options)
+    with LOG.step("reference: PyTorch's answers"):
+        plan = plan_graph(timm_graph(model, "logits" if model.num_classes else "pooler_output"), options)
+    facts = {"task": own, "preprocessing": json.dumps(preprocessing(model, None), default=str, sort_keys=True)}
+    labels = read_json(folder / "config.json").get("label_names")
+    if isinstance(labels, list):
+        facts["id2label"] = json.dumps({str(place): label for place, label in enumerate(labels)})
+    converted = [Converted(plan, export_and_verify(plan, {**metadata, **facts}, options))]
     stage_side_files(folder, options.staging / "beside")
     return converted
 
@@ -7037,10 +7146,12 @@ def check_folder(folder: Path) -> None:
     names = sorted(entry.name for entry in folder.iterdir())
     if "config.json" not in names:
         raise ConversionError(ExitStatus.INPUT, f"{folder} holds no config.json; copy or download the whole folder")
-    if not isinstance(read_json(folder / "config.json").get("model_type"), str):
-        raise ConversionError(
-            ExitStatus.INPUT, f"{folder}/config.json has no model_type; pass the weights' file and --model-class"
-        )
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str) and not is_timm(config):
+        what = "has no model_type; pass the weights' file and --model-class"
+        if "_diffusers_version" in config:
+            what = "is that of a model of diffusers; pass the model as torch.export.save writes it"
+        raise ConversionError(ExitStatus.INPUT, f"{folder}/config.json {what}")
     weights = [name for name in names if SAFETENSORS_FILE.fullmatch(name)]
     if not weights and not any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
         foreign = [name for name in names if name.endswith(FOREIGN_FILES)]
@@ -7530,15 +7641,23 @@ def inspect_program(source: Source, options: argparse.Namespace) -> dict[str, An
 
 
 def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    """A Hugging Face folder: from config.json and the headers of its weights."""
+    """A Hugging Face folder: from config.json or adapter_config.json and the headers of its weights."""
     vet_folder(source.path, trust=options.trust_remote_code)
-    check_folder(source.path)
-    config = read_json(source.path / "config.json")
-    architectures = ", ".join(map(str, config.get("architectures") or ())) or None
+    if (source.path / "adapter_config.json").exists():
+        settings = read_json(source.path / "adapter_config.json")
+        check_adapter(settings)
+        what, architectures = f"an adapter (LoRA) of {settings.get('base_model_name_or_path')}", None
+    else:
+        check_folder(source.path)
+        config = read_json(source.path / "config.json")
+        what = f"a Hugging Face model ({config.get('model_type') or 'timm'})"
+        architectures = (
+            ", ".join(map(str, config.get("architectures") or filter(None, [config.get("architecture")]))) or None
+        )
     headers = [safetensors_header(file) for file in sorted(source.path.glob("*.safetensors"))]
     entries = [(entry["dtype"], math.prod(entry["shape"])) for header in headers for entry in header.values()]
     return {
-        "what": f"a Hugging Face model ({config.get('model_type')})",
+        "what": what,
         "class": architectures,
         **count_elements(entries),
         "mode": "huggingface",
