@@ -3768,7 +3768,7 @@ def copy_without_code(
     """A folder of links to the files of `source`, without those that are code and with the `cleaned` JSON files.
 
     transformers reads this folder, so that no setting of the original can reach it. With `trust` it has everything.
-    Files of names that are in `target` already take their places.
+    With `only`, it is the files of such names, which take the places of those that are in `target` already.
     """
     target.mkdir(parents=True, exist_ok=True)
     for entry in sorted(source.iterdir()):
@@ -3981,7 +3981,7 @@ def is_timm(config: Mapping[str, Any]) -> bool:
 def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
     """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
 
-    transformers has a class for it, which loses what timm computes and does not save (the tables of a swin). Raises
+    transformers 5.23's own class for it refuses what timm 1.0.31 writes (num_classes among the model_args, too). Raises
     ConversionError (INPUT) for an architecture that timm does not know, and weights that do not fit it.
     """
     import torch
@@ -4178,11 +4178,11 @@ def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
             raise misfit(f"that has no {name}")
         if tensor.shape != expected[name].shape:
             raise misfit(f"{name} is {shape_text(tensor.shape)}, not {shape_text(expected[name].shape)}")
-        tied = [other for other in expected if expected[other] is expected[name] and other not in adapter.own]
-        if name in lost and tied and name not in adapter.beneath:
-            raise misfit(f"{tied[0]} is tied to {name}, but the adapter resizes that alone")
-        names = [name, *tied] if name in lost else [name]
-        own |= dict.fromkeys(names, tensor.to(expected[name].dtype))
+        sharing = [other for other in expected if expected[other] is expected[name]] if name in lost else [name]
+        lacking = [other for other in sharing if other not in adapter.own]
+        if lacking and name not in adapter.beneath:
+            raise misfit(f"{lacking[0]} is tied to {name}, but the adapter resizes that alone")
+        own |= dict.fromkeys([name, *lacking], tensor.to(expected[name].dtype))
     model.load_state_dict(own, strict=False, assign=True)
     with torch.no_grad():
         for name, parts in adapter.layers.items():
@@ -4227,7 +4227,7 @@ def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Ma
     if settings.get("use_dora"):
         rows *= flat["magnitude_vector"][:, None] / rows.norm(dim=1, keepdim=True)
     merged = (rows.t() if turned else rows).reshape(weight.shape).to(weight.dtype).contiguous()
-    layer.weight = nn.Parameter(merged, requires_grad=False)
+    layer.weight = nn.Parameter(merged, requires_grad=False)  # where another layer shares it, that keeps the base's
     if "bias" in flat:
         bias = (layer.bias.float() + scale * flat["bias"]).to(layer.bias.dtype)
         layer.bias = nn.Parameter(bias, requires_grad=False)
@@ -7646,7 +7646,7 @@ def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any
     if (source.path / "adapter_config.json").exists():
         settings = read_json(source.path / "adapter_config.json")
         check_adapter(settings)
-        what, architectures = f"an adapter (LoRA) of {settings.get('base_model_name_or_path')}", None
+        what, architectures = f"an adapter (LoRA) of {shorten(str(settings.get('base_model_name_or_path')), 200)}", None
     else:
         check_folder(source.path)
         config = read_json(source.path / "config.json")
