@@ -631,21 +631,34 @@ DIRECTORIES: tuple[tuple[str, str], ...] = (
     ),
     ("data.pkl", "an unpacked PyTorch archive; pass the original file"),
     ("saved_model.pb", "a TensorFlow model, not a PyTorch one"),
+    ("open_clip_config.json", "a model of OpenCLIP; load it there, and pass it as torch.export.save writes it"),
+    ("model_index.json", "a pipeline of diffusers; of its folders, pass one of transformers such as text_encoder"),
 )
+
+
+# What tells a Hugging Face folder.
+FOLDER_MARKS = ("config.json", "adapter_config.json", "modules.json")
+
+
+def check_library(place: object, names: Collection[str]) -> None:
+    """Raise ConversionError (INPUT) where the `names` of a folder's files tell another library's."""
+    if any(name in names for name in FOLDER_MARKS):
+        return
+    for mark, what in DIRECTORIES:
+        if any(name.endswith(mark) for name in names):
+            raise ConversionError(ExitStatus.INPUT, f"{place} is {what}")
 
 
 def detect_directory(path: Path) -> Source:
     """A Hugging Face folder, an index of shards, or advice on which file to pass."""
     names = sorted(entry.name for entry in path.iterdir())
-    for name in ("config.json", "adapter_config.json", "modules.json"):
+    for name in FOLDER_MARKS:
         if name in names:
             return Source(path, Kind.HUGGINGFACE, f"the directory has {name}")
     indices = [name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))]
     if len(indices) == 1:
         return detect(path / indices[0])
-    for mark, what in DIRECTORIES:
-        if any(name.endswith(mark) for name in names):
-            raise ConversionError(ExitStatus.INPUT, f"{path} is {what}")
+    check_library(path, names)
     models = [name for name in names if name.endswith((".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors"))]
     if models:
         raise ConversionError(
@@ -2432,8 +2445,6 @@ def vet_folder(path: Path, *, trust: bool) -> dict[str, Any]:
                 vet_settings(content, name, findings)
                 if len(findings.ignored) > before:
                     cleaned[name] = content
-                if name == "adapter_config.json":
-                    findings.refused.extend(adapter_base(path, content))
     except (RefusedFileError, DamagedFileError) as error:
         raise ConversionError(error.status, f"{path}: {shorten(str(error), 1000)}") from None
     findings.ignored.extend(f"the file {name}" for name in names if name.endswith(CODE_FILES))
@@ -2502,16 +2513,6 @@ def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
                 waiting.append(value)
                 continue
             del node[key]
-
-
-def adapter_base(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
-    """The base model that an adapter names, if it lies outside `folder`."""
-    base = content.get("base_model_name_or_path")
-    if base not in (None, "", ".", "./") and Path(os.path.realpath(folder / str(base))) != folder.resolve():
-        yield (
-            f"base_model_name_or_path in adapter_config.json points at another model, {shorten(str(base), 60)!r}: "
-            "merge the adapter into it (merge_and_unload) and save that"
-        )
 
 
 def read_checkpoint(source: Source, unpickler: Unpickler = InertUnpickler) -> Any:
@@ -3906,14 +3907,19 @@ class FolderModel(NamedTuple):
     steps: Sequence[Callable[..., Tensor]] = ()  # what makes a sentence's vector of the states
 
 
-def copy_without_code(source: Path, cleaned: Mapping[str, Any], target: Path, *, trust: bool) -> Path:
+def copy_without_code(
+    source: Path, cleaned: Mapping[str, Any], target: Path, *, trust: bool, only: re.Pattern[str] | None = None
+) -> Path:
     """A folder of links to the files of `source`, without those that are code and with the `cleaned` JSON files.
 
     transformers reads this folder, so that no setting of the original can reach it. With `trust` it has everything.
+    With `only`, it is the files of such names, which take the places of those that are in `target` already.
     """
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for entry in sorted(source.iterdir()):
-        if trust or not (entry.is_dir() or entry.name.endswith((*CODE_FILES, *FOREIGN_FILES))):
+        wanted = trust or not (entry.is_dir() or entry.name.endswith((*CODE_FILES, *FOREIGN_FILES)))
+        if wanted and (only is None or only.fullmatch(entry.name)):
+            (target / entry.name).unlink(missing_ok=True)
             if entry.name in cleaned and not trust:
                 (target / entry.name).write_text(json.dumps(cleaned[entry.name], indent=2) + "\n", encoding="utf-8")
             else:
@@ -3929,32 +3935,37 @@ def import_transformers() -> Any:
     return import_library("transformers")
 
 
-def download(source: Source, options: argparse.Namespace) -> Source:
+def download(name: str, revision: str | None, options: argparse.Namespace, *, otherwise: str) -> Source:
     """The folder of a model on the hub, downloaded into the cache; raises ConversionError (INPUT).
+
+    `otherwise` is what to do where the hub was not meant.
 
     HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are huggingface_hub's own. Code and other frameworks' weights stay
     where they are.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    name, where = str(source.path), {"revision": options.revision}
+    where = {"revision": revision}
     wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
     unwanted = ["onnx/*", "openvino/*", "flax*", "tf_*"] + ([] if options.trust_remote_code else ["*.py"])
     try:
         with LOG.step(f"download: {name}"):
             if os.environ.get("HF_HUB_OFFLINE", "0") == "0":
                 files = HfApi().list_repo_files(name, **where)
+                check_library(name, files)
                 wanted += [] if any(file.endswith(".safetensors") for file in files) else ["*.bin"]
             folder = snapshot_download(
                 name, cache_dir=options.cache_dir, allow_patterns=wanted, ignore_patterns=unwanted, **where
             )
+    except ConversionError:
+        raise
     except Exception as error:  # httpx, huggingface_hub and the operating system each have their own
         problem = next(
             (text for kind, text in HUB_PROBLEMS if kind in {cls.__name__ for cls in type(error).__mro__}), ""
         )
         raise ConversionError(
             ExitStatus.INPUT,
-            f"cannot download {name}: {problem or first_line(error)} (or check -i, if a path was meant)",
+            f"cannot download {name}: {problem or first_line(error)} ({otherwise})",
         ) from error
     return detect(Path(folder))
 
@@ -4001,8 +4012,10 @@ def task_class(task: str, config: Any) -> Any:
     return None
 
 
-def choose_task(config: Any, options: argparse.Namespace, *, embeds_sentences: bool) -> tuple[str, Any]:
-    """The task and the class for it: --task, or what the class that config.json names is for.
+def choose_task(
+    config: Any, options: argparse.Namespace, adapter: Adapter | None, *, embeds_sentences: bool
+) -> tuple[str, Any]:
+    """The task and the class for it: --task, what an adapter was trained for, or what config.json's class is for.
 
     Raises ConversionError (USAGE) that lists the tasks that fit.
     """
@@ -4020,6 +4033,9 @@ def choose_task(config: Any, options: argparse.Namespace, *, embeds_sentences: b
     else:
         known = next((task for task, cls in fitting.items() if cls is own), None)
         task, why = (known, f"its class, {name}") if known else (DEFAULT_TASK, "the default")
+        trained_for = str(adapter.settings.get("task_type")) if adapter else ""
+        if ADAPTER_TASKS.get(trained_for) in fitting:
+            task, why = ADAPTER_TASKS[trained_for], f"the adapter's task_type, {trained_for}"
         if embeds_sentences and "sentence-similarity" in fitting:
             task, why = "sentence-similarity", "modules.json"
         LOG.info(f"task: {task}, told by {why} (--task overrides)")
@@ -4031,12 +4047,20 @@ def choose_task(config: Any, options: argparse.Namespace, *, embeds_sentences: b
     return task, fitting[task]
 
 
-def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: argparse.Namespace) -> FolderModel:
-    """The model with every weight that it needs, in the dtype of --dtype; raises ConversionError (INPUT) otherwise."""
+def load_pretrained(  # noqa: PLR0913, PLR0917
+    folder: Path, config: Any, task: str, cls: Any, adapter: Adapter | None, options: argparse.Namespace
+) -> FolderModel:
+    """The model with every weight that it needs, and with its `adapter`'s, in the dtype of --dtype.
+
+    Raises ConversionError (INPUT) where one lacks or has another shape.
+    """
     import torch
 
+    own = adapter.own if adapter else {}
     weights = load_folder(folder, trust=options.trust_pickle)
     try:
+        if adapter:
+            fit_config(folder, config, cls, adapter)
         model, told = cls.from_pretrained(
             None,
             config=config,
@@ -4053,11 +4077,13 @@ def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: arg
         raise ConversionError(
             ExitStatus.INPUT, f"{options.input}: transformers cannot load it ({first_line(error)})"
         ) from error
-    for name, stored, wanted in told["mismatched_keys"]:
+    resized = {name: sizes for name, *sizes in told["mismatched_keys"]}
+    for name in sorted(resized.keys() - own.keys()):
+        stored, wanted = resized[name]
         sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
         raise ConversionError(ExitStatus.INPUT, f"{options.input}: {sizes}; they do not belong together")
     unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
-    missing = sorted(told["missing_keys"])
+    missing = sorted(told["missing_keys"] - own.keys())
     needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
     if needed:
         some = ", ".join(needed[:3]) + (f" and {len(needed) - 3} more" if len(needed) > 3 else "")
@@ -4066,6 +4092,8 @@ def load_pretrained(folder: Path, config: Any, task: str, cls: Any, options: arg
             f"{options.input} lacks weights that {cls.__name__} needs for {task}: {some}; pass the --task that it was "
             "trained for, or the complete checkpoint",
         )
+    if adapter:
+        merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
     heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
     return FolderModel(model.eval().requires_grad_(requires_grad=False), task, heads)
 
@@ -4088,6 +4116,264 @@ def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
         ExitStatus.INPUT,
         f"its weights are incomplete: none of {', '.join(WEIGHT_FILES)} is there; copy or download the whole folder",
     )
+
+
+def is_timm(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one that timm writes for the hub."""
+    return "model_type" not in config and isinstance(config.get("pretrained_cfg"), dict) and "architecture" in config
+
+
+def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
+    """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
+
+    transformers 5.23's own class for it refuses what timm 1.0.31 writes (num_classes among the model_args, too). Raises
+    ConversionError (INPUT) for an architecture that timm does not know, and weights that do not fit it.
+    """
+    import torch
+
+    timm, settings = import_library("timm"), read_json(folder / "config.json")
+    name, classes = settings["architecture"], settings.get("num_classes")
+    if not isinstance(name, str) or not timm.is_model(name):
+        known = f"timm {timm.__version__} knows no architecture {shorten(repr(name), 60)}"
+        raise ConversionError(ExitStatus.INPUT, f"{options.input}: {known}; check config.json")
+    config = settings["pretrained_cfg"]
+    try:
+        arguments = {"num_classes": classes, **(settings.get("model_args") or {})}
+        with without_initialisation():
+            model = timm.create_model(name, pretrained=False, pretrained_cfg=config, checkpoint_path="", **arguments)
+    except Exception as error:  # whatever its constructor raises
+        raise ConversionError(
+            ExitStatus.INPUT, f"{options.input}: timm cannot build {name} as config.json says ({first_line(error)})"
+        ) from error
+    size = preprocessing(model, None).get("size")
+    images = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
+    if not images or not isinstance(getattr(model, "num_classes", None), int):
+        what = "needs an input_size and no features_only to be an image model"
+        raise ConversionError(ExitStatus.INPUT, f"{options.input}: config.json {what}; repair it")
+    weights = load_folder(folder, trust=options.trust_pickle)
+    model = model.eval().requires_grad_(requires_grad=False).to(getattr(torch, DTYPE_NAMES[options.dtype]))
+    if refusal := load_weights(model, store_all(weights, options)):
+        misfit = describe_misfit(model, weights) or refusal
+        raise ConversionError(
+            ExitStatus.INPUT,
+            f"{options.input}: its weights do not fit {name} of config.json: {misfit}; copy both again",
+        )
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adapters: LoRA's weights, added to those of the model that they were trained on
+#
+# What settings and tensors mean is peft's to say: https://huggingface.co/docs/peft/package_reference/lora, and in peft
+# 0.21.2 tuners/lora/layer.py (get_delta_weight, merge), tuners/lora/dora.py (get_weight_norm), utils/save_and_load.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# What an adapter's folder has of its own beside the weights: it wins over the base's.
+PROCESSOR_FILES = re.compile(
+    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|spiece|sentencepiece|chat_template|(pre)?processor).*"
+)
+ADAPTER_TASKS = {  # of peft's TaskType
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+# Settings with which an adapter is more than products that are added to weights.
+BEYOND_LORA = ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+               "kasa_config", "monteclora_config", "trainable_token_indices", "target_parameters")  # fmt: skip
+# Initialisations that leave the base as it is; the others (pissa, olora, corda, lora_ga, loftq) take something off it.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+LORA_TENSOR = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<part>A|B|magnitude_vector)(\.(?P<kind>weight|bias))?")
+# A key of rank_pattern or alpha_pattern, a regular expression: of two repetitions at most, more may take for ever.
+LAYER_PATTERN = re.compile(r"(?!(.*[*+]){3})[^(){}?]+")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # the hub's oldest models have no owner in their names
+MERGE_IT = "merge it where it was trained (merge_and_unload of peft), and pass the saved result"
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter: its folder, its base's, its settings, tensors that replace the base's, LoRA's parts by layer."""
+
+    folder: Path
+    base: Path
+    settings: Mapping[str, Any]
+    own: dict[str, Tensor]
+    layers: dict[str, dict[str, Tensor]]
+    beneath: frozenset[str]  # those of `own` that lie under LoRA's parts: the base's, saved since tokens were added
+
+
+def check_adapter(settings: Mapping[str, Any]) -> None:
+    """Raise DamagedFileError for an adapter that is not LoRA, or whose settings cannot be used."""
+    kind, start = settings.get("peft_type"), settings.get("init_lora_weights")
+    if kind != "LORA":
+        what = f"the adapter's peft_type is {shorten(repr(kind), 40)}, and only LORA can be merged here"
+        raise DamagedFileError(f"{what}; {MERGE_IT}")
+    beyond = [key for key in BEYOND_LORA if settings.get(key)]
+    if isinstance(start, (dict, list)) or start not in PLAIN_STARTS:
+        beyond.append(f"init_lora_weights {shorten(repr(start), 40)}")
+    if beyond:
+        raise DamagedFileError(f"the adapter is more than plain LoRA ({beyond[0]}); {MERGE_IT}")
+    patterns = [settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+    try:
+        numbers = [settings.get("r", 8), settings.get("lora_alpha", 8), *(n for p in patterns for n in p.values())]
+        usable = all(isinstance(number, (int, float)) and abs(number) < 2**31 for number in numbers)
+        usable = usable and all(LAYER_PATTERN.fullmatch(key) and re.compile(key) for p in patterns for key in p)
+    except (AttributeError, re.error):
+        usable = False
+    if not usable:
+        keys = "r, lora_alpha, rank_pattern or alpha_pattern"
+        raise DamagedFileError(f"adapter_config.json has {keys} that cannot be used; {MERGE_IT}")
+
+
+def read_adapter(folder: Path, options: argparse.Namespace) -> Adapter | None:
+    """The adapter in a vetted folder; None where there is none. Raises ConversionError (INPUT)."""
+    if not (folder / "adapter_config.json").exists():
+        return None
+    settings = read_json(folder / "adapter_config.json")
+    own: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
+    try:
+        check_adapter(settings)
+        for name, tensor in adapter_tensors(folder, options).items():
+            place = name.removeprefix("base_model.model.")
+            if match := LORA_TENSOR.fullmatch(place):
+                layers.setdefault(match["layer"], {})["bias" if match["kind"] == "bias" else match["part"]] = tensor
+            else:
+                own[place.replace(".base_layer.", ".")] = tensor
+        base = base_folder(folder, settings, options)
+    except DamagedFileError as error:
+        raise ConversionError(error.status, f"{folder}: {error}") from None
+    beneath = frozenset(name for name in own if name.rpartition(".")[0] in layers)
+    return Adapter(folder, base, settings, own, layers, beneath)
+
+
+def adapter_tensors(folder: Path, options: argparse.Namespace) -> dict[str, Tensor]:
+    """The tensors of an adapter, read inertly; raises DamagedFileError where there are none."""
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
+    tensors = state_dict_of(load(detect(file), trust=options.trust_pickle).content) if file else None
+    if not tensors:
+        raise DamagedFileError(f"it has no weights, neither {' nor '.join(ADAPTER_FILES)}; copy or download them")
+    check_weights(tensors.values(), folder)
+    return tensors
+
+
+def base_folder(folder: Path, settings: Mapping[str, Any], options: argparse.Namespace) -> Path:
+    """The folder of the model that an adapter belongs to: a path, else a name on the hub.
+
+    Raises DamagedFileError, or ConversionError (INPUT), that says how to supply it.
+    """
+    name, revision = settings.get("base_model_name_or_path") or ".", settings.get("revision")
+    shown = shorten(repr(name), 200)
+    advice = "put the path of its folder into base_model_name_or_path of adapter_config.json"
+    if isinstance(name, str) and "\0" not in name and (folder / name).is_dir():
+        base = (folder / name).resolve()
+    elif isinstance(name, str) and HUB_NAME.fullmatch(name):
+        LOG.info(f"adapter: its base model is {name}")
+        base = download(name, revision if isinstance(revision, str) else None, options, otherwise=f"or {advice}").path
+    else:
+        raise DamagedFileError(f"the adapter's base model, {shown}, is not there; {advice}")
+    if base.samefile(folder):
+        if not (base / "config.json").exists():
+            raise DamagedFileError(f"the adapter names no base model; {advice}")
+    elif (base / "adapter_config.json").exists():
+        raise DamagedFileError(f"the adapter's base model, {shown}, is an adapter itself; merge that first")
+    return base
+
+
+def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
+    """Let `config`, and config.json in `folder`, have as many labels and tokens as the adapter's own tensors have."""
+    import torch
+
+    with torch.device("meta"):
+        expected = cls(copy.deepcopy(config)).state_dict()
+    told: dict[str, Any] = {"architectures": [cls.__name__]}
+    for name, tensor in adapter.own.items():
+        if name not in expected or not tensor.dim() or tensor.shape == expected[name].shape:
+            continue
+        if expected[name].shape[0] == config.num_labels:
+            config.num_labels = tensor.shape[0]
+            told |= {"id2label": config.id2label, "label2id": config.label2id}
+        elif expected[name].shape[0] == getattr(config, "vocab_size", None):
+            told["vocab_size"] = config.vocab_size = tensor.shape[0]
+    content = read_json(folder / "config.json") | told
+    (folder / "config.json").unlink()  # it may be a link to the base's
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
+    """Replace the tensors of `model` that the adapter brings whole, and merge LoRA's products into its layers.
+
+    `lost` are those that the base's files do not have in their sizes. Raises ConversionError (INPUT) for a tensor that
+    has no place, and where another is tied to a lost one.
+    """
+    import torch
+
+    def misfit(what: str) -> ConversionError:
+        advice = "pass the --task that it was trained for, or name its true base in adapter_config.json"
+        where = f"{adapter.folder}: the adapter does not fit {type(model).__name__} of {adapter.base}"
+        return ConversionError(ExitStatus.INPUT, f"{where}: {shorten(what, 300)}; {advice}")
+
+    expected, own = model.state_dict(keep_vars=True), {}
+    for name, tensor in adapter.own.items():
+        if name not in expected:
+            raise misfit(f"that has no {name}")
+        if tensor.shape != expected[name].shape:
+            raise misfit(f"{name} is {shape_text(tensor.shape)}, not {shape_text(expected[name].shape)}")
+        sharing = [other for other in expected if expected[other] is expected[name]] if name in lost else [name]
+        lacking = [other for other in sharing if other not in adapter.own]
+        if lacking and name not in adapter.beneath:
+            raise misfit(f"{lacking[0]} is tied to {name}, but the adapter resizes that alone")
+        own |= dict.fromkeys([name, *lacking], tensor.to(expected[name].dtype))
+    model.load_state_dict(own, strict=False, assign=True)
+    with torch.no_grad():
+        for name, parts in adapter.layers.items():
+            try:
+                merge_layer(model.get_submodule(name), parts, name, adapter.settings)
+            except (AttributeError, ValueError) as error:
+                raise misfit(f"{name}: {error}") from None
+    LOG.info(f"adapter: merged into {len(adapter.layers)} layers of {adapter.base}; {len(own)} tensors replaced")
+
+
+def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]) -> None:
+    """Add LoRA's product to the weight of `layer`, and scale its rows to DoRA's magnitudes; ValueError for a misfit."""
+    from torch import nn
+
+    def setting(patterns: str, otherwise: str) -> float:
+        fitting = (
+            value for key, value in (settings.get(patterns) or {}).items() if re.match(rf"(.*\.)?({key})$", name)
+        )
+        return next(fitting, settings.get(otherwise, 8))
+
+    conv1d = import_library("transformers.pytorch_utils").Conv1D
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if not isinstance(layer, (nn.Linear, nn.Embedding, conv1d, *convolutions)) or getattr(layer, "groups", 1) > 1:
+        raise ValueError(f"a {type(layer).__name__} is no layer that LoRA can be merged into here")
+    turned = isinstance(layer, (nn.Embedding, conv1d))  # its weight has a column, not a row, for each output
+    weight, rank = layer.weight.detach(), setting("rank_pattern", "r")
+    rows = (weight.t() if turned else weight.flatten(1)).float()
+    wanted = {"A": (rank, rows.shape[1]), "B": (rows.shape[0], rank)}
+    if settings.get("use_dora"):
+        wanted["magnitude_vector"] = (rows.shape[0],)
+    if "bias" in parts and getattr(layer, "bias", None) is not None:
+        wanted["bias"] = (rows.shape[0],)
+    flat = {
+        part: (value.flatten(1) if part in "AB" and value.dim() > 1 else value.flatten()).float()
+        for part, value in parts.items()
+    }
+    found = {part: tuple(value.shape) for part, value in flat.items()}
+    if rank < 1 or found != wanted:
+        raise ValueError(f"LoRA's parts have the sizes {found}, not {wanted}")
+    scale = setting("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    rows = rows + scale * (flat["B"] @ flat["A"])
+    if settings.get("use_dora"):
+        rows *= flat["magnitude_vector"][:, None] / rows.norm(dim=1, keepdim=True)
+    merged = (rows.t() if turned else rows).reshape(weight.shape).to(weight.dtype).contiguous()
+    layer.weight = nn.Parameter(merged, requires_grad=False)  # where another layer shares it, that keeps the base's
+    if "bias" in flat:
+        bias = (layer.bias.float() + scale * flat["bias"]).to(layer.bias.dtype)
+        layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5069,6 +5355,24 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
     if found.steps and "attention_mask" in names:
         module = sentence_call(model, names, found.steps)
     return Graph("model", module, specs, functools.partial(example_tensors, specs, config), sizes)
+
+
+def timm_graph(model: Any, output: str) -> Graph:
+    """The graph of a model of timm: images of the size that it was made for, and its one `output`."""
+    from torch import nn
+
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+            return {output: self.inner(pixel_values)}
+
+    size = preprocessing(model, None)["size"]
+    spec = InputSpec("pixel_values", (2, *size), float_dtype(model), {0: BATCH})
+    sizes = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
+    return Graph("model", Images(), [spec], functools.partial(example_tensors, [spec], None), sizes)
 
 
 def cache_layer(key: Tensor, value: Tensor) -> Any:
@@ -7335,21 +7639,27 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     check_options(options)
     trust = options.trust_remote_code
     cleaned = vet_folder(source.path, trust=trust)
-    inner = transformer_folder(source.path)
-    if inner != source.path:
-        cleaned |= vet_folder(inner, trust=trust)
+    adapter = read_adapter(source.path, options)
+    inner = transformer_folder(adapter.base if adapter else source.path)
+    cleaned_inner = cleaned if inner == source.path else vet_folder(inner, trust=trust)
     check_folder(inner)
-    digest = ThreadPoolExecutor(1).submit(folder_digest, source.path)
-    folder = copy_without_code(inner, cleaned, options.staging / "source", trust=trust)
+    digest = ThreadPoolExecutor(1).submit(folder_digest, source.path, inner)
+    folder = copy_without_code(inner, cleaned_inner, options.staging / "source", trust=trust)
+    if adapter:
+        copy_without_code(source.path, cleaned, folder, trust=trust, only=PROCESSOR_FILES)
     check_side_files(folder, options)
+    if is_timm(read_json(folder / "config.json")):
+        if adapter:
+            raise ConversionError(ExitStatus.INPUT, f"{source.path}: the adapter's base is a model of timm; {MERGE_IT}")
+        return convert_timm_folder(folder, {"mode": "huggingface", "source_sha256": digest.result()}, options)
     with LOG.step(f"load: {source.path}"):
         config = read_config(folder, trust=trust)
         sentences = (source.path / "modules.json").exists()
-        task, cls = choose_task(config, options, embeds_sentences=sentences)
+        task, cls = choose_task(config, options, adapter, embeds_sentences=sentences)
         is_pair = config.is_encoder_decoder and task in GENERATION_TASKS
         if is_pair:
             check_pair_options(options)
-        found = load_pretrained(folder, config, task, cls, options)
+        found = load_pretrained(folder, config, task, cls, adapter, options)
         check_room(found.model, options, copies=2 if is_pair else 1)  # the decoder: twice, then merged
         check_links(found.model, options, DTYPE_NAMES)
         if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
@@ -7371,6 +7681,29 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
     if len(converted) > 1:
         converted = [converted[0], merge_and_verify(found.model, converted, metadata, options)]
+    stage_side_files(folder, options.staging / "beside")
+    return converted
+
+
+def convert_timm_folder(folder: Path, metadata: Mapping[str, str], options: argparse.Namespace) -> list[Converted]:
+    """Convert the image model in a vetted folder that timm wrote: a classifier, or without classes its features."""
+    with LOG.step(f"load: {options.input}"):
+        model: Any = timm_model(folder, options)
+    own = "image-classification" if model.num_classes else "feature-extraction"
+    if options.task not in (None, own):
+        raise ConversionError(
+            ExitStatus.USAGE, f"--task {options.task} does not fit this model of timm; it can do: {own}"
+        )
+    LOG.info(f"mode: huggingface; {options.input.name} holds {type(model).__name__} of timm for {own}")
+    check_room(model, options)
+    check_links(model, options, DTYPE_NAMES)
+    with LOG.step("reference: PyTorch's answers"):
+        plan = plan_graph(timm_graph(model, "logits" if model.num_classes else "pooler_output"), options)
+    facts = {"task": own, "preprocessing": json.dumps(preprocessing(model, None), default=str, sort_keys=True)}
+    labels = read_json(folder / "config.json").get("label_names")
+    if isinstance(labels, list):
+        facts["id2label"] = json.dumps({str(place): label for place, label in enumerate(labels)})
+    converted = [Converted(plan, export_and_verify(plan, {**metadata, **facts}, options))]
     stage_side_files(folder, options.staging / "beside")
     return converted
 
@@ -7421,13 +7754,13 @@ def check_folder(folder: Path) -> None:
     """Raise ConversionError (INPUT) for what is missing, before anything heavy is imported."""
     names = sorted(entry.name for entry in folder.iterdir())
     if "config.json" not in names:
-        adapter = "an adapter without its model: merge it (merge_and_unload of peft) and save that"
-        what = adapter if "adapter_config.json" in names else "no config.json; copy or download the whole folder"
-        raise ConversionError(ExitStatus.INPUT, f"{folder} holds {what}")
-    if not isinstance(read_json(folder / "config.json").get("model_type"), str):
-        raise ConversionError(
-            ExitStatus.INPUT, f"{folder}/config.json has no model_type; pass the weights' file and --model-class"
-        )
+        raise ConversionError(ExitStatus.INPUT, f"{folder} holds no config.json; copy or download the whole folder")
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str) and not is_timm(config):
+        what = "has no model_type; pass the weights' file and --model-class"
+        if "_diffusers_version" in config:
+            what = "is that of a model of diffusers; pass the model as torch.export.save writes it"
+        raise ConversionError(ExitStatus.INPUT, f"{folder}/config.json {what}")
     weights = [name for name in names if SAFETENSORS_FILE.fullmatch(name)]
     if not weights and not any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
         foreign = [name for name in names if name.endswith(FOREIGN_FILES)]
@@ -7544,10 +7877,15 @@ def use_routed_experts(model: Any) -> None:
     model.set_experts_implementation("pt2onnx")
 
 
-def folder_digest(folder: Path) -> str:
-    """SHA-256 of the names and digests of the folder's own files."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
-    text = "\n".join(f"{name} {file_digest(folder / name)}" for name in names)
+def folder_digest(*folders: Path) -> str:
+    """SHA-256 of the names and digests of the folders' own files; of the same folder twice, once."""
+    files = [
+        file
+        for folder in dict.fromkeys(folders)
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not file.name.startswith(".")
+    ]
+    text = "\n".join(f"{file.name} {file_digest(file)}" for file in files)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -7965,15 +8303,23 @@ def inspect_program(source: Source, options: argparse.Namespace) -> dict[str, An
 
 
 def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    """A Hugging Face folder: from config.json and the headers of its weights."""
+    """A Hugging Face folder: from config.json or adapter_config.json and the headers of its weights."""
     vet_folder(source.path, trust=options.trust_remote_code)
-    check_folder(source.path)
-    config = read_json(source.path / "config.json")
-    architectures = ", ".join(map(str, config.get("architectures") or ())) or None
+    if (source.path / "adapter_config.json").exists():
+        settings = read_json(source.path / "adapter_config.json")
+        check_adapter(settings)
+        what, architectures = f"an adapter (LoRA) of {shorten(str(settings.get('base_model_name_or_path')), 200)}", None
+    else:
+        check_folder(source.path)
+        config = read_json(source.path / "config.json")
+        what = f"a Hugging Face model ({config.get('model_type') or 'timm'})"
+        architectures = (
+            ", ".join(map(str, config.get("architectures") or filter(None, [config.get("architecture")]))) or None
+        )
     headers = [safetensors_header(file) for file in sorted(source.path.glob("*.safetensors"))]
     entries = [(entry["dtype"], math.prod(entry["shape"])) for header in headers for entry in header.values()]
     return {
-        "what": f"a Hugging Face model ({config.get('model_type')})",
+        "what": what,
         "class": architectures,
         **count_elements(entries),
         "mode": "huggingface",
@@ -8094,7 +8440,8 @@ def work(source: Source, options: argparse.Namespace) -> int:
     standard_output = LOG.silence_third_parties(verbose=options.verbose)
     try:
         if source.kind is Kind.HUB_ID:
-            source = download(source, options)
+            advice = "or check -i, if a path was meant"
+            source = download(str(source.path), options.revision, options, otherwise=advice)
         report = inspect(source, options) if options.inspect else convert(source, options)
     except Exception as error:  # the one place where errors become exit codes
         known = as_conversion_error(error)

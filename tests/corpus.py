@@ -860,6 +860,7 @@ DEFUSED: dict[str, Callable[[], bytes]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}
+LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "base_model_name_or_path": "base"}
 
 
 def folder(name: str, files: Mapping[str, Any], code: int, words: str = "") -> Item:
@@ -886,6 +887,7 @@ def folder_items() -> list[Item]:
     weights = saved({"a": TENSOR})
     index = "model.safetensors.index.json"
     mapped = {"auto_map": {"AutoModel": "modeling.Net"}}
+    adapter = {"adapter_config.json": LORA, "adapter_model.bin": weights}
     return [
         folder("auto-map", {"config.json": mapped, "modeling.py": PYTHON.encode()}, 4, "auto_map in config.json"),
         folder("auto-map-of-a-known-type", {"config.json": {**BERT, **mapped}}, 3, "auto_map in config.json"),
@@ -927,9 +929,23 @@ def folder_items() -> list[Item]:
         folder(
             "quantiser-nested", {"config.json": {**BERT, "a": {"quantization_config": {"quant_method": "x\n"}}}}, 4, ""
         ),
-        folder("adapter", {"adapter_config.json": {"base_model_name_or_path": "someone/base"}}, 4, "someone/base"),
+        folder("adapter-alone", {"adapter_config.json": LORA}, 3, "no weights"),
         folder(
-            "adapter-path", {"config.json": BERT, "adapter_config.json": {"base_model_name_or_path": "../x"}}, 4, "../x"
+            "adapter-path", {**adapter, "adapter_config.json": {**LORA, "base_model_name_or_path": "../x"}}, 3, "../x"
+        ),
+        folder(
+            "adapter-pattern", {**adapter, "adapter_config.json": {**LORA, "rank_pattern": {"(a+)+$": 1}}}, 3, "rank"
+        ),
+        folder("adapter-numbers", {**adapter, "adapter_config.json": {**LORA, "r": "4"}}, 3, "rank_pattern"),
+        folder("adapter-pickle", {"adapter_config.json": LORA, "adapter_model.bin": saved(touch())}, 4),
+        folder("adapter-base-code", {**adapter, "base/config.json": mapped}, 4, "auto_map in config.json"),
+        folder("adapter-base-link", {**adapter, "base/config.json": Path("/etc/hostname")}, 4, "link"),
+        folder("adapter-base-adapter", {**adapter, "base/adapter_config.json": LORA}, 3, "an adapter itself"),
+        folder(
+            "adapter-base-quantised",
+            {**adapter, "base/config.json": {**BERT, "quantization_config": {"quant_method": "gptq"}}},
+            4,
+            "gptq",
         ),
         folder(
             "index-parent", {"config.json": BERT, index: {"weight_map": {"a": "../outside.safetensors"}}}, 4, "outside"
