@@ -5186,15 +5186,17 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     import torch
 
     model, dtype = found.model, float_dtype(found.model)
+    given = zip([spec.name for spec in encoder.specs], encoder.examples(encoder.sizes[0], 0), strict=True)
     with torch.no_grad():
-        frames = encoder.module(*encoder.examples(encoder.sizes[0], 0))["last_hidden_state"]
+        encoded = model.get_encoder()(**dict(given), return_dict=True)
+    frames = encoded.last_hidden_state
     free = any(axis != BATCH for spec in encoder.specs for axis in spec.axes.values())
     states = {0: BATCH, **({1: ENCODER_SEQUENCE} if free else {})}
     specs = [InputSpec("input_ids", (2, 5), torch.int64, {0: BATCH, 1: SEQUENCE})]
     if model.main_input_name == "input_ids":
         specs.insert(0, InputSpec("encoder_attention_mask", tuple(frames.shape[:2]), torch.int64, states))
     fed = InputSpec("encoder_hidden_states", tuple(frames.shape), dtype, states)
-    first = encoder_decoder_call(model, [*(spec.name for spec in specs), fed.name], cached=False)
+    first = encoder_decoder_call(model, type(encoded), [*(spec.name for spec in specs), fed.name], cached=False)
     lengths = {ENCODER_SEQUENCE: frames.shape[1]}
     with torch.no_grad():
         answer = first(*example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0))
@@ -5208,7 +5210,7 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
         for name, tensor in answer.items()
         if name.startswith("present")
     ]
-    next_ones = encoder_decoder_call(model, [spec.name for spec in (*specs, *past)], cached=True)
+    next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
     return tuple(
         Graph(
             file,
@@ -5224,11 +5226,13 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     )
 
 
-def encoder_decoder_call(model: Any, names: Sequence[str], *, cached: bool) -> nn.Module:
-    """The decoder: new tokens and the encoder's answer (`cached`: what it made of it) in, logits and caches out."""
+def encoder_decoder_call(model: Any, answer: type, names: Sequence[str], *, cached: bool) -> nn.Module:
+    """The decoder: new tokens and the encoder's answer (`cached`: what it made of it) in, logits and caches out.
+
+    `answer` is the class of the encoder's output: some models read more of it than the states.
+    """
     from torch import nn
     from transformers.cache_utils import EncoderDecoderCache
-    from transformers.modeling_outputs import BaseModelOutput
 
     width = model.get_encoder().config.hidden_size
 
@@ -5245,7 +5249,7 @@ def encoder_decoder_call(model: Any, names: Sequence[str], *, cached: bool) -> n
             states = cross[0].new_zeros(cross[0].shape[0], cross[0].shape[2], width) if cached else None
             mask = given.get("encoder_attention_mask")
             output = self.inner(
-                encoder_outputs=BaseModelOutput(given["encoder_hidden_states"] if states is None else states),
+                encoder_outputs=answer(given["encoder_hidden_states"] if states is None else states),
                 decoder_input_ids=given["input_ids"],
                 past_key_values=caches,
                 use_cache=True,
@@ -5329,7 +5333,7 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
     )
     register_symbolics()
     weights = flat.state_dict(keep_vars=True)
-    with exact_detection_sizes():
+    with exact_detection_sizes(), unfiltered_loops():
         model = None
         if plan.linked or sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
             export_graph(flat, plan, export)
@@ -5584,6 +5588,30 @@ def exact_detection_sizes() -> Iterator[None]:
         yield
     finally:
         setattr(transform, name, original)
+
+
+@contextlib.contextmanager
+def unfiltered_loops() -> Iterator[None]:
+    """Let a loop over the places where something is nonzero, while it is traced, go over all places.
+
+    Mixtures of experts loop so over the experts that tokens were routed to; the others then get no tokens. A trace
+    would keep those that the traced tokens needed.
+    """
+    import torch
+
+    def rows(tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        node = torch._C._get_value_trace(tensor).node() if torch.jit.is_tracing() else None  # noqa: SLF001
+        places = node.input().type().sizes() if node is not None and node.kind() == "aten::nonzero" else ()
+        if dim == 0 and len(places) == 1:
+            tensor = torch.arange(places[0])[:, None]
+        return original(tensor, dim)
+
+    original = torch.Tensor.unbind  # what iterating over a tensor calls
+    torch.Tensor.unbind = rows
+    try:
+        yield
+    finally:
+        torch.Tensor.unbind = original
 
 
 class Complex:

@@ -27,6 +27,8 @@ GENERATORS = {
     "bloom": "positions from the attention mask",
     "t5": "an encoder and a decoder",
     "whisper": "an encoder of sounds",
+    "moonshine": "an encoder whose answer is more than its states",
+    "switch_transformers": "a loop over the experts that are needed",
 }
 OTHERS = {
     "bert": "fill-mask",
