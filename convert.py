@@ -4362,6 +4362,22 @@ class Reference:
         return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()})
 
 
+@contextlib.contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """Let the modules forget what they keep between calls, such as embeddings for the last length.
+
+    Exporters would take it for constants.
+    """
+    states = [state for module in model.modules() for state in (module.__dict__, module.__dict__.get("_buffers", {}))]
+    originals = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, original in zip(states, originals, strict=True):
+            state.clear()
+            state.update(original)
+
+
 def to_numpy(tensor: Tensor) -> Any:
     """A numpy copy on the CPU; bfloat16, which numpy lacks, as float32."""
     import torch
@@ -4704,6 +4720,14 @@ def text_specs(model: Any, task: str) -> list[InputSpec]:
     return [spec._replace(dims=(*dims, 4)) if spec.name == "bbox" else spec for spec in specs]
 
 
+def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
+    """The sizes to try, with one that is longer than the window of local attention where the model has one."""
+    windows = [getattr(config, name, None) for name in ("attention_window", "local_attention")]
+    widest = max((max(window) if isinstance(window, list) else window for window in windows if window), default=0)
+    beyond = {BATCH: 1, SEQUENCE: widest + 3}
+    return (*TEXT_SIZES, beyond) if 0 < 2 * widest < getattr(config, "max_position_embeddings", math.inf) else TEXT_SIZES
+
+
 def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
     """Channels, height and width of the images, and whether the processor keeps their proportions.
 
@@ -4902,7 +4926,7 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
         specs, config = text_specs(model, task), model.config.get_text_config()
         sizes = tuple(
             {**size, "num_choices": CHOICES + turn, DECODER_SEQUENCE: DECODED + turn}
-            for turn, size in enumerate(TEXT_SIZES)
+            for turn, size in enumerate(text_sizes(config))
         )
     names = [spec.name for spec in specs]
     module = named_call(model, names, task_outputs(task, found.missing))
@@ -5169,7 +5193,7 @@ def encoder_graph(found: FolderModel) -> Graph:
     model = found.model
     encoder = model.get_encoder()
     if model.main_input_name == "input_ids":
-        specs, sizes = text_specs(encoder, found.task), TEXT_SIZES
+        specs, sizes = text_specs(encoder, found.task), text_sizes(model.config)
     else:
         audio, sizes = audio_spec(model)
         specs = [audio]
@@ -5299,18 +5323,19 @@ class Rung(NamedTuple):
 class RungError(Exception):
     """Why a rung did not hold. `exported`: there was a model; `needs`: the opset that an operator asks for.
 
-    `slight`: the largest difference from PyTorch, where it is so small that a user may accept it.
+    `slight`: the largest difference from PyTorch, where it is so small that a user may accept it. `case`: the inputs
+    for which the model does not hold. `note`: what tracing fixed.
     """
 
     def __init__(
-        self, reason: str, *, exported: bool = False, needs: int | None = None, slight: float | None = None
-    ) -> None:
+        self, reason: str, *, exported: bool = False, needs: int | None = None, slight: float | None = None,
+        case: Case | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(reason)
-        self.exported, self.needs, self.slight = exported, needs, slight
+        self.exported, self.needs, self.slight, self.case, self.note = exported, needs, slight, case, ""
 
-    def with_note(self, note: str) -> RungError:
-        """The same with `note` behind the reason."""
-        return RungError(f"{self}{note}", exported=self.exported, needs=self.needs, slight=self.slight)
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self.note}"
 
 
 def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.Model:
@@ -5333,7 +5358,7 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
     )
     register_symbolics()
     weights = flat.state_dict(keep_vars=True)
-    with exact_detection_sizes(), unfiltered_loops():
+    with exact_detection_sizes(), traced_sizes():
         model = None
         if plan.linked or sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
             export_graph(flat, plan, export)
@@ -5378,6 +5403,8 @@ def register_symbolics() -> None:
 
     register_custom_op_symbolic("aten::repeat_interleave", symbolic_repeat, 13)
     register_custom_op_symbolic("aten::adaptive_avg_pool2d", symbolic_average, 13)
+    register_custom_op_symbolic("aten::unfold", symbolic_unfold, 13)
+    register_custom_op_symbolic("aten::as_strided", symbolic_strided, 13)
 
 
 def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
@@ -5418,6 +5445,44 @@ def shares(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     dtype = JitScalarType.from_value(tensor).onnx_type()
     ones = graph.op("Cast", inside, to_i=dtype)
     return graph.op("Div", ones, graph.op("Cast", graph.op("Sub", end, first), to_i=dtype))
+
+
+def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> Any:
+    """Tensor.unfold as one look-up: the exporter writes out every window, and knows no dimension of unknown length."""
+    import torch
+    from torch.onnx import symbolic_helper
+
+    def constant(value: Any) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(value))
+
+    axis, width, stride = (symbolic_helper._get_const(value, "i", "unfold") for value in (dim, size, step))  # noqa: SLF001
+    rank = symbolic_helper._get_tensor_rank(tensor)  # noqa: SLF001
+    length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
+    end = graph.op("Sub", length, constant(width - 1))
+    starts = graph.op("Unsqueeze", graph.op("Range", constant(0), end, constant(stride)), constant([1]))
+    windows = graph.op("Gather", tensor, graph.op("Add", starts, constant(list(range(width)))), axis_i=axis % rank)
+    order = list(range(rank + 1))
+    order.append(order.pop(axis % rank + 1))  # the places within a window come last
+    return graph.op("Transpose", windows, perm_i=order)
+
+
+def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: Any = None) -> Any:
+    """as_strided of a contiguous tensor as one look-up: the exporter's own takes only strides that are constants."""
+    import torch
+    from torch.onnx import symbolic_helper
+
+    def constant(value: Any) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(value))
+
+    def entries(numbers: Any) -> list[Any]:
+        known = symbolic_helper._maybe_get_const(numbers, "is")  # noqa: SLF001
+        return list(map(constant, known)) if isinstance(known, list) else symbolic_helper._unpack_list(numbers)  # noqa: SLF001
+
+    place = constant(0) if symbolic_helper._is_none(offset) else offset  # noqa: SLF001
+    for size, stride in zip(entries(sizes), entries(strides), strict=True):
+        steps = graph.op("Mul", graph.op("Range", constant(0), size, constant(1)), stride)
+        place = graph.op("Add", graph.op("Unsqueeze", place, constant([-1])), steps)
+    return graph.op("Gather", graph.op("Reshape", tensor, constant([-1])), place)
 
 
 def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -> ir.Model | None:
@@ -5581,37 +5646,64 @@ def exact_detection_sizes() -> Iterator[None]:
         options = {"mode": "bilinear", "align_corners": False}
         return torch.nn.functional.interpolate(image[None], size=(size[0], size[1]), **options)[0], target
 
-    name = "_resize_image_and_masks"
-    original = getattr(transform, name)
-    setattr(transform, name, resize)
-    try:
+    original = transform._resize_image_and_masks  # noqa: SLF001
+    with replaced(transform, _resize_image_and_masks=resize):
         yield
-    finally:
-        setattr(transform, name, original)
 
 
 @contextlib.contextmanager
-def unfiltered_loops() -> Iterator[None]:
-    """Let a loop over the places where something is nonzero, while it is traced, go over all places.
+def traced_sizes() -> Iterator[None]:
+    """Let tracing see what models do with sizes in Python: it would keep the numbers of the traced inputs.
 
-    Mixtures of experts loop so over the experts that tokens were routed to; the others then get no tokens. A trace
-    would keep those that the traced tokens needed.
+    A loop over the places where something is nonzero goes over all places: mixtures of experts loop so over the experts
+    that tokens were routed to, and the others get no tokens. Strides follow from the sizes. The smaller of two sizes
+    is an operator.
     """
+    import builtins
+
     import torch
 
-    def rows(tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        node = torch._C._get_value_trace(tensor).node() if torch.jit.is_tracing() else None  # noqa: SLF001
-        places = node.input().type().sizes() if node is not None and node.kind() == "aten::nonzero" else ()
-        if dim == 0 and len(places) == 1:
-            tensor = torch.arange(places[0])[:, None]
-        return original(tensor, dim)
+    tensor_class = torch.Tensor
+    unbind, stride, least, most = tensor_class.unbind, tensor_class.stride, builtins.min, builtins.max
 
-    original = torch.Tensor.unbind  # what iterating over a tensor calls
-    torch.Tensor.unbind = rows
+    def places(tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:  # iterating calls this
+        node = torch._C._get_value_trace(tensor).node() if torch.jit.is_tracing() else None  # noqa: SLF001
+        counts = node.input().type().sizes() if node is not None and node.kind() == "aten::nonzero" else ()
+        if dim == 0 and len(counts) == 1:
+            tensor = torch.arange(counts[0])[:, None]
+        return unbind(tensor, dim)
+
+    def strides(tensor: Tensor, dim: int | None = None) -> Any:
+        if not torch.jit.is_tracing() or not tensor.is_contiguous():
+            return stride(tensor) if dim is None else stride(tensor, dim)
+        sizes = tensor.shape
+        found = tuple(math.prod(sizes[axis + 1 :]) for axis in range(tensor.dim()))
+        return found if dim is None else found[dim]
+
+    def choose(plain: Callable[..., Any], traced: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+        def chosen(*values: Any, **options: Any) -> Any:
+            if len(values) == 2 and any(isinstance(value, torch.Tensor) for value in values) and torch.jit.is_tracing():
+                return traced(*map(torch.as_tensor, values))
+            return plain(*values, **options)
+
+        return chosen
+
+    numbers = {"min": choose(least, torch.minimum), "max": choose(most, torch.maximum)}
+    with replaced(tensor_class, unbind=places, stride=strides), replaced(builtins, **numbers):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **stand_ins: Any) -> Iterator[None]:
+    """Let `owner` have other attributes for a while."""
+    originals = {name: getattr(owner, name) for name in stand_ins}
+    for name, value in stand_ins.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        torch.Tensor.unbind = original
+        for name, value in originals.items():
+            setattr(owner, name, value)
 
 
 class Complex:
@@ -5664,15 +5756,9 @@ def real_numbers() -> Iterator[None]:
     """Let models compute with Complex where they would with complex tensors."""
     import torch
 
-    stand_ins = {"polar": Complex.polar, "view_as_complex": Complex.from_pairs, "view_as_real": Complex.pairs}
-    originals = {name: getattr(torch, name) for name in stand_ins}
-    for name, function in stand_ins.items():
-        setattr(torch, name, function)
-    try:
+    functions = {"polar": Complex.polar, "view_as_complex": Complex.from_pairs, "view_as_real": Complex.pairs}
+    with replaced(torch, **functions):
         yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
 
 
 EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
@@ -5699,7 +5785,7 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, real_numbers():
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, real_numbers(), forgotten(flat):
             model = EXPORTERS[rung.exporter](flat, plan, rung.opset, folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -6357,7 +6443,8 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
         try:
             results = dict(zip(names, session.run(None, case.inputs), strict=True))
         except Exception as error:
-            raise RungError(f"ONNX Runtime fails for {case.label}: {first_line(error)}", exported=True) from error
+            reason = f"ONNX Runtime fails for {case.label}: {first_line(error)}"
+            raise RungError(reason, exported=True, case=case) from error
         found = judge(case, results, plan, options)
         if any(item.problem for item in found) and options.atol is None and options.rtol is None:
             found = second_opinion(case, results, found, plan, options)
@@ -6365,7 +6452,7 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
         if bad:
             worst = max(bad, key=lambda item: item.largest - item.allowed)
             slight = all(item.largest <= SLIGHT * item.allowed for item in bad)
-            raise RungError(worst.problem, exported=True, slight=worst.largest if slight else None)
+            raise RungError(worst.problem, exported=True, slight=worst.largest if slight else None, case=case)
         differences += found
     if plan.further_checks:
         differences += plan.further_checks(session, plan, options)
@@ -6597,7 +6684,18 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
         try:
             return Result(rung, path, light, verify(light, plan, options))
         except RungError as error:
-            raise error.with_note(note) from error
+            error.note = note
+            raise
+
+
+def case_tensors(case: Case, plan: Plan) -> list[Tensor]:
+    """The case's inputs as the model takes them."""
+    import torch
+
+    return [
+        torch.from_numpy(case.inputs[spec.name]).to(given.device, spec.dtype)
+        for spec, given in zip(plan.specs, plan.traced, strict=True)
+    ]
 
 
 def exporter_name(rung: Rung) -> str:
@@ -6638,7 +6736,15 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
         )
 
     def attempt(rung: Rung) -> Result:
-        return try_rung(rung, plan, metadata, options)
+        try:
+            return try_rung(rung, plan, metadata, options)
+        except RungError as error:
+            if not error.note or error.case is None:
+                raise
+            LOG.info(f"{rung}: {error}; it is traced again with those inputs")
+            with contextlib.suppress(RungError):  # the first one's reason is told
+                return try_rung(rung, plan._replace(traced=case_tensors(error.case, plan)), metadata, options)
+            raise
 
     result, failures = climb(rungs, attempt, higher=options.opset is None)
     if result is None:
@@ -6788,7 +6894,11 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     metadata = {"mode": "huggingface", "task": task, **label_metadata(config)}
     weights = [tensor for _, tensor in state_of(found.model)]
     unread = stored_weights_as(found.model, blank_maker(weights)) if options.no_verify else contextlib.nullcontext()
-    with LOG.step("reference: PyTorch's answers"), unread:  # without verification, their shapes alone count
+    with (
+        LOG.step("reference: PyTorch's answers"),
+        unread,
+        forgotten(found.model),
+    ):  # without verification, their shapes alone count
         try:
             graphs = graphs_of(found, folder, options)
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # an unusual cache or call
@@ -6796,7 +6906,7 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
             raise ConversionError(ExitStatus.EXPORT, f"{what}; try another --task, or --no-cache") from error
         found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
         plans = [plan_graph(graph, options) for graph in graphs]
-    use_routed_experts(found.model)
+    prepare_for_export(found.model)
     metadata["source_sha256"] = digest.result()
     converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
     if len(converted) > 1:
@@ -6945,12 +7055,15 @@ def label_metadata(config: Any) -> dict[str, str]:
     return {"id2label": json.dumps({str(key): value for key, value in labels.items()})} if labels else {}
 
 
-def use_routed_experts(model: Any) -> None:
-    """Let a mixture of experts run as exporters can follow it; PyTorch's answers are taken before."""
+def prepare_for_export(model: Any) -> None:
+    """Let mixtures of experts and chunked attention run as exporters can follow them, after PyTorch's answers."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
     model.set_experts_implementation("pt2onnx")
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.onnx_export = True  # Longformer and LED look for it
 
 
 def folder_digest(folder: Path) -> str:
@@ -6985,7 +7098,7 @@ def convert_module(
         parameter.requires_grad_(False)  # noqa: FBT003
     model.to(options.device)
     known = preprocessing(model, options.model_class)
-    with LOG.step("reference: PyTorch's answers"):
+    with LOG.step("reference: PyTorch's answers"), forgotten(model):
         plan = make_plan(model, loaded, known, options)
     facts = {**metadata, **({"task": options.task} if options.task else {})}
     if known:

@@ -29,6 +29,7 @@ GENERATORS = {
     "whisper": "an encoder of sounds",
     "moonshine": "an encoder whose answer is more than its states",
     "switch_transformers": "a loop over the experts that are needed",
+    "led": "chunks of the text, padded to the window",
 }
 OTHERS = {
     "bert": "fill-mask",
@@ -36,6 +37,9 @@ OTHERS = {
     "segformer": "an image of any size",
     "clip": "two towers",
     "wav2vec2": "a sound of any length",
+    "wav2vec2-conformer": "embeddings kept for the last length",
+    "sew": "padding that only some lengths need, the smaller of two sizes",
+    "longformer": "strides that follow from the length",
 }
 
 
