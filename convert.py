@@ -4366,9 +4366,12 @@ class Reference:
 def forgotten(model: nn.Module) -> Iterator[None]:
     """Let the modules forget what they keep between calls, such as embeddings for the last length.
 
-    Exporters would take it for constants.
+    Exporters would take it for constants. It lies in attributes, or in a dict that is one: buffers, hooks, caches.
     """
-    states = [state for module in model.modules() for state in (module.__dict__, module.__dict__.get("_buffers", {}))]
+    attributes = [module.__dict__ for module in model.modules()]
+    states = [
+        state for own in attributes for state in (own, *(value for value in own.values() if isinstance(value, dict)))
+    ]
     originals = [dict(state) for state in states]
     try:
         yield
@@ -4724,8 +4727,9 @@ def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
     """The sizes to try, with one that is longer than the window of local attention where the model has one."""
     windows = [getattr(config, name, None) for name in ("attention_window", "local_attention")]
     widest = max((max(window) if isinstance(window, list) else window for window in windows if window), default=0)
-    beyond = {BATCH: 1, SEQUENCE: widest + 3}
-    return (*TEXT_SIZES, beyond) if 0 < 2 * widest < getattr(config, "max_position_embeddings", math.inf) else TEXT_SIZES
+    if not 0 < 2 * widest < getattr(config, "max_position_embeddings", math.inf):
+        return TEXT_SIZES
+    return (*TEXT_SIZES, {BATCH: 1, SEQUENCE: widest + 3})
 
 
 def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
@@ -5403,6 +5407,7 @@ def register_symbolics() -> None:
 
     register_custom_op_symbolic("aten::repeat_interleave", symbolic_repeat, 13)
     register_custom_op_symbolic("aten::adaptive_avg_pool2d", symbolic_average, 13)
+    register_custom_op_symbolic("aten::cumsum", symbolic_cumsum, 13)
     register_custom_op_symbolic("aten::unfold", symbolic_unfold, 13)
     register_custom_op_symbolic("aten::as_strided", symbolic_strided, 13)
 
@@ -5445,6 +5450,15 @@ def shares(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     dtype = JitScalarType.from_value(tensor).onnx_type()
     ones = graph.op("Cast", inside, to_i=dtype)
     return graph.op("Div", ones, graph.op("Cast", graph.op("Sub", end, first), to_i=dtype))
+
+
+def symbolic_cumsum(graph: Any, tensor: Any, dim: Any, dtype: Any = None) -> Any:
+    """Cumsum as the exporter has it, which adds up truth values without making numbers of them."""
+    from torch.onnx import JitScalarType, symbolic_opset11
+
+    if JitScalarType.from_value(tensor) == JitScalarType.BOOL:
+        tensor = graph.op("Cast", tensor, to_i=JitScalarType.INT64.onnx_type())
+    return symbolic_opset11.cumsum(graph, tensor, dim, dtype)
 
 
 def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> Any:
@@ -5653,44 +5667,88 @@ def exact_detection_sizes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced_sizes() -> Iterator[None]:
-    """Let tracing see what models do with sizes in Python: it would keep the numbers of the traced inputs.
+    """Let tracing see what models do in Python with sizes: it would keep the numbers that the traced inputs give."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, function in tracing_stand_ins():
+            stack.enter_context(replaced(owner, **{name: function}))
+        yield
 
-    A loop over the places where something is nonzero goes over all places: mixtures of experts loop so over the experts
-    that tokens were routed to, and the others get no tokens. Strides follow from the sizes. The smaller of two sizes
-    is an operator.
-    """
+
+@functools.cache
+def tracing_stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Owners, names and functions: each does as the original does, and while tracing what tracing can follow."""
     import builtins
 
     import torch
+    from torch.jit import _builtins
 
-    tensor_class = torch.Tensor
-    unbind, stride, least, most = tensor_class.unbind, tensor_class.stride, builtins.min, builtins.max
+    def followed(original: Callable[..., Any], traced: Callable[..., Any]) -> Callable[..., Any]:
+        def either(*values: Any, **options: Any) -> Any:
+            result = traced(*values, **options) if torch.jit.is_tracing() else NotImplemented
+            return original(*values, **options) if result is NotImplemented else result
 
-    def places(tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:  # iterating calls this
-        node = torch._C._get_value_trace(tensor).node() if torch.jit.is_tracing() else None  # noqa: SLF001
-        counts = node.input().type().sizes() if node is not None and node.kind() == "aten::nonzero" else ()
-        if dim == 0 and len(counts) == 1:
-            tensor = torch.arange(counts[0])[:, None]
-        return unbind(tensor, dim)
+        if name := _builtins._find_builtin(original):  # noqa: SLF001
+            _builtins._register_builtin(either, name)  # noqa: SLF001  (for functions that are compiled meanwhile)
+        return either
 
-    def strides(tensor: Tensor, dim: int | None = None) -> Any:
-        if not torch.jit.is_tracing() or not tensor.is_contiguous():
-            return stride(tensor) if dim is None else stride(tensor, dim)
-        sizes = tensor.shape
-        found = tuple(math.prod(sizes[axis + 1 :]) for axis in range(tensor.dim()))
-        return found if dim is None else found[dim]
+    return [
+        (owner, name, followed(getattr(owner, name), traced))
+        for owner, name, traced in (
+            (torch.Tensor, "unbind", every_place),
+            (torch.Tensor, "stride", strides_from_sizes),
+            (torch, "tensor", stacked),
+            (torch, "as_tensor", stacked),
+            (builtins, "min", functools.partial(chosen, torch.minimum)),
+            (builtins, "max", functools.partial(chosen, torch.maximum)),
+        )
+    ]
 
-    def choose(plain: Callable[..., Any], traced: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
-        def chosen(*values: Any, **options: Any) -> Any:
-            if len(values) == 2 and any(isinstance(value, torch.Tensor) for value in values) and torch.jit.is_tracing():
-                return traced(*map(torch.as_tensor, values))
-            return plain(*values, **options)
 
-        return chosen
+def every_place(tensor: Tensor, dim: int = 0) -> Any:
+    """Stand-in for unbind, which loops over a tensor call: those over what is nonzero go over all places.
 
-    numbers = {"min": choose(least, torch.minimum), "max": choose(most, torch.maximum)}
-    with replaced(tensor_class, unbind=places, stride=strides), replaced(builtins, **numbers):
-        yield
+    Mixtures of experts loop so over the experts that tokens were routed to; the others get no tokens.
+    """
+    import torch
+
+    node = torch._C._get_value_trace(tensor).node()  # noqa: SLF001
+    sizes = node.input().type().sizes() if node.kind() == "aten::nonzero" else ()
+    return torch.arange(sizes[0])[:, None].unbind() if dim == 0 and len(sizes) == 1 else NotImplemented
+
+
+def strides_from_sizes(tensor: Tensor, dim: int | None = None) -> Any:
+    """Stand-in for the strides of a contiguous tensor."""
+    if not tensor.is_contiguous():
+        return NotImplemented
+    strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.dim()))
+    return strides if dim is None else strides[dim]
+
+
+def stacked(data: Any, **options: Any) -> Any:
+    """Stand-in for making a tensor of traced numbers, single ones or in lists."""
+    return as_one(data).to(options.get("device"), options.get("dtype")) if holds_tensor(data) else NotImplemented
+
+
+def as_one(data: Any) -> Tensor:
+    """A number, a tensor, or nested lists of them, as one tensor."""
+    import torch
+
+    if isinstance(data, (list, tuple)):
+        return torch.stack(list(map(as_one, data)))
+    return data if isinstance(data, torch.Tensor) else torch.as_tensor(data)
+
+
+def holds_tensor(data: Any) -> bool:
+    """Whether a tensor lies in the nested lists."""
+    import torch
+
+    return any(map(holds_tensor, data)) if isinstance(data, (list, tuple)) else isinstance(data, torch.Tensor)
+
+
+def chosen(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, **options: Any) -> Any:
+    """Stand-in for the smaller or larger of two numbers of which one is traced."""
+    pair = len(values) == 2 and not options and holds_tensor(values)
+    return operator(*map(as_one, values)) if pair else NotImplemented
 
 
 @contextlib.contextmanager
@@ -5857,9 +5915,9 @@ def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir
 
     common.ClearMetadataAndDocStringPass()(model)
     common.IdentityEliminationPass()(model)
-    common.RemoveUnusedNodesPass()(model)
     graph = model.graph
     restore_branch_outputs(graph)
+    common.RemoveUnusedNodesPass()(model)
     restore_inputs(graph, plan)
     if len(graph.outputs) != len(plan.outputs):
         raise RungError(f"its graph has {len(graph.outputs)} outputs, the model {len(plan.outputs)}")

@@ -28,6 +28,7 @@ GENERATORS = {
     "t5": "an encoder and a decoder",
     "whisper": "an encoder of sounds",
     "moonshine": "an encoder whose answer is more than its states",
+    "llama4_text": "truth values that are added up",
     "switch_transformers": "a loop over the experts that are needed",
     "led": "chunks of the text, padded to the window",
 }
@@ -40,6 +41,8 @@ OTHERS = {
     "wav2vec2-conformer": "embeddings kept for the last length",
     "sew": "padding that only some lengths need, the smaller of two sizes",
     "longformer": "strides that follow from the length",
+    "deberta": "a tensor made of a length",
+    "dinov3_vit": "a branch that returns what lies outside of it",
 }
 
 
