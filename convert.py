@@ -5239,17 +5239,25 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
         if name.startswith("present")
     ]
     next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
+    config = model.config.get_text_config(decoder=True)
+    try:
+        sizes = {**NEXT_SIZES[0], **({} if free else lengths)}
+        call_model(next_ones, example_tensors([*specs, *past], config, sizes, 0), [])
+        next_sizes = NEXT_SIZES
+    except RejectedInputError as error:
+        LOG.warn(f"the decoder takes one token at a time after the first ones ({error})")
+        next_sizes = tuple({**size, SEQUENCE: 1} for size in NEXT_SIZES)
     return tuple(
         Graph(
             file,
             module,
             inputs,
-            functools.partial(example_tensors, inputs, model.config.get_text_config(decoder=True)),
+            functools.partial(example_tensors, inputs, config),
             tuple({**size, TOTAL: size[PAST] + size[SEQUENCE], **({} if free else lengths)} for size in sizes),
         )
         for file, module, inputs, sizes in (
             ("decoder_model", first, [*specs, fed], FIRST_SIZES),
-            ("decoder_with_past_model", next_ones, [*specs, *past], NEXT_SIZES),
+            ("decoder_with_past_model", next_ones, [*specs, *past], next_sizes),
         )
     )
 
@@ -5749,6 +5757,34 @@ def chosen(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, **options
     """Stand-in for the smaller or larger of two numbers of which one is traced."""
     pair = len(values) == 2 and not options and holds_tensor(values)
     return operator(*map(as_one, values)) if pair else NotImplemented
+
+
+@contextlib.contextmanager
+def traced_whole_numbers(model: nn.Module) -> Iterator[None]:
+    """Let int() of a traced number, in the Python modules that define the model, be a traced number."""
+    import torch
+
+    class Whole(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            return isinstance(value, int)
+
+        def __call__(cls, *values: Any) -> Any:
+            traced = torch.jit.is_tracing() and holds_tensor(values)
+            return values[0].to(torch.int64) if traced else int(*values)
+
+    class Integer(int, metaclass=Whole):
+        pass
+
+    names = {type(module).__module__ for module in model.modules()} - {__name__}
+    modules = [vars(sys.modules[name]) for name in names if name.partition(".")[0] != "torch" and name in sys.modules]
+    spaces = [space for space in modules if "int" not in space]
+    for space in spaces:
+        space["int"] = Integer
+    try:
+        yield
+    finally:
+        for space in spaces:
+            del space["int"]
 
 
 @contextlib.contextmanager
@@ -6800,7 +6836,7 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
             if not error.note or error.case is None:
                 raise
             LOG.info(f"{rung}: {error}; it is traced again with those inputs")
-            with contextlib.suppress(RungError):  # the first one's reason is told
+            with contextlib.suppress(RungError), traced_whole_numbers(plan.model):  # the first one's reason is told
                 return try_rung(rung, plan._replace(traced=case_tensors(error.case, plan)), metadata, options)
             raise
 

@@ -30,6 +30,7 @@ GENERATORS = {
     "moonshine": "an encoder whose answer is more than its states",
     "llama4_text": "truth values that are added up",
     "switch_transformers": "a loop over the experts that are needed",
+    "prophetnet": "int() of a length, one token at a time",
     "led": "chunks of the text, padded to the window",
 }
 OTHERS = {
@@ -77,6 +78,12 @@ def test_each_kind(tmp_path: Path, name: str) -> None:
     tiny_models.make(name, tmp_path / "in")
     convert(tmp_path)
     check(name, tmp_path)
+
+
+def test_beyond_the_window(tmp_path: Path) -> None:
+    """Local attention is verified with a text that is longer than its window of 8, too."""
+    tiny_models.make("longformer", tmp_path / "in")
+    assert "input_ids:1x11" in convert(tmp_path)
 
 
 @pytest.mark.parametrize(
