@@ -4726,7 +4726,7 @@ def text_specs(model: Any, task: str) -> list[InputSpec]:
 def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
     """The sizes to try, with one that is longer than the window of local attention where the model has one."""
     windows = [getattr(config, name, None) for name in ("attention_window", "local_attention")]
-    widest = max((max(window) if isinstance(window, list) else window for window in windows if window), default=0)
+    widest = max((window if isinstance(window, int) else max(window) for window in windows if window), default=0)
     if not 0 < 2 * widest < getattr(config, "max_position_embeddings", math.inf):
         return TEXT_SIZES
     return (*TEXT_SIZES, {BATCH: 1, SEQUENCE: widest + 3})
@@ -5240,13 +5240,7 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     ]
     next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
     config = model.config.get_text_config(decoder=True)
-    try:
-        sizes = {**NEXT_SIZES[0], **({} if free else lengths)}
-        call_model(next_ones, example_tensors([*specs, *past], config, sizes, 0), [])
-        next_sizes = NEXT_SIZES
-    except RejectedInputError as error:
-        LOG.warn(f"the decoder takes one token at a time after the first ones ({error})")
-        next_sizes = tuple({**size, SEQUENCE: 1} for size in NEXT_SIZES)
+    few = example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0)
     return tuple(
         Graph(
             file,
@@ -5257,9 +5251,19 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
         )
         for file, module, inputs, sizes in (
             ("decoder_model", first, [*specs, fed], FIRST_SIZES),
-            ("decoder_with_past_model", next_ones, [*specs, *past], next_sizes),
+            ("decoder_with_past_model", next_ones, [*specs, *past], sizes_after_past(next_ones, few)),
         )
     )
+
+
+def sizes_after_past(decoder: nn.Module, few: Sequence[Tensor]) -> tuple[dict[str, int], ...]:
+    """NEXT_SIZES, with one new token at a time where the decoder rejects `few` after a past, as ProphetNet's does."""
+    try:
+        call_model(decoder, few, [])
+    except RejectedInputError as error:
+        LOG.warn(f"the decoder takes one token at a time after the first ones ({error})")
+        return tuple({**size, SEQUENCE: 1} for size in NEXT_SIZES)
+    return NEXT_SIZES
 
 
 def encoder_decoder_call(model: Any, answer: type, names: Sequence[str], *, cached: bool) -> nn.Module:
@@ -5761,7 +5765,10 @@ def chosen(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, **options
 
 @contextlib.contextmanager
 def traced_whole_numbers(model: nn.Module) -> Iterator[None]:
-    """Let int() of a traced number, in the Python modules that define the model, be a traced number."""
+    """Let int() of a traced number, in the Python modules that define the model, be a traced number.
+
+    For a second try: not all code takes the class that stands in for int.
+    """
     import torch
 
     class Whole(type):
@@ -6833,7 +6840,7 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
         try:
             return try_rung(rung, plan, metadata, options)
         except RungError as error:
-            if not error.note or error.case is None:
+            if not error.note or error.case is None or error.case is plan.cases[0]:  # the traced sizes themselves
                 raise
             LOG.info(f"{rung}: {error}; it is traced again with those inputs")
             with contextlib.suppress(RungError), traced_whole_numbers(plan.model):  # the first one's reason is told
@@ -6988,11 +6995,8 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     metadata = {"mode": "huggingface", "task": task, **label_metadata(config)}
     weights = [tensor for _, tensor in state_of(found.model)]
     unread = stored_weights_as(found.model, blank_maker(weights)) if options.no_verify else contextlib.nullcontext()
-    with (
-        LOG.step("reference: PyTorch's answers"),
-        unread,
-        forgotten(found.model),
-    ):  # without verification, their shapes alone count
+    # Without verification, the shapes of the answers alone count.
+    with LOG.step("reference: PyTorch's answers"), unread, forgotten(found.model):
         try:
             graphs = graphs_of(found, folder, options)
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # an unusual cache or call
@@ -7151,13 +7155,15 @@ def label_metadata(config: Any) -> dict[str, str]:
 
 def prepare_for_export(model: Any) -> None:
     """Let mixtures of experts and chunked attention run as exporters can follow them, after PyTorch's answers."""
+    from transformers import PreTrainedConfig
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
     model.set_experts_implementation("pt2onnx")
     for module in model.modules():
-        if hasattr(module, "config"):
-            module.config.onnx_export = True  # Longformer and LED look for it
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config.onnx_export = True  # Longformer and LED look for it
 
 
 def folder_digest(folder: Path) -> str:
