@@ -4805,6 +4805,25 @@ class Reference:
         return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()})
 
 
+@contextlib.contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """Let the modules forget what they keep between calls, such as embeddings for the last length.
+
+    Exporters would take it for constants. It lies in attributes, or in a dict that is one: buffers, hooks, caches.
+    """
+    attributes = [module.__dict__ for module in model.modules()]
+    states = [
+        state for own in attributes for state in (own, *(value for value in own.values() if isinstance(value, dict)))
+    ]
+    originals = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, original in zip(states, originals, strict=True):
+            state.clear()
+            state.update(original)
+
+
 def to_numpy(tensor: Tensor) -> Any:
     """A numpy copy on the CPU; bfloat16, which numpy lacks, as float32."""
     import torch
@@ -5148,6 +5167,15 @@ def text_specs(model: Any, task: str) -> list[InputSpec]:
     return [spec._replace(dims=(*dims, 4)) if spec.name == "bbox" else spec for spec in specs]
 
 
+def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
+    """The sizes to try, with one that is longer than the window of local attention where the model has one."""
+    windows = [getattr(config, name, None) for name in ("attention_window", "local_attention")]
+    widest = max((window if isinstance(window, int) else max(window) for window in windows if window), default=0)
+    if not 0 < 2 * widest < getattr(config, "max_position_embeddings", math.inf):
+        return TEXT_SIZES
+    return (*TEXT_SIZES, {BATCH: 1, SEQUENCE: widest + 3})
+
+
 def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
     """Channels, height and width of the images, and whether the processor keeps their proportions.
 
@@ -5346,7 +5374,7 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
         specs, config = text_specs(model, task), model.config.get_text_config()
         sizes = tuple(
             {**size, "num_choices": CHOICES + turn, DECODER_SEQUENCE: DECODED + turn}
-            for turn, size in enumerate(TEXT_SIZES)
+            for turn, size in enumerate(text_sizes(config))
         )
         if task == "feature-extraction" and not found.steps and has_states(config):
             return stateful_graph(found, specs, cached=False, verified=False)
@@ -5866,7 +5894,7 @@ def encoder_graph(found: FolderModel) -> Graph:
     model = found.model
     encoder = model.get_encoder()
     if model.main_input_name == "input_ids":
-        specs, sizes = text_specs(encoder, found.task), TEXT_SIZES
+        specs, sizes = text_specs(encoder, found.task), text_sizes(model.config)
     else:
         audio, sizes = audio_spec(model)
         specs = [audio]
@@ -5883,15 +5911,17 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     import torch
 
     model, dtype = found.model, float_dtype(found.model)
+    given = zip([spec.name for spec in encoder.specs], encoder.examples(encoder.sizes[0], 0), strict=True)
     with torch.no_grad():
-        frames = encoder.module(*encoder.examples(encoder.sizes[0], 0))["last_hidden_state"]
+        encoded = model.get_encoder()(**dict(given), return_dict=True)
+    frames = encoded.last_hidden_state
     free = any(axis != BATCH for spec in encoder.specs for axis in spec.axes.values())
     states = {0: BATCH, **({1: ENCODER_SEQUENCE} if free else {})}
     specs = [InputSpec("input_ids", (2, 5), torch.int64, {0: BATCH, 1: SEQUENCE})]
     if model.main_input_name == "input_ids":
         specs.insert(0, InputSpec("encoder_attention_mask", tuple(frames.shape[:2]), torch.int64, states))
     fed = InputSpec("encoder_hidden_states", tuple(frames.shape), dtype, states)
-    first = encoder_decoder_call(model, [*(spec.name for spec in specs), fed.name], cached=False)
+    first = encoder_decoder_call(model, type(encoded), [*(spec.name for spec in specs), fed.name], cached=False)
     lengths = {ENCODER_SEQUENCE: frames.shape[1]}
     with torch.no_grad():
         answer = first(*example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0))
@@ -5905,27 +5935,41 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
         for name, tensor in answer.items()
         if name.startswith("present")
     ]
-    next_ones = encoder_decoder_call(model, [spec.name for spec in (*specs, *past)], cached=True)
+    next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
+    config = model.config.get_text_config(decoder=True)
+    few = example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0)
     return tuple(
         Graph(
             file,
             module,
             inputs,
-            functools.partial(example_tensors, inputs, model.config.get_text_config(decoder=True)),
+            functools.partial(example_tensors, inputs, config),
             tuple({**size, TOTAL: size[PAST] + size[SEQUENCE], **({} if free else lengths)} for size in sizes),
         )
         for file, module, inputs, sizes in (
             ("decoder_model", first, [*specs, fed], FIRST_SIZES),
-            ("decoder_with_past_model", next_ones, [*specs, *past], NEXT_SIZES),
+            ("decoder_with_past_model", next_ones, [*specs, *past], sizes_after_past(next_ones, few)),
         )
     )
 
 
-def encoder_decoder_call(model: Any, names: Sequence[str], *, cached: bool) -> nn.Module:
-    """The decoder: new tokens and the encoder's answer (`cached`: what it made of it) in, logits and caches out."""
+def sizes_after_past(decoder: nn.Module, few: Sequence[Tensor]) -> tuple[dict[str, int], ...]:
+    """NEXT_SIZES, with one new token at a time where the decoder rejects `few` after a past, as ProphetNet's does."""
+    try:
+        call_model(decoder, few, [])
+    except RejectedInputError as error:
+        LOG.warn(f"the decoder takes one token at a time after the first ones ({error})")
+        return tuple({**size, SEQUENCE: 1} for size in NEXT_SIZES)
+    return NEXT_SIZES
+
+
+def encoder_decoder_call(model: Any, answer: type, names: Sequence[str], *, cached: bool) -> nn.Module:
+    """The decoder: new tokens and the encoder's answer (`cached`: what it made of it) in, logits and caches out.
+
+    `answer` is the class of the encoder's output: some models read more of it than the states.
+    """
     from torch import nn
     from transformers.cache_utils import EncoderDecoderCache
-    from transformers.modeling_outputs import BaseModelOutput
 
     width = model.get_encoder().config.hidden_size
 
@@ -5942,7 +5986,7 @@ def encoder_decoder_call(model: Any, names: Sequence[str], *, cached: bool) -> n
             states = cross[0].new_zeros(cross[0].shape[0], cross[0].shape[2], width) if cached else None
             mask = given.get("encoder_attention_mask")
             output = self.inner(
-                encoder_outputs=BaseModelOutput(given["encoder_hidden_states"] if states is None else states),
+                encoder_outputs=answer(given["encoder_hidden_states"] if states is None else states),
                 decoder_input_ids=given["input_ids"],
                 past_key_values=caches,
                 use_cache=True,
@@ -5992,18 +6036,19 @@ class Rung(NamedTuple):
 class RungError(Exception):
     """Why a rung did not hold. `exported`: there was a model; `needs`: the opset that an operator asks for.
 
-    `slight`: the largest difference from PyTorch, where it is so small that a user may accept it.
+    `slight`: the largest difference from PyTorch, where it is so small that a user may accept it. `case`: the inputs
+    for which the model does not hold. `note`: what tracing fixed.
     """
 
     def __init__(
-        self, reason: str, *, exported: bool = False, needs: int | None = None, slight: float | None = None
-    ) -> None:
+        self, reason: str, *, exported: bool = False, needs: int | None = None, slight: float | None = None,
+        case: Case | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(reason)
-        self.exported, self.needs, self.slight = exported, needs, slight
+        self.exported, self.needs, self.slight, self.case, self.note = exported, needs, slight, case, ""
 
-    def with_note(self, note: str) -> RungError:
-        """The same with `note` behind the reason."""
-        return RungError(f"{self}{note}", exported=self.exported, needs=self.needs, slight=self.slight)
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self.note}"
 
 
 def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.Model:
@@ -6026,7 +6071,7 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
     )
     register_symbolics()
     weights = flat.state_dict(keep_vars=True)
-    with exact_detection_sizes():
+    with exact_detection_sizes(), traced_sizes():
         model = None
         if plan.linked or sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
             export_graph(flat, plan, export)
@@ -6071,6 +6116,9 @@ def register_symbolics() -> None:
 
     register_custom_op_symbolic("aten::repeat_interleave", symbolic_repeat, 13)
     register_custom_op_symbolic("aten::adaptive_avg_pool2d", symbolic_average, 13)
+    register_custom_op_symbolic("aten::cumsum", symbolic_cumsum, 13)
+    register_custom_op_symbolic("aten::unfold", symbolic_unfold, 13)
+    register_custom_op_symbolic("aten::as_strided", symbolic_strided, 13)
 
 
 def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
@@ -6111,6 +6159,53 @@ def shares(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     dtype = JitScalarType.from_value(tensor).onnx_type()
     ones = graph.op("Cast", inside, to_i=dtype)
     return graph.op("Div", ones, graph.op("Cast", graph.op("Sub", end, first), to_i=dtype))
+
+
+def symbolic_cumsum(graph: Any, tensor: Any, dim: Any, dtype: Any = None) -> Any:
+    """Cumsum as the exporter has it, which adds up truth values without making numbers of them."""
+    from torch.onnx import JitScalarType, symbolic_opset11
+
+    if JitScalarType.from_value(tensor) == JitScalarType.BOOL:
+        tensor = graph.op("Cast", tensor, to_i=JitScalarType.INT64.onnx_type())
+    return symbolic_opset11.cumsum(graph, tensor, dim, dtype)
+
+
+def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> Any:
+    """Tensor.unfold as one look-up: the exporter writes out every window, and knows no dimension of unknown length."""
+    import torch
+    from torch.onnx import symbolic_helper
+
+    def constant(value: Any) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(value))
+
+    axis, width, stride = (symbolic_helper._get_const(value, "i", "unfold") for value in (dim, size, step))  # noqa: SLF001
+    rank = symbolic_helper._get_tensor_rank(tensor)  # noqa: SLF001
+    length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
+    end = graph.op("Sub", length, constant(width - 1))
+    starts = graph.op("Unsqueeze", graph.op("Range", constant(0), end, constant(stride)), constant([1]))
+    windows = graph.op("Gather", tensor, graph.op("Add", starts, constant(list(range(width)))), axis_i=axis % rank)
+    order = list(range(rank + 1))
+    order.append(order.pop(axis % rank + 1))  # the places within a window come last
+    return graph.op("Transpose", windows, perm_i=order)
+
+
+def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: Any = None) -> Any:
+    """as_strided of a contiguous tensor as one look-up: the exporter's own takes only strides that are constants."""
+    import torch
+    from torch.onnx import symbolic_helper
+
+    def constant(value: Any) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(value))
+
+    def entries(numbers: Any) -> list[Any]:
+        known = symbolic_helper._maybe_get_const(numbers, "is")  # noqa: SLF001
+        return list(map(constant, known)) if isinstance(known, list) else symbolic_helper._unpack_list(numbers)  # noqa: SLF001
+
+    place = constant(0) if symbolic_helper._is_none(offset) else offset  # noqa: SLF001
+    for size, stride in zip(entries(sizes), entries(strides), strict=True):
+        steps = graph.op("Mul", graph.op("Range", constant(0), size, constant(1)), stride)
+        place = graph.op("Add", graph.op("Unsqueeze", place, constant([-1])), steps)
+    return graph.op("Gather", graph.op("Reshape", tensor, constant([-1])), place)
 
 
 def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -> ir.Model | None:
@@ -6303,13 +6398,139 @@ def exact_detection_sizes() -> Iterator[None]:
         options = {"mode": "bilinear", "align_corners": False}
         return torch.nn.functional.interpolate(image[None], size=(size[0], size[1]), **options)[0], target
 
-    name = "_resize_image_and_masks"
-    original = getattr(transform, name)
-    setattr(transform, name, resize)
+    original = transform._resize_image_and_masks  # noqa: SLF001
+    with replaced(transform, _resize_image_and_masks=resize):
+        yield
+
+
+@contextlib.contextmanager
+def traced_sizes() -> Iterator[None]:
+    """Let tracing see what models do in Python with sizes: it would keep the numbers that the traced inputs give."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, function in tracing_stand_ins():
+            stack.enter_context(replaced(owner, **{name: function}))
+        yield
+
+
+@functools.cache
+def tracing_stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Owners, names and functions: each does as the original does, and while tracing what tracing can follow."""
+    import builtins
+
+    import torch
+    from torch.jit import _builtins
+
+    def followed(original: Callable[..., Any], traced: Callable[..., Any]) -> Callable[..., Any]:
+        def either(*values: Any, **options: Any) -> Any:
+            result = traced(*values, **options) if torch.jit.is_tracing() else NotImplemented
+            return original(*values, **options) if result is NotImplemented else result
+
+        if name := _builtins._find_builtin(original):  # noqa: SLF001
+            _builtins._register_builtin(either, name)  # noqa: SLF001  (for functions that are compiled meanwhile)
+        return either
+
+    return [
+        (owner, name, followed(getattr(owner, name), traced))
+        for owner, name, traced in (
+            (torch.Tensor, "unbind", every_place),
+            (torch.Tensor, "stride", strides_from_sizes),
+            (torch, "tensor", stacked),
+            (torch, "as_tensor", stacked),
+            (builtins, "min", functools.partial(chosen, torch.minimum)),
+            (builtins, "max", functools.partial(chosen, torch.maximum)),
+        )
+    ]
+
+
+def every_place(tensor: Tensor, dim: int = 0) -> Any:
+    """Stand-in for unbind, which loops over a tensor call: those over what is nonzero go over all places.
+
+    Mixtures of experts loop so over the experts that tokens were routed to; the others get no tokens.
+    """
+    import torch
+
+    node = torch._C._get_value_trace(tensor).node()  # noqa: SLF001
+    sizes = node.input().type().sizes() if node.kind() == "aten::nonzero" else ()
+    return torch.arange(sizes[0])[:, None].unbind() if dim == 0 and len(sizes) == 1 else NotImplemented
+
+
+def strides_from_sizes(tensor: Tensor, dim: int | None = None) -> Any:
+    """Stand-in for the strides of a contiguous tensor."""
+    if not tensor.is_contiguous():
+        return NotImplemented
+    strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.dim()))
+    return strides if dim is None else strides[dim]
+
+
+def stacked(data: Any, **options: Any) -> Any:
+    """Stand-in for making a tensor of traced numbers, single ones or in lists."""
+    return as_one(data).to(options.get("device"), options.get("dtype")) if holds_tensor(data) else NotImplemented
+
+
+def as_one(data: Any) -> Tensor:
+    """A number, a tensor, or nested lists of them, as one tensor."""
+    import torch
+
+    if isinstance(data, (list, tuple)):
+        return torch.stack(list(map(as_one, data)))
+    return data if isinstance(data, torch.Tensor) else torch.as_tensor(data)
+
+
+def holds_tensor(data: Any) -> bool:
+    """Whether a tensor lies in the nested lists."""
+    import torch
+
+    return any(map(holds_tensor, data)) if isinstance(data, (list, tuple)) else isinstance(data, torch.Tensor)
+
+
+def chosen(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, **options: Any) -> Any:
+    """Stand-in for the smaller or larger of two numbers of which one is traced."""
+    pair = len(values) == 2 and not options and holds_tensor(values)
+    return operator(*map(as_one, values)) if pair else NotImplemented
+
+
+@contextlib.contextmanager
+def traced_whole_numbers(model: nn.Module) -> Iterator[None]:
+    """Let int() of a traced number, in the Python modules that define the model, be a traced number.
+
+    For a second try: not all code takes the class that stands in for int.
+    """
+    import torch
+
+    class Whole(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            return isinstance(value, int)
+
+        def __call__(cls, *values: Any) -> Any:
+            traced = torch.jit.is_tracing() and holds_tensor(values)
+            return values[0].to(torch.int64) if traced else int(*values)
+
+    class Integer(int, metaclass=Whole):
+        pass
+
+    names = {type(module).__module__ for module in model.modules()} - {__name__}
+    modules = [vars(sys.modules[name]) for name in names if name.partition(".")[0] != "torch" and name in sys.modules]
+    spaces = [space for space in modules if "int" not in space]
+    for space in spaces:
+        space["int"] = Integer
     try:
         yield
     finally:
-        setattr(transform, name, original)
+        for space in spaces:
+            del space["int"]
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **stand_ins: Any) -> Iterator[None]:
+    """Let `owner` have other attributes for a while."""
+    originals = {name: getattr(owner, name) for name in stand_ins}
+    for name, value in stand_ins.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(owner, name, value)
 
 
 class Complex:
@@ -6362,15 +6583,9 @@ def real_numbers() -> Iterator[None]:
     """Let models compute with Complex where they would with complex tensors."""
     import torch
 
-    stand_ins = {"polar": Complex.polar, "view_as_complex": Complex.from_pairs, "view_as_real": Complex.pairs}
-    originals = {name: getattr(torch, name) for name in stand_ins}
-    for name, function in stand_ins.items():
-        setattr(torch, name, function)
-    try:
+    functions = {"polar": Complex.polar, "view_as_complex": Complex.from_pairs, "view_as_real": Complex.pairs}
+    with replaced(torch, **functions):
         yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
 
 
 EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
@@ -6400,7 +6615,7 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, real_numbers():
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, real_numbers(), forgotten(flat):
             model = EXPORTERS[rung.exporter](flat, plan, rung.opset, folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -6562,9 +6777,9 @@ def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir
 
     common.ClearMetadataAndDocStringPass()(model)
     common.IdentityEliminationPass()(model)
-    common.RemoveUnusedNodesPass()(model)
     graph = model.graph
     restore_branch_outputs(graph)
+    common.RemoveUnusedNodesPass()(model)
     restore_inputs(graph, plan)
     if len(graph.outputs) != len(plan.outputs):
         raise RungError(f"its graph has {len(graph.outputs)} outputs, the model {len(plan.outputs)}")
@@ -7206,7 +7421,8 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
                 dict(zip(names, session.run(None, case.inputs), strict=True)), case.inputs, plan.specs
             )
         except Exception as error:
-            raise RungError(f"ONNX Runtime fails for {case.label}: {first_line(error)}", exported=True) from error
+            reason = f"ONNX Runtime fails for {case.label}: {first_line(error)}"
+            raise RungError(reason, exported=True, case=case) from error
         found = judge(case, results, plan, options)
         if any(item.problem for item in found) and options.atol is None and options.rtol is None:
             found = second_opinion(case, results, found, plan, options)
@@ -7214,7 +7430,7 @@ def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Differen
         if bad:
             worst = max(bad, key=lambda item: item.largest - item.allowed)
             slight = all(item.largest <= SLIGHT * item.allowed for item in bad)
-            raise RungError(worst.problem, exported=True, slight=worst.largest if slight else None)
+            raise RungError(worst.problem, exported=True, slight=worst.largest if slight else None, case=case)
         differences += found
     if plan.further_checks:
         differences += plan.further_checks(session, plan, options)
@@ -7464,7 +7680,18 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
         try:
             return Result(rung, path, light, verify(light, plan, options), links)
         except RungError as error:
-            raise error.with_note(note) from error
+            error.note = note
+            raise
+
+
+def case_tensors(case: Case, plan: Plan) -> list[Tensor]:
+    """The case's inputs as the model takes them."""
+    import torch
+
+    return [
+        torch.from_numpy(case.inputs[spec.name]).to(given.device, spec.dtype)
+        for spec, given in zip(plan.specs, plan.traced, strict=True)
+    ]
 
 
 def exporter_name(rung: Rung) -> str:
@@ -7505,7 +7732,15 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
         )
 
     def attempt(rung: Rung) -> Result:
-        return try_rung(rung, plan, metadata, options)
+        try:
+            return try_rung(rung, plan, metadata, options)
+        except RungError as error:
+            if not error.note or error.case is None or error.case is plan.cases[0]:  # the traced sizes themselves
+                raise
+            LOG.info(f"{rung}: {error}; it is traced again with those inputs")
+            with contextlib.suppress(RungError), traced_whole_numbers(plan.model):  # the first one's reason is told
+                return try_rung(rung, plan._replace(traced=case_tensors(error.case, plan)), metadata, options)
+            raise
 
     result, failures = climb(rungs, attempt, higher=options.opset is None)
     if result is None:
@@ -7668,7 +7903,8 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     metadata = {"mode": "huggingface", "task": task, **label_metadata(config)}
     weights = [tensor for _, tensor in state_of(found.model)]
     unread = stored_weights_as(found.model, blank_maker(weights)) if options.no_verify else contextlib.nullcontext()
-    with LOG.step("reference: PyTorch's answers"), unread:  # without verification, their shapes alone count
+    # Without verification, the shapes of the answers alone count.
+    with LOG.step("reference: PyTorch's answers"), unread, forgotten(found.model):
         try:
             graphs = graphs_of(found, folder, options)
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # an unusual cache or call
@@ -7676,7 +7912,7 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
             raise ConversionError(ExitStatus.EXPORT, f"{what}; try another --task, or --no-cache") from error
         found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
         plans = [plan_graph(graph, options) for graph in graphs]
-    use_routed_experts(found.model)
+    prepare_for_export(found.model)
     metadata["source_sha256"] = digest.result()
     converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
     if len(converted) > 1:
@@ -7869,12 +8105,17 @@ def label_metadata(config: Any) -> dict[str, str]:
     return {"id2label": json.dumps({str(key): value for key, value in labels.items()})} if labels else {}
 
 
-def use_routed_experts(model: Any) -> None:
-    """Let a mixture of experts run as exporters can follow it; PyTorch's answers are taken before."""
+def prepare_for_export(model: Any) -> None:
+    """Let mixtures of experts and chunked attention run as exporters can follow them, after PyTorch's answers."""
+    from transformers import PreTrainedConfig
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
     model.set_experts_implementation("pt2onnx")
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config.onnx_export = True  # Longformer and LED look for it
 
 
 def folder_digest(*folders: Path) -> str:
@@ -7949,7 +8190,7 @@ def convert_module(
         parameter.requires_grad_(False)  # noqa: FBT003
     model.to(options.device)
     known = preprocessing(model, options.model_class)
-    with LOG.step("reference: PyTorch's answers"):
+    with LOG.step("reference: PyTorch's answers"), forgotten(model):
         plan = make_plan(model, loaded, known, options)
     facts = {**metadata, **({"task": options.task} if options.task else {})}
     if known:

@@ -30,6 +30,11 @@ GENERATORS = {
     "qwen3_next": "linear attention and experts",
     "t5": "an encoder and a decoder",
     "whisper": "an encoder of sounds",
+    "moonshine": "an encoder whose answer is more than its states",
+    "llama4_text": "truth values that are added up",
+    "switch_transformers": "a loop over the experts that are needed",
+    "prophetnet": "int() of a length, one token at a time",
+    "led": "chunks of the text, padded to the window",
 }
 OTHERS = {
     "bert": "fill-mask",
@@ -37,6 +42,11 @@ OTHERS = {
     "segformer": "an image of any size",
     "clip": "two towers",
     "wav2vec2": "a sound of any length",
+    "wav2vec2-conformer": "embeddings kept for the last length",
+    "sew": "padding that only some lengths need, the smaller of two sizes",
+    "longformer": "strides that follow from the length",
+    "deberta": "a tensor made of a length",
+    "dinov3_vit": "a branch that returns what lies outside of it",
 }
 
 
@@ -72,6 +82,12 @@ def test_each_kind(tmp_path: Path, name: str) -> None:
     tiny_models.make(name, tmp_path / "in")
     convert(tmp_path)
     check(name, tmp_path)
+
+
+def test_beyond_the_window(tmp_path: Path) -> None:
+    """Local attention is verified with a text that is longer than its window of 8, too."""
+    tiny_models.make("longformer", tmp_path / "in")
+    assert "input_ids:1x11" in convert(tmp_path)
 
 
 @pytest.mark.parametrize(
