@@ -7875,6 +7875,9 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     trust = options.trust_remote_code
     cleaned = vet_folder(source.path, trust=trust)
     adapter = read_adapter(source.path, options)
+    if adapter and options.external_data == "link":
+        what = "what an adapter is merged into lies in no file"
+        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
     inner = transformer_folder(adapter.base if adapter else source.path)
     cleaned_inner = cleaned if inner == source.path else vet_folder(inner, trust=trust)
     check_folder(inner)
