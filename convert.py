@@ -4095,7 +4095,7 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     if adapter:
         merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
     heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
-    return FolderModel(model.eval().requires_grad_(requires_grad=False), task, heads)
+    return FolderModel(model.eval().requires_grad_(requires_grad=False).to(options.device), task, heads)
 
 
 def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
@@ -4151,7 +4151,9 @@ def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
         what = "needs an input_size and no features_only to be an image model"
         raise ConversionError(ExitStatus.INPUT, f"{options.input}: config.json {what}; repair it")
     weights = load_folder(folder, trust=options.trust_pickle)
-    model = model.eval().requires_grad_(requires_grad=False).to(getattr(torch, DTYPE_NAMES[options.dtype]))
+    model = (
+        model.eval().requires_grad_(requires_grad=False).to(options.device, getattr(torch, DTYPE_NAMES[options.dtype]))
+    )
     if refusal := load_weights(model, store_all(weights, options)):
         misfit = describe_misfit(model, weights) or refusal
         raise ConversionError(
@@ -5131,6 +5133,11 @@ def example_tensors(
     return [made[spec.name] for spec in specs]
 
 
+def beside(model: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the device of `model`."""
+    return [tensor.to(model.device) for tensor in tensors]
+
+
 def padded_ids(config: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
     """`ids` with the padding token where `mask` is zero, and one end token in every row where the model counts them."""
     if mask is None or mask.shape[-1] < ids.shape[-1]:
@@ -5472,7 +5479,9 @@ def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
         module = named_call(model, names, task_outputs(found.task, ()))
         return Graph("model", module, specs, examples, TEXT_SIZES)
     with torch.no_grad():
-        probe = model(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=True).past_key_values
+        probe = model(
+            input_ids=torch.ones(1, 1, dtype=torch.int64, device=model.device), use_cache=True
+        ).past_key_values
     past = cache_specs(probe, dtype)
     specs = [*growing_masks(specs), *past]
     sizes, tokens = decoder_sizes(model, config, past)
@@ -5529,7 +5538,9 @@ def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bo
     model, config = found.model, found.model.config.get_text_config(decoder=True)
     argument = "cache_params" if takes(model, "cache_params") else "past_key_values"
     with torch.no_grad():
-        probe = getattr(model(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=True), argument)
+        probe = getattr(
+            model(input_ids=torch.ones(1, 1, dtype=torch.int64, device=model.device), use_cache=True), argument
+        )
     # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
     recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in config.to_dict()) else "recurrent"
     past = cache_specs(probe, float_dtype(model), recurrent)
@@ -5541,7 +5552,7 @@ def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bo
         spec._replace(axes={axis: name for axis, name in spec.axes.items() if name != SEQUENCE}) for spec in single
     ]
     every = [*single, *past]
-    step = TokenStep(token_call(way), every, stateful_examples(every, config, one, 0))
+    step = TokenStep(token_call(way), every, beside(model, stateful_examples(every, config, one, 0)))
     if not cached:
         examples = functools.partial(example_tensors, specs, config, left=True)
         return Graph("model", text_call(way, step.module, cached=False), list(specs), examples, TEXT_SIZES, step=step)
@@ -5911,7 +5922,8 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     import torch
 
     model, dtype = found.model, float_dtype(found.model)
-    given = zip([spec.name for spec in encoder.specs], encoder.examples(encoder.sizes[0], 0), strict=True)
+    tensors = beside(model, encoder.examples(encoder.sizes[0], 0))
+    given = zip([spec.name for spec in encoder.specs], tensors, strict=True)
     with torch.no_grad():
         encoded = model.get_encoder()(**dict(given), return_dict=True)
     frames = encoded.last_hidden_state
@@ -5924,7 +5936,8 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     first = encoder_decoder_call(model, type(encoded), [*(spec.name for spec in specs), fed.name], cached=False)
     lengths = {ENCODER_SEQUENCE: frames.shape[1]}
     with torch.no_grad():
-        answer = first(*example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0))
+        tensors = example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0)
+        answer = first(*beside(model, tensors))
     past = [
         InputSpec(
             past_name(name),
@@ -5937,7 +5950,7 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     ]
     next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
     config = model.config.get_text_config(decoder=True)
-    few = example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0)
+    few = beside(model, example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0))
     return tuple(
         Graph(
             file,
