@@ -113,7 +113,7 @@ def generate(model: Any, **given: Any) -> Any:
     return model.generate(**given, max_new_tokens=TOKENS, do_sample=False, num_beams=1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "lfm2", "qwen3_next"])
 def test_transformersjs_generates(name: str, node: Path, tmp_path: Path) -> None:
     """pipeline("text-generation") continues a prompt as PyTorch does."""
     tiny_models.make(name, tmp_path / "in")
