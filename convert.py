@@ -142,6 +142,7 @@ class Log:
         self.stream = sys.stderr
         self.verbose = False
         self.advance: Callable[[int], None] = lambda _: None  # tells how many bytes were copied, during `copying`
+        self.seconds: dict[str, float] = {}  # that steps of each kind took: the kind is what precedes the colon
 
     def line(self, prefix: str, text: str) -> None:
         """Write one line; `text` is made printable. Whether somebody listens is no matter of the conversion."""
@@ -167,10 +168,17 @@ class Log:
             with self.display(SpinnerColumn(), text_column, TimeElapsedColumn()) as progress:
                 progress.add_task(printable(text))
                 yield
-            self.info(f"{text}: {time.monotonic() - start:.1f} s")
+            self.info(f"{text}: {self.spent(text, start):.1f} s")
         else:
             self.info(text)
             yield
+            self.spent(text, start)
+
+    def spent(self, text: str, start: float) -> float:
+        """Count the seconds since `start` for the step's kind, and return them."""
+        seconds, kind = time.monotonic() - start, text.partition(":")[0]
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
+        return seconds
 
     @contextlib.contextmanager
     def copying(self, text: str, total: int) -> Iterator[None]:
@@ -188,7 +196,7 @@ class Log:
                 self.advance = lambda count: bar.advance(task, count)
             stack.callback(setattr, self, "advance", lambda _: None)
             yield
-        seconds = time.monotonic() - start
+        seconds = self.spent(text, start)
         self.info(f"{text}: {total / 1e6:.1f} MB in {seconds:.1f} s ({total / 1e6 / max(seconds, 1e-3):.0f} MB/s)")
 
     def on_terminal(self) -> bool:
@@ -8305,6 +8313,7 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         "status": "ok",
         **graphs[0],
         "files": {str(file): file.stat().st_size for file in files},
+        "steps": {kind: round(seconds, 2) for kind, seconds in LOG.seconds.items()},
         **({"linked": linked} if linked else {}),
         "mode": mode,
         **({"graphs": graphs} if len(graphs) > 1 else {}),

@@ -87,6 +87,8 @@ def test_quiet_success_and_json(models: Path, tmp_path: Path) -> None:
     assert report["status"] == "ok"
     assert report["opset"] == 14
     assert report["files"] == {str(target): target.stat().st_size}
+    assert {"load", "export", "verify"} <= report["steps"].keys()
+    assert 0 < sum(report["steps"].values()) <= report["seconds"] + 1
     assert report["inputs"] == {"input": ["batch_size", 13]}
     assert {item["case"] for item in report["verified"]} == {"input:1x13", "input:2x13", "input:3x13"}
     assert lines(result, "SUCCESS")[0].startswith(f"{target} (")

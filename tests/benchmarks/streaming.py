@@ -1,6 +1,7 @@
 """Models larger than memory: what a conversion takes under a hard limit of memory, against other ways to export.
 
     python tests/benchmarks/streaming.py [--shapes 0.5B 1.5B 3B] [--limit 2] [--ways pt2onnx link transformers]
+    python tests/benchmarks/streaming.py --layers 8 16 32 64 80
 
 Decoders of the Qwen2 shapes with random weights in bfloat16 (for `link`: float32, as in the graph), in shards, made on
 the disk and removed again. `experts` is a Qwen3 mixture of 16 layers with 64 experts each, which lie in the checkpoint
@@ -194,6 +195,22 @@ def row(shape: str, way: str, result: Run, target: Path, folder: Path) -> str:
     return f"| {shape} | {way} | {result.seconds:.0f} s | {sizes} | {ratio} | {verified} |"
 
 
+def time_tracing(counts: list[int], folder: Path | None) -> None:
+    """Print how long the export alone takes for decoders of small layers, by their number."""
+    print("| layers | export | for each layer |\n|---|---|---|")
+    for count in counts:
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": count, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 2, "vocab_size": 100000, "max_window_layers": count}
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            source, target = Path(name, "in"), Path(name, "out")
+            source.mkdir()
+            subprocess.run([sys.executable, "-c", MAKE, str(source), json.dumps(sizes), "bfloat16"], check=True)
+            command = [sys.executable, str(CONVERT), "-i", str(source), "-o", f"{target}/", "--no-verify", "--json"]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            seconds = json.loads(done.stdout)["steps"]["export"]
+        print(f"| {count} | {seconds:.1f} s | {seconds / count * 1000:.0f} ms |", flush=True)
+
+
 def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,7 +222,11 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the models are made (default: the system's temporary folder)"
     )
+    parser.add_argument("--layers", nargs="+", type=int, help="only time the tracing of so many layers")
     options = parser.parse_args()
+    if options.layers:
+        time_tracing(options.layers, options.folder)
+        return
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{machine}; at most {options.limit:g} GB of memory\n")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
