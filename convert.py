@@ -5486,11 +5486,7 @@ def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
     if not cached:
         module = named_call(model, names, task_outputs(found.task, ()))
         return Graph("model", module, specs, examples, TEXT_SIZES)
-    with torch.no_grad():
-        probe = model(
-            input_ids=torch.ones(1, 1, dtype=torch.int64, device=model.device), use_cache=True
-        ).past_key_values
-    past = cache_specs(probe, dtype)
+    past = cache_specs(cache_probe(model, "past_key_values"), dtype)
     specs = [*growing_masks(specs), *past]
     sizes, tokens = decoder_sizes(model, config, past)
     examples = functools.partial(example_tensors, specs, config, left=True)
@@ -5498,6 +5494,15 @@ def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
     if verified and model.can_generate():
         check = functools.partial(check_generation, generate(model, config, tokens), specs)
     return Graph("model", cached_call(model, names), specs, examples, sizes, check)
+
+
+def cache_probe(model: Any, argument: str) -> Any:
+    """The cache after a single token, for its shapes: stored weights are not read for that."""
+    import torch
+
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    with torch.no_grad(), stored_weights_as(model, blank_maker(tensor for _, tensor in state_of(model))):
+        return getattr(model(input_ids=token, use_cache=True), argument)
 
 
 def growing_masks(specs: Sequence[InputSpec]) -> list[InputSpec]:
@@ -5541,14 +5546,9 @@ def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bo
 
     Without a cache the states begin with zeros, and what they become is no output.
     """
-    import torch
-
     model, config = found.model, found.model.config.get_text_config(decoder=True)
     argument = "cache_params" if takes(model, "cache_params") else "past_key_values"
-    with torch.no_grad():
-        probe = getattr(
-            model(input_ids=torch.ones(1, 1, dtype=torch.int64, device=model.device), use_cache=True), argument
-        )
+    probe = cache_probe(model, argument)
     # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
     recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in config.to_dict()) else "recurrent"
     past = cache_specs(probe, float_dtype(model), recurrent)
