@@ -5497,12 +5497,21 @@ def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
 
 
 def cache_probe(model: Any, argument: str) -> Any:
-    """The cache after a single token, for its shapes: stored weights are not read for that."""
+    """The cache after a single token, for its shapes: stored weights are not read for that.
+
+    Raises ConversionError (EXPORT) where the model keeps what it remembers elsewhere.
+    """
     import torch
 
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad(), stored_weights_as(model, blank_maker(tensor for _, tensor in state_of(model))):
-        return getattr(model(input_ids=token, use_cache=True), argument)
+        cache = getattr(model(input_ids=token, use_cache=True), argument, None)
+    if not hasattr(cache, "layers"):
+        what = (
+            f"{type(model).__name__} keeps what it remembers outside of transformers' cache, where no graph can have it"
+        )
+        raise ConversionError(ExitStatus.EXPORT, f"{what}; try another --task, or --no-cache")
+    return cache
 
 
 def growing_masks(specs: Sequence[InputSpec]) -> list[InputSpec]:
@@ -5547,6 +5556,7 @@ def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bo
     Without a cache the states begin with zeros, and what they become is no output.
     """
     model, config = found.model, found.model.config.get_text_config(decoder=True)
+    LOG.info("its states go from token to token: the graph is a loop over the tokens")
     argument = "cache_params" if takes(model, "cache_params") else "past_key_values"
     probe = cache_probe(model, argument)
     # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
@@ -5668,12 +5678,12 @@ def filled_cache(way: Stateful, tensors: Mapping[str, Tensor]) -> Any:
     cache = DynamicCache()
     cache.layers = []
     for index, like in enumerate(way.layers):
-        grown = [tensors[name] for part in ("key", "value") if (name := f"past_key_values.{index}.{part}") in tensors]
-        layer = cache_layer(*grown) if grown else copy.copy(like)
+        pair = [tensors[name] for part in ("key", "value") if (name := f"past_key_values.{index}.{part}") in tensors]
+        layer = cache_layer(*pair) if pair else copy.copy(like)
         if states := state_places(like, index, way.recurrent):
-            if grown:  # both in one layer, whatever window it has
+            if pair:  # both in one layer, whatever window it has
                 layer = LinearAttentionAndFullAttentionLayer(like.number_of_states)
-                vars(layer).update({**vars(like), **vars(cache_layer(*grown))})
+                vars(layer).update({**vars(like), **vars(cache_layer(*pair))})
             layer.conv_states, layer.recurrent_states = dict(like.conv_states), dict(like.recurrent_states)
             for name, _, turn in states:
                 kept = layer.conv_states if name.startswith("conv") else layer.recurrent_states
