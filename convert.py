@@ -3971,6 +3971,11 @@ def download(name: str, revision: str | None, options: argparse.Namespace, *, ot
         problem = next(
             (text for kind, text in HUB_PROBLEMS if kind in {cls.__name__ for cls in type(error).__mro__}), ""
         )
+        if problem is UNREACHABLE:
+            with contextlib.suppress(Exception):  # what is not in the cache either is told as unreachable
+                folder = snapshot_download(name, cache_dir=options.cache_dir, local_files_only=True, **where)
+                LOG.warn(f"the hub cannot be reached: {name} is what was downloaded before")
+                return detect(Path(folder))
         raise ConversionError(
             ExitStatus.INPUT,
             f"cannot download {name}: {problem or first_line(error)} ({otherwise})",

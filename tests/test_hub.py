@@ -134,6 +134,19 @@ def test_no_network(tmp_path: Path) -> None:
         check_error(offline, 3, "some/model", "cannot be reached")
 
 
+def test_cached(tmp_path: Path, hub: Hub) -> None:
+    """What was downloaded once is converted when the hub has gone."""
+    tiny_models.make("bert", hub.root / "some" / "model")
+    assert convert(tmp_path, hub.address, "some/model").code == 0
+    hub.shutdown()
+    hub.server_close()
+    (tmp_path / "out" / "model.onnx").unlink()
+    result = convert(tmp_path, hub.address, "some/model")
+    assert result.code == 0, result.err
+    assert "the hub cannot be reached: some/model is what was downloaded before" in lines(result, "WARN")
+    assert (tmp_path / "out" / "model.onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("mark", "library"), [("open_clip_config.json", "OpenCLIP"), ("model_index.json", "diffusers")]
 )
