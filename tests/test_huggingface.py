@@ -189,6 +189,53 @@ def test_without_cache(tmp_path: Path) -> None:
     assert [value.name for value in graph.output] == ["logits"]
 
 
+@pytest.mark.parametrize("name", ["llama", "lfm2"])
+def test_decoders_of_one_size(tmp_path: Path, name: str) -> None:
+    """--static: the traced sizes alone, PyTorch's answer for other numbers."""
+    tiny_models.make(name, tmp_path / "in")
+    convert(tmp_path, "--static")
+    path = tmp_path / "out" / "model.onnx"
+    sizes = {value.name: value.shape for value in onnxruntime.InferenceSession(str(path)).get_inputs()}
+    length, total = sizes["input_ids"][1], sizes["attention_mask"][1]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").eval()
+    ids = torch.arange(5, 5 + 2 * total).view(2, total)
+    with torch.no_grad():
+        before = model(input_ids=ids[:, : total - length], use_cache=True).past_key_values
+        given = {name: value.numpy().copy() for name, value in past_of(before).items()}
+        expected = model(input_ids=ids, use_cache=True).logits[:, -length:].numpy()
+    given |= {"input_ids": ids[:, -length:].numpy(), "attention_mask": np.ones((2, total), np.int64)}
+    given["position_ids"] = np.arange(total - length, total)[None].repeat(2, 0)
+    actual = answers(path, **given)["logits"]
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def past_of(cache: Any) -> dict[str, torch.Tensor]:
+    """What transformers keeps, under the names of the graph's inputs."""
+    found = {}
+    for number, layer in enumerate(cache.layers):
+        if hasattr(layer, "conv_states"):
+            found[f"past_conv.{number}"] = layer.conv_states[0]
+        else:
+            found[f"past_key_values.{number}.key"], found[f"past_key_values.{number}.value"] = layer.keys, layer.values
+    return found
+
+
+def test_models_that_disagree_with_themselves(tmp_path: Path) -> None:
+    """zamba2 with short time steps: transformers' answers for a text and for its tokens differ, and that is told."""
+    tiny_models.make("zamba2", tmp_path / "in")
+    assert "transformers itself gives two answers" in convert(tmp_path, code=6)
+
+
+def test_encoder_decoders_have_a_cache(tmp_path: Path) -> None:
+    """Options that would take it away are errors; a T5 that transformers cannot generate with is told as that."""
+    tiny_models.make("t5", tmp_path / "in")
+    for option in ("--static", "--no-cache"):
+        assert f"leave {option} out" in convert(tmp_path, option, code=2)
+    config = transformers.T5Config.from_pretrained(tmp_path / "in", num_layers=2, num_decoder_layers=3)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "in")
+    assert "PyTorch itself cannot generate" in convert(tmp_path, code=6)
+
+
 def test_layout_of_transformersjs(tmp_path: Path) -> None:
     """The graph lies in onnx/, the configuration above it."""
     tiny_models.make("bert", tmp_path / "in")
