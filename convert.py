@@ -3821,6 +3821,11 @@ def blank_maker(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     return blank
 
 
+def unread_weights(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """While in context, blanks stand for the stored weights of `model`: where only the shapes of its answers count."""
+    return stored_weights_as(model, blank_maker(tensor for _, tensor in state_of(model)))
+
+
 @contextlib.contextmanager
 def weights_as_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """While in context, `model` has no weights: it takes them after its other inputs, in the order of what is yielded.
@@ -5515,7 +5520,7 @@ def cache_probe(model: Any, argument: str) -> Any:
     import torch
 
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
-    with torch.no_grad(), stored_weights_as(model, blank_maker(tensor for _, tensor in state_of(model))):
+    with torch.no_grad(), unread_weights(model):
         cache = getattr(model(input_ids=token, use_cache=True), argument, None)
     if not hasattr(cache, "layers"):
         what = (
@@ -5586,7 +5591,7 @@ def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bo
         for spec in every
     ]
     module, traced = token_call(way), beside(model, stateful_examples(single, config, one, 0))
-    with torch.no_grad(), stored_weights_as(model, blank_maker(tensor for _, tensor in state_of(model))):
+    with torch.no_grad(), unread_weights(model):
         step = TokenStep(module, single, traced, list(module(*traced)))
     if verified and weight_bytes(model) < HEAVY_BYTES:
         check_steps(way, module, every)
@@ -6220,14 +6225,18 @@ def symbolic_average(graph: Any, tensor: Any, size: Any) -> Any:
     return graph.op("MatMul", graph.op("MatMul", rows, tensor), graph.op("Transpose", columns, perm_i=(1, 0)))
 
 
+def constant_in(graph: Any, value: Any) -> Any:
+    """A constant (a number, or nested lists of them) in a graph of the TorchScript exporter."""
+    import torch
+
+    return graph.op("Constant", value_t=torch.tensor(value))
+
+
 def shares(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     """The matrix (count x length of `axis`) of what each place adds to each of `count` averages."""
-    import torch
     from torch.onnx import JitScalarType
 
-    def constant(value: Any) -> Any:
-        return graph.op("Constant", value_t=torch.tensor(value))
-
+    constant = functools.partial(constant_in, graph)
     length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
     places = graph.op("Range", constant(0), length, constant(1))
     first = graph.op("Div", graph.op("Mul", constant([[n] for n in range(count)]), length), constant(count))
@@ -6251,12 +6260,9 @@ def symbolic_cumsum(graph: Any, tensor: Any, dim: Any, dtype: Any = None) -> Any
 
 def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> Any:
     """Tensor.unfold as one look-up: the exporter writes out every window, and knows no dimension of unknown length."""
-    import torch
     from torch.onnx import symbolic_helper
 
-    def constant(value: Any) -> Any:
-        return graph.op("Constant", value_t=torch.tensor(value))
-
+    constant = functools.partial(constant_in, graph)
     axis, width, stride = (symbolic_helper._get_const(value, "i", "unfold") for value in (dim, size, step))  # noqa: SLF001
     rank = symbolic_helper._get_tensor_rank(tensor)  # noqa: SLF001
     length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
@@ -6270,11 +6276,9 @@ def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> 
 
 def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: Any = None) -> Any:
     """as_strided of a contiguous tensor as one look-up: the exporter's own takes only strides that are constants."""
-    import torch
     from torch.onnx import symbolic_helper
 
-    def constant(value: Any) -> Any:
-        return graph.op("Constant", value_t=torch.tensor(value))
+    constant = functools.partial(constant_in, graph)
 
     def entries(numbers: Any) -> list[Any]:
         known = symbolic_helper._maybe_get_const(numbers, "is")  # noqa: SLF001
@@ -6785,13 +6789,18 @@ def repeat_for_tokens(model: ir.Model, single: Plan, whole: Plan) -> None:
     results |= {name: outer.op("Transpose", [results[name]], {"perm": (1, 0, 2)}) for name in told}
     for name, value in results.items():
         value.type = answers[name].type
-    for number, node in enumerate([*outer.nodes, *first.nodes, *last.nodes]):
-        node.name = f"loop/{node.op_type}_{number}"
-        for index, value in enumerate(node.outputs):
-            value.name = f"{node.name}/{index}"
+    name_nodes([*outer.nodes, *first.nodes, *last.nodes])
     graph.inputs[:] = [inputs[spec.name] for spec in whole.specs]
     graph.extend(outer.nodes)
     graph.outputs.extend(results[name] for name in whole.outputs)
+
+
+def name_nodes(nodes: Iterable[ir.Node]) -> None:
+    """Give nodes around a loop, and what comes out of them, names that no others have."""
+    for number, node in enumerate(nodes):
+        node.name = f"loop/{node.op_type}_{number}"
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}/{index}"
 
 
 def nothing_past(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Value:
@@ -7982,8 +7991,7 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
             found = found._replace(steps=sentence_steps(source.path, trust=options.trust_pickle))
     LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")
     metadata = {"mode": "huggingface", "task": task, **label_metadata(config)}
-    weights = [tensor for _, tensor in state_of(found.model)]
-    unread = stored_weights_as(found.model, blank_maker(weights)) if options.no_verify else contextlib.nullcontext()
+    unread = unread_weights(found.model) if options.no_verify else contextlib.nullcontext()
     # Without verification, the shapes of the answers alone count.
     with LOG.step("reference: PyTorch's answers"), unread, forgotten(found.model):
         try:
