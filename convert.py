@@ -15,6 +15,7 @@ executed (see "load").
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import copy
 import ctypes
@@ -69,6 +70,7 @@ MIN_OPSET = 7  # torch.onnx._constants.ONNX_MIN_OPSET
 TORCHSCRIPT_MAX_OPSET = 20  # torch.onnx._constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET
 DYNAMO_MIN_OPSET = 18  # below it the exporter writes 18 all the same
 MAX_OPSET = 25  # the newest one that onnxscript 0.7's version converter reaches
+THREAD_STACK = 10 << 20  # bytes, of each thread of torch's pool: glibc's 8 MB and a guard
 FICLONE = 0x40049409  # ioctl_ficlone(2)
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf itself ends at 2**31 - 1
 ALIGNMENT = 64  # bytes, of weights in a file: what the widest vector instructions want
@@ -78,8 +80,12 @@ MODES = ("auto", "pytorch", "huggingface", "state_dict")
 WITHOUT_LINKS = "leave --external-data link out"  # what helps where there can be none
 
 
-# What torch, the C library and the dynamic loader say when memory runs out.
-NO_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|failed to map segment")
+# What torch, the C library, the C++ runtime and the dynamic loader say when memory runs out.
+NO_MEMORY = re.compile(
+    r"can't allocate memory|[Cc]annot allocate memory|failed to map segment|std::bad_alloc|[Uu]nable to allocate"
+)
+SCREEN = 1800  # characters of a message: somewhat less than 24 lines of 80
+LONGEST_WORD = 500  # characters without a space, such as a path
 
 
 class ExitStatus(IntEnum):
@@ -115,6 +121,30 @@ class ConversionError(Exception):
         self.status = status
 
 
+class RefusedFileError(ConversionError):
+    """The file holds what could run code when it is opened in the ordinary way."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ExitStatus.REFUSED, message)
+
+
+class DamagedFileError(ConversionError):
+    """The file contradicts itself or ends too early."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ExitStatus.INPUT, message)
+
+
+class WallError(RefusedFileError, PermissionError):
+    """Something would have been opened, started or connected to that the wall is around (see Wall)."""
+
+
+def and_more(items: Collection[object], shown: int) -> str:
+    """The first `shown` of `items`, and how many more there are."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(shorten(str(item), 100) for item in itertools.islice(items, shown)) + more
+
+
 def printable(text: object) -> str:
     """`text` on one line with control characters escaped: names come from files that nobody has vetted."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
@@ -125,6 +155,18 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def fit_screen(text: object) -> str:
+    """`text` as one printable line of at most SCREEN characters: words of a file's making are cut, then the middle.
+
+    Every message goes through here, so that no caller can forget it; the advice at the end stays.
+    """
+    whole = str(text)
+    if len(whole) > 8 * SCREEN:
+        whole = f"{whole[: 4 * SCREEN]} ... {whole[-4 * SCREEN :]}"
+    line = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: shorten(word[0], LONGEST_WORD), printable(whole))
+    return line if len(line) <= SCREEN else f"{line[: SCREEN * 3 // 4]} ... {line[-SCREEN // 4 + 5 :]}"
+
+
 def first_line(error: BaseException, limit: int = 300) -> str:
     """The first non-empty line of an exception, with its type where the text alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
@@ -133,6 +175,21 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     if not text or isinstance(error, (KeyError, AttributeError, IndexError)):
         text = f"{type(error).__name__}: {text}"
     return printable(shorten(text, limit))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, in whatever type a library puts that."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or bool(isinstance(error, (RuntimeError, ImportError, OSError)) and NO_MEMORY.search(str(error)))
+    )
+
+
+def raise_out_of_memory(error: BaseException) -> None:
+    """Raise MemoryError where `error` says that memory ran out: called first wherever any exception is caught."""
+    if is_out_of_memory(error):
+        raise error if isinstance(error, MemoryError) else MemoryError(first_line(error)) from error
 
 
 class Log:
@@ -147,7 +204,7 @@ class Log:
     def line(self, prefix: str, text: str) -> None:
         """Write one line; `text` is made printable. Whether somebody listens is no matter of the conversion."""
         with contextlib.suppress(OSError):
-            print(f"[{prefix}] {printable(text)}", file=self.stream, flush=True)
+            print(f"[{prefix}] {fit_screen(text)}", file=self.stream, flush=True)
 
     def info(self, text: str) -> None:
         """What happens and why."""
@@ -312,6 +369,14 @@ def tolerance_argument(text: str) -> float:
     return value
 
 
+def seconds_argument(text: str) -> float:
+    """A finite number above zero."""
+    value = tolerance_argument(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above zero")
+    return value
+
+
 def json_argument(text: str) -> dict[str, Any]:
     """A JSON object: keyword arguments."""
     try:
@@ -416,6 +481,12 @@ def build_parser() -> Parser:
         help="axes of free size besides the batch, e.g. 2,3 or image:2=height,3=width (default: the batch alone)",
     )
     axes.add_argument("--static", action="store_true", help="no axis of free size, not even the batch")
+    add(
+        "--run-timeout",
+        type=seconds_argument,
+        metavar="SECONDS",
+        help="what one run of the model may take before it is given up as endless (default: by the size of the file)",
+    )
     add("--no-verify", action="store_true", help="do not compare with PyTorch (the checker still runs)")
     add("--atol", type=tolerance_argument, metavar="X", help="absolute tolerance (default: fits dtype and values)")
     add("--rtol", type=tolerance_argument, metavar="X", help="relative tolerance (default: fits dtype and values)")
@@ -522,6 +593,216 @@ def is_snapshot(folder: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# opening: the one way to the input's files, and the wall around everything else
+#
+# Takes paths, gives open files. A file of the input lies, resolved, in what the user named, is a regular file and the
+# same one each time that it is opened. While the input is loaded and a model is built from it, nothing else is opened,
+# started or connected to: whatever a file makes a library try, the wall is there.
+# ---------------------------------------------------------------------------------------------------------------------
+
+INPUT_ROOTS: set[Path] = set()  # what the user named: files and folders, as their real paths
+SEEN_FILES: dict[Path, tuple[int, ...]] = {}  # the fingerprint of each file of the input when it was first opened
+
+
+def admit(path: Path) -> None:
+    """Let the file `path`, or every file in that folder, be opened as the input, or as a part of it."""
+    root = path.resolve()
+    INPUT_ROOTS.update({root, root.parent.parent / "blobs"} if is_snapshot(root) else {root})
+    for file in [file for file in SEEN_FILES if file == root or root in file.parents]:
+        del SEEN_FILES[file]
+
+
+def is_admitted(real: Path) -> bool:
+    """Whether the real path of a file is that of an admitted one, or lies in an admitted folder."""
+    return not INPUT_ROOTS.isdisjoint((real, *real.parents))
+
+
+def fingerprint(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def open_input(path: Path) -> io.BufferedReader:
+    """Open a file of the input for reading.
+
+    Raises RefusedFileError where it lies elsewhere, DamagedFileError where it is not a regular file, or not the one
+    that was opened before under this name; OSError.
+    """
+    real = Path(os.path.realpath(path))
+    if not is_admitted(real):
+        raise RefusedFileError(f"{path.name} is a link that leads out of the folder; copy the file into it")
+    # The last part of a real path is no link unless it just became one; a pipe does not make us wait.
+    file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        file.close()
+        raise DamagedFileError(f"{path.name} is not a regular file")
+    if SEEN_FILES.setdefault(real, fingerprint(status)) != fingerprint(status):
+        file.close()
+        raise DamagedFileError(f"{path.name} changed while it was read; convert it once it is whole")
+    return file
+
+
+# Events of the audit hook (https://docs.python.org/3/library/audit_events.html) that act on more than this process.
+# What begins so is refused while the wall is up, ...
+OUTSIDE_EVENTS = (
+    "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile",
+    "pty.", "urllib.", "http.", "ftplib.", "imaplib.", "poplib.", "smtplib.", "telnetlib.", "webbrowser.", "sqlite3.",
+)  # fmt: skip
+# ... and this is, unless all its paths (as many first arguments) lie in a folder that we work in.
+CHANGING_EVENTS = {
+    "os.mkdir": 1, "os.rmdir": 1, "os.remove": 1, "os.truncate": 1, "os.chmod": 1, "os.chown": 1, "os.utime": 1,
+    "os.setxattr": 1, "os.removexattr": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "ctypes.dlopen": 1,
+}  # fmt: skip
+HARMLESS_EVENTS = ("socket.gethostname",)
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# What libraries ask the system about itself.
+SYSTEM_FILES = ("/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo", "/proc/self/status", "/proc/self/maps",
+                "/proc/self/cgroup", "/proc/self/mountinfo", "/sys/devices/system", "/sys/fs/cgroup")  # fmt: skip
+
+
+class Wall:
+    """While it is up, Python code can open the input and the libraries' own files, and write into `workplaces` alone.
+
+    An audit hook (PEP 578) hears of every file, connection and process that Python code asks for, in any thread, and
+    cannot be taken out again. It does not hear what C++ code opens by itself: the operators that do so are refused
+    before (see DENIED_OPERATORS).
+    """
+
+    def __init__(self) -> None:
+        self.is_up, self.installed, self.bytecode = False, False, sys.dont_write_bytecode
+        self.workplaces: tuple[Path, ...] = ()
+
+    @contextlib.contextmanager
+    def up(self, *workplaces: Path, unless: object = False) -> Iterator[None]:
+        """Refuse what is outside while in context, `unless` the user said that the code that comes along is trusted."""
+        if not self.installed:
+            library_places()  # imports torch
+            sys.addaudithook(self.audit)
+            self.installed = True
+        before = self.is_up, self.workplaces, sys.dont_write_bytecode
+        self.is_up, self.workplaces, sys.dont_write_bytecode = not unless, tuple(map(Path.resolve, workplaces)), True
+        try:
+            yield
+        finally:
+            self.is_up, self.workplaces, sys.dont_write_bytecode = before
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """The hook: raises WallError for an event that is refused."""
+        if self.is_up and event not in HARMLESS_EVENTS and not self.allows(event, arguments) and not is_importing():
+            what = ", ".join(shorten(repr(argument), 200) for argument in arguments[:2])
+            raise WallError(f"something in it led to {event}({what}), outside of the input and the libraries")
+
+    def allows(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        """Whether an event stays inside."""
+        if event == "open":
+            path, _, flags = arguments
+            written = isinstance(flags, int) and flags & WRITING
+            return not isinstance(path, (str, bytes)) or (self.is_ours(path) if written else self.is_readable(path))
+        if event == "ctypes.dlopen" and (arguments[0] is None or os.sep not in str(arguments[0])):
+            return True  # a library that the loader finds by its name
+        if event in CHANGING_EVENTS:
+            return all(map(self.is_ours, arguments[: CHANGING_EVENTS[event]]))
+        return not event.startswith(OUTSIDE_EVENTS)
+
+    def is_ours(self, path: Any) -> bool:
+        """Whether a path lies in a folder that we work in, or is nowhere."""
+        real = Path(os.path.realpath(os.fsdecode(path)))
+        return str(real) == os.devnull or any(place in (real, *real.parents) for place in self.workplaces)
+
+    def is_readable(self, path: str | bytes) -> bool:
+        """Whether a path is one of a library, of the system's about itself, of the input or of ours."""
+        name = os.path.abspath(os.fsdecode(path))  # noqa: PTH100  (links stay: a virtual environment may be one)
+        if name.startswith((*SYSTEM_FILES, *library_places())):
+            return True
+        return is_admitted(Path(os.path.realpath(name))) or self.is_ours(name)
+
+
+WALL = Wall()
+
+
+@functools.cache
+def library_places() -> tuple[str, ...]:
+    """Where Python's own modules, installed packages and this script lie, each path with a slash at its end."""
+    import sysconfig
+
+    places = {*library_folders(), *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))}
+    folders = {f"{form}{os.sep}" for place in places for form in (place, place.resolve())}
+    return tuple({*folders, str(ARCHITECTURES), __file__})
+
+
+def is_importing() -> bool:
+    """Whether an import is under way: the code of installed packages, whose names do not come from the input."""
+    frame: Any = sys._getframe()  # noqa: SLF001  (the documented way to look at the stack)
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
+# What running an input may take. A model of a few megabytes answers within a second; the size of the file counts, since
+# large models are slow and slow disks are, too. Who gives the shapes knows how long these take.
+CODE_SECONDS = 5  # for the code of an archive
+RUN_SECONDS = 30  # for that of a library, which ends
+BYTES_PER_SECOND = 10_000_000
+SHAPE_FACTOR = 20  # times as long, where --input-shape says what is to be run
+LATER_RUNS = 40  # times as long as the first run: batches of 5, and longer axes
+GRAPH_RUNS = 10  # runs that a Hugging Face model's graphs take beside the cases: caches, generated tokens
+RUN_BYTES = 1 << 30  # of memory beyond the file's size, for an archive's code at shapes that nobody gave
+LATER_BYTES = 4 << 30
+
+
+def run_seconds(options: argparse.Namespace, *, own_code: bool) -> float:
+    """Seconds that one run of the input's model may take (--run-timeout); `own_code`: an archive brought the code."""
+    if options.run_timeout is not None:
+        return float(options.run_timeout)
+    seconds = (CODE_SECONDS if own_code else RUN_SECONDS) + input_size(options.input) / BYTES_PER_SECOND
+    return seconds * (SHAPE_FACTOR if options.input_shape else 1)
+
+
+def input_size(path: Path) -> int:
+    """Bytes of a file; of a folder, of all files right in it; 0 of what is not there (a model on the hub)."""
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
+    return 0
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End this process by SIGALRM, of which the supervisor says why, when what is in context takes longer.
+
+    A loop in C++ code that holds Python's lock listens to nothing less.
+    """
+    start = time.monotonic()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, max(outer - time.monotonic() + start, 1e-3) if outer else 0)
+
+
+@contextlib.contextmanager
+def memory_bound(extra: int | None) -> Iterator[None]:
+    """Let allocations fail beyond `extra` bytes more than this process has now; None, or no Linux: no bound.
+
+    RLIMIT_DATA counts what can be written to (getrlimit(2)): the heap, and the stacks of threads that start meanwhile.
+    """
+    import resource
+
+    if extra is None or sys.platform != "linux":
+        yield
+        return
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    used = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]  # there since Linux 2.6
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = used + extra + (os.cpu_count() or 1) * THREAD_STACK
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # detect: what a path holds, told by its content and without importing anything heavy
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -566,21 +847,34 @@ PICKLE_STARTS = (b"\x80", b"}", b"]", b"(", b"c")  # PROTO, or protocol 0's firs
 HUB_ID = re.compile(r"(?!.*\.(pt|pth|pt2|bin|ckpt|onnx|zip|json|safetensors)$)[\w-][\w.-]*/[\w.-]+")  # owner/model
 
 
-def detect(path: Path) -> Source:  # noqa: C901
-    """Tell what `path` holds from its content; raises ConversionError (INPUT) with advice for anything else."""
+def detect(path: Path) -> Source:
+    """Tell what the user's input holds, and admit it; raises ConversionError (INPUT) with advice for what is no model.
+
+    An index of shards brings the folder that it lies in.
+    """
     try:
         mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            return detect_directory(path)
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             raise ConversionError(ExitStatus.INPUT, f"{path} is not a regular file; pass a model file or a directory")
-        with path.open("rb") as file:
-            head = file.read(512)
-            rest = file.read(MAX_INDEX_BYTES) if head[:1] == b"{" else b""
+        admit(path)
+        source = detect_directory(path) if stat.S_ISDIR(mode) else detect_file(path)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and HUB_ID.fullmatch(str(path)) and not path.parent.exists():
             return Source(path, Kind.HUB_ID, "there is no such file, and it is written as owner/model")
         raise ConversionError(ExitStatus.INPUT, f"cannot read {path}: {error.strerror}; check -i") from None
+    if source.kind is Kind.SHARDED_WEIGHTS:
+        admit(source.path.parent)
+    return source
+
+
+def detect_file(path: Path) -> Source:
+    """Tell what a file of the input holds from its content; raises ConversionError (INPUT) with advice, or OSError."""
+    try:
+        with open_input(path) as file:
+            head = file.read(512)
+            is_index = head[:1] == b"{" and b'"weight_map"' in head + file.read(MAX_INDEX_BYTES)
+    except (RefusedFileError, DamagedFileError) as error:
+        raise ConversionError(error.status, f"{path}: {error}") from None
     if not head:
         raise ConversionError(ExitStatus.INPUT, f"{path} is empty; copy or download it again")
     if head.startswith(b"PK\x03\x04"):
@@ -590,7 +884,7 @@ def detect(path: Path) -> Source:  # noqa: C901
             raise ConversionError(ExitStatus.INPUT, f"{path} is {what}")
     if head[8:9] == b"{" and (head[6:8] == b"\0\0" or not head.startswith(PICKLE_STARTS)):
         return Source(path, Kind.SAFETENSORS, "it begins with a safetensors header")
-    if b'"weight_map"' in head + rest and head[:1] == b"{":
+    if is_index:
         return Source(path, Kind.SHARDED_WEIGHTS, "it is JSON with a weight_map")
     if head[257:262] == b"ustar":
         raise ConversionError(
@@ -605,7 +899,7 @@ def detect(path: Path) -> Source:  # noqa: C901
 def detect_zip(path: Path) -> Source:
     """Tell the zip layouts of PyTorch apart by the records that only one of them has."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_input(path) as file, zipfile.ZipFile(file) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
     except Exception as error:  # zipfile raises a dozen kinds for damaged directories
         message = f"{path} is a damaged or truncated archive ({first_line(error)}); copy or download it again"
@@ -665,7 +959,7 @@ def detect_directory(path: Path) -> Source:
             return Source(path, Kind.HUGGINGFACE, f"the directory has {name}")
     indices = [name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))]
     if len(indices) == 1:
-        return detect(path / indices[0])
+        return detect_file(path / indices[0])
     check_library(path, names)
     models = [name for name in names if name.endswith((".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors"))]
     if models:
@@ -860,28 +1154,19 @@ MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 M
 MAX_OPCODES = 5_000_000  # some 3 s; complete pickles of known models have below a million
 MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
 MAX_OVERLAP = 1 << 20  # elements that a tensor may have beyond its storage's: expanded masks and position numbers
+MAX_OVERLAPS = 1 << 24  # the same of all tensors of a file
+MAX_CHOSEN_KEYS = 10_000  # in dictionaries and sets: old optimizers have the addresses of their parameters as keys
 MAX_HEADER_BYTES = 16 << 20  # safetensors header: some 130,000 tensors; the library itself stops at 100 MB
-MAX_EXAMPLE_BYTES = 1 << 30  # of an input that a file records
+MAX_EXAMPLE_BYTES = 1 << 27  # of an input that a file records or its model suggests
 MAX_MODULE_PATHS = 200_000  # eval() visits every path, so a DAG of shared modules would never end
+MIN_MODULE_PATHS = 20_000  # so many are never too many
+MAX_SHARING = 100  # paths to each module, beyond that: some models use one layer a few dozen times
 MAX_MODULE_DEPTH = 400
+MIN_STORAGE_BYTES = 16  # of a legacy file for each storage: its key in the pickle and in the list, and its count
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 ZIP_METHOD_OFFSET = 8  # of the compression method in a local file header (PKWARE APPNOTE 4.3.7)
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # asm-generic/mman.h; Python names it from 3.13 on
 STORAGE_ALIGNMENT = 8  # bytes; what the largest dtype needs (torch.save aligns to 64)
-
-
-class RefusedFileError(ConversionError):
-    """The file holds what could run code when it is opened in the ordinary way."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(ExitStatus.REFUSED, message)
-
-
-class DamagedFileError(ConversionError):
-    """The file contradicts itself or ends too early."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(ExitStatus.INPUT, message)
 
 
 class Token(NamedTuple):
@@ -946,6 +1231,7 @@ def import_library(module: str, *, named: bool = False) -> Any:
             raise DamagedFileError(missing_from(module)) from None
         raise DamagedFileError(f"{package} needs the Python package {error.name}, which is not installed") from None
     except Exception as error:  # whatever a library raises while it is imported
+        raise_out_of_memory(error)
         raise DamagedFileError(f"{module} cannot be imported here ({first_line(error)})") from None
     check_origin(package, [getattr(loaded, "__file__", None)], named=named)
     return loaded
@@ -1320,11 +1606,8 @@ BUILTIN_TYPES = {f"builtins.{kind.__name__}": kind for kind in (list, dict, tupl
 
 
 def hashable(key: Any, depth: int = 0) -> Any:
-    """`key` if it is plain data: hashing anything else would run its class's code.
-
-    Integers end below 2**61 - 1, from where on Python's hash() repeats, so that a file cannot make all keys collide.
-    """
-    if type(key) in (str, float, bool, bytes, type(None)) or (type(key) is int and abs(key) < 2**61 - 1):
+    """`key` if it is plain data: hashing anything else would run its class's code."""
+    if type(key) in (str, float, bool, bytes, type(None), int):
         return key
     import enum
 
@@ -1338,6 +1621,16 @@ def hashable(key: Any, depth: int = 0) -> Any:
     if small and all(hashable(item, depth + 1) is item for item in key):
         return key
     raise RefusedFileError(f"the file uses a {type(key).__name__} as a dictionary key")
+
+
+def is_chosen_hash(key: Any) -> bool:
+    """Whether a file could choose `key` for its hash, as it can all but text and bytes, whose hashes are secret.
+
+    Integers of 20 bits collide too seldom to matter: a mapping has more places than that, or few of them.
+    """
+    if type(key) is int:
+        return not -(2**20) < key < 2**20
+    return type(key) in (float, tuple, frozenset)
 
 
 def plain(value: Any) -> Any:
@@ -1470,6 +1763,10 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         self.persistent_load = read_storage
         self.refused: dict[str, None] = {}
         self.allowance = 4 * size + (1 << 20)
+        self.chosen_keys = 0  # of all mappings and sets, those whose hashes the file could choose
+        self.overlap = 0  # elements that all tensors have beyond their storages'
+        self.settled: set[int] = set()  # dictionaries that settle_back_ends has seen
+        self.left_out: dict[str, None] = {}  # attributes that a class does not set itself
 
     def run(self) -> Any:
         """pickle._Unpickler.load with a limit on the number of opcodes.
@@ -1499,6 +1796,15 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         if self.allowance < 0:
             raise DamagedFileError("its pickle builds far more than the file holds")
 
+    def count_keys(self, keys: Iterable[Any]) -> None:
+        """Count what a mapping or set will hash; raises DamagedFileError where the keys may be made to collide.
+
+        Python looks through all keys of one hash, so that a mapping of n such keys takes n * n steps.
+        """
+        self.chosen_keys += sum(map(is_chosen_hash, keys))
+        if self.chosen_keys > MAX_CHOSEN_KEYS:
+            raise DamagedFileError("its pickle has more unusual dictionary keys than any known model")
+
     def load(self) -> Any:
         """Run the pickle; raises RefusedFileError naming every global that is not allowed, or DamagedFileError."""
         try:
@@ -1506,15 +1812,16 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         except ConversionError:
             if not self.refused:
                 raise
-        except MemoryError:
-            raise
         except Exception as error:  # a damaged program can make the machine fail anywhere
+            raise_out_of_memory(error)
             if not self.refused:
                 raise DamagedFileError(
                     f"the pickle is damaged ({first_line(error)}); copy or download it again"
                 ) from None
         if self.refused:
             raise explain_refusal(list(self.refused))
+        if self.left_out:
+            LOG.info(f"left out, since the classes of this version do not set them: {and_more(self.left_out, 6)}")
         return result
 
     def find_class(self, module: str, name: str) -> Any:
@@ -1565,7 +1872,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         self.spend(*arguments)
         cls = function.value
         if function.name in REBUILDERS:
-            self.stack[-1] = REBUILDERS[function.name](*arguments)
+            self.stack[-1] = self.rebuild(function.name, arguments)
         elif isinstance(cls, type) and issubclass(cls, enum.Enum) and len(arguments) == 1:
             self.stack[-1] = cls._value2member_map_[hashable(arguments[0])]
         elif is_ignored(function.name):
@@ -1576,6 +1883,21 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             self.stack[-1] = self.new_object(function, ())
         else:
             raise RefusedFileError(f"the pickle calls {function.name}")
+
+    def rebuild(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """Call a re-implemented function; what it makes is bounded for the file as a whole."""
+        import torch
+
+        if arguments and name in ("builtins.set", "builtins.frozenset"):
+            self.count_keys(listed(arguments[0]))
+        elif arguments and name in DICT_CLASSES:
+            self.count_keys(key for key, _ in listed(arguments[0]))
+        made = REBUILDERS[name](*arguments)
+        if type(made) is torch.Tensor and not made.is_meta:
+            self.overlap += max(0, made.numel() - made.untyped_storage().nbytes() // made.itemsize)
+            if self.overlap > MAX_OVERLAPS:
+                raise DamagedFileError("its tensors have far more elements than the file holds")
+        return made
 
     def run_newobj(self) -> None:
         """NEWOBJ: make an empty object."""
@@ -1601,7 +1923,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         if is_ignored(token.name):
             return Ignored()
         if token.name in DICT_CLASSES or token.name == "torch.Size":
-            return REBUILDERS[token.name](*arguments)
+            return self.rebuild(token.name, arguments)
         cls = token.value
         if self.refused:
             return token
@@ -1624,7 +1946,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             return
         self.spend(state, *(state.values() if type(state) is dict else state if type(state) is tuple else ()))
         if isinstance(target, torch.nn.Module):
-            set_module_state(target, state)
+            set_module_state(target, self.attributes(target, state))
         elif isinstance(target, Wrapper):
             target.state = state
         elif isinstance(target, (NumpyDtype, NumpyArray)):
@@ -1636,7 +1958,19 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         elif isinstance(target, Token):
             raise RefusedFileError(f"the pickle sets attributes of {target.name}")
         else:
-            set_data_state(target, state)
+            parts = state if isinstance(state, tuple) and len(state) == 2 else (state, None)  # (__dict__, slots)
+            set_data_state(target, [self.attributes(target, part) for part in parts if part is not None])
+
+    def attributes(self, target: object, state: object) -> dict[str, Any]:
+        """The attributes that `target` gets of `state`, by check_attributes; what is left out is noted."""
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise DamagedFileError(f"the state of a {qualified_name(type(target))} is damaged")
+        kept = {key: plain(value) for key, value in state.items() if sets_attribute(type(target), key)}
+        self.left_out |= dict.fromkeys(
+            f"{key} of {type(target).__name__}" for key in state if key not in kept and state[key] is not None
+        )
+        check_attributes(target, kept, self.settled)
+        return kept
 
     def run_setitems(self) -> None:
         """SETITEMS."""
@@ -1660,6 +1994,8 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             return
         if not isinstance(target, dict):
             raise RefusedFileError(f"the pickle sets items of a {type(target).__name__}")
+        self.count_keys(items[::2])
+        self.spend(*(value for value in items[1::2] if type(value) is tuple))  # which plain() looks through
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[hashable(key)] = plain(value)
 
@@ -1678,6 +2014,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             return
         if type(target) is not list:
             raise RefusedFileError(f"the pickle appends to a {type(target).__name__}")
+        self.spend(*(item for item in items if type(item) is tuple))
         target.extend(plain(item) for item in items)
 
     def run_additems(self) -> None:
@@ -1685,11 +2022,14 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         items = self.pop_mark()
         if type(self.stack[-1]) is not set:
             raise RefusedFileError("the pickle adds items to something that is not a set")
+        self.count_keys(items)
         self.stack[-1].update(hashable(item) for item in items)
 
     def run_frozenset(self) -> None:
         """FROZENSET."""
-        self.append(frozenset(hashable(item) for item in self.pop_mark()))
+        items = self.pop_mark()
+        self.count_keys(items)
+        self.append(frozenset(hashable(item) for item in items))
 
     def refuse_opcode(self) -> NoReturn:
         """Opcodes that PyTorch never writes."""
@@ -1722,21 +2062,50 @@ InertUnpickler.dispatch.update(
 Unpickler = Callable[[Any, int, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, size, read_storage)
 
 
-def check_attributes(target: object, state: object) -> dict[str, Any]:
-    """The attributes in `state`, if they are data and nothing that the class or its forward pass would call by name.
+@functools.cache
+def assigned_names(cls: type) -> frozenset[str]:
+    """The attributes that methods of `cls` and its bases assign to self, read off their bytecode, and annotations.
 
-    Raises RefusedFileError, or DamagedFileError.
+    Private ones count where a constructor assigns them: others are switches that later calls set.
     """
+    import dis
+
+    names: set[str] = set()
+    for base in cls.__mro__:
+        names.update(vars(base).get("__annotations__", ()))
+        for method, function in vars(base).items():
+            code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
+            constructs = method in ("__init__", "__post_init__", "post_init")
+            steps = list(dis.get_instructions(code)) if code else []
+            names.update(
+                after.argval
+                for before, after in itertools.pairwise(steps)
+                if after.opname == "STORE_ATTR" and before.argval == code.co_varnames[0]
+                if constructs or not after.argval.startswith("_")
+            )
+    return frozenset(names)
+
+
+def sets_attribute(cls: type, name: str) -> bool:
+    """Whether an instance of `cls` has the attribute `name` by itself.
+
+    Asked of transformers' models, whose library reads switches off them that fetch kernels, compile and the like: what
+    their own code does not set when they are made is left out. Others have no such machinery.
+    """
+    if not any(qualified_name(base) == "transformers.modeling_utils.PreTrainedModel" for base in cls.__mro__):
+        return True
+    return name in assigned_names(cls)
+
+
+def check_attributes(target: object, state: dict[str, Any], settled: set[int]) -> None:
+    """Raise RefusedFileError unless `state` is data, and nothing that the class or its forward pass calls by name."""
     name = qualified_name(type(target))
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise DamagedFileError(f"the state of a {name} is damaged")
     for key, value in state.items():
         if key.startswith("__") or (key in NEVER_ATTRIBUTES and value is not None):
             raise RefusedFileError(f"a {name} carries its own {key}")
         if callable(value) and replaces_method(target, key, value):
             raise RefusedFileError(f"a {name} carries its own {key}, in place of the class's method")
-    settle_back_ends(name, state, set())
-    return state
+    settle_back_ends(name, state, settled)
 
 
 def settle_back_ends(owner: str, attributes: dict[Any, Any], seen: set[int]) -> None:
@@ -1751,14 +2120,13 @@ def settle_back_ends(owner: str, attributes: dict[Any, Any], seen: set[int]) -> 
             settle_back_ends(owner, value, seen)
 
 
-def set_module_state(module: nn.Module, state: object) -> None:
+def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
     """Give `module` its `__dict__`, if that holds modules, tensors and data and nothing that the model would run."""
     import torch
     from torch import nn
 
     cls = type(module)
     name = qualified_name(cls)
-    attributes = check_attributes(module, state)
     for key in LOADING_HOOKS & attributes.keys():
         attributes[key] = ordered()
     for key in CALLED_HOOKS & attributes.keys():
@@ -1790,7 +2158,7 @@ def replaces_method(target: object, key: str, value: object) -> bool:
     return not (isinstance(value, types.MethodType) and value.__self__ is target)
 
 
-def set_data_state(target: object, state: object) -> None:
+def set_data_state(target: object, parts: Sequence[Mapping[str, Any]]) -> None:
     """Give a plain data object, or a hook of HOOK_CLASSES, its attributes; properties and __setattr__ do not run."""
     import inspect
 
@@ -1798,9 +2166,7 @@ def set_data_state(target: object, state: object) -> None:
     known = name in DATA_CLASSES | HOOK_CLASSES | USER_CLASSES or hasattr(target, "__dataclass_fields__")
     if not known and not is_config(type(target)):
         raise RefusedFileError(f"the pickle sets attributes of a {name}")
-    both = state if isinstance(state, tuple) and len(state) == 2 else (state, None)  # (__dict__, slots)
-    attributes = {key: plain(value) for part in both if part is not None for key, value in part.items()}
-    for key, value in check_attributes(target, attributes).items():
+    for key, value in itertools.chain.from_iterable(part.items() for part in parts):
         slot = getattr(type(target), key, None)
         if inspect.ismemberdescriptor(slot):
             slot.__set__(target, value)
@@ -1830,13 +2196,42 @@ def check_module_graph(root: nn.Module) -> None:
             raise DamagedFileError("its modules contain each other, or are nested too deeply")
         if id(module) not in paths:
             active.add(id(module))
-            paths[id(module)] = 1 + sum(count(child, depth + 1) for child in module.children())
+            # Not children(), which leaves out what is there twice: forward() does not.
+            children = [child for child in vars(module)["_modules"].values() if child is not None]
+            paths[id(module)] = 1 + sum(count(child, depth + 1) for child in children)
             active.discard(id(module))
-        if paths[id(module)] > MAX_MODULE_PATHS:
+        if paths[id(module)] > max(MIN_MODULE_PATHS, min(MAX_MODULE_PATHS, MAX_SHARING * len(paths))):
             raise DamagedFileError("its modules are shared so often that walking them would never end")
         return paths[id(module)]
 
     count(root, 0)
+
+
+# The records of PyTorch's archives, and no others: torch's reader takes no notice of case, cuts names at 511 bytes, and
+# would find `code/x.PY` where it looks for `code/x.py`. What is spelt exactly so is the same record to every reader.
+RECORD_NAME = re.compile(
+    r"(data|constants|traced_inputs|bytecode|mobile_debug_handles|attributes)\.pkl|tensors\.json|model\.json"
+    r"|version|byteorder|archive_(format|version)|\.format_version|\.storage_alignment"
+    r"|\.data/(serialization_id|version)"
+    r"|(data|constants|traced_inputs|bytecode|tensors)/\d{1,20}"
+    r"|code/(\w+/)*\w+\.py(\.debug_pkl)?"
+    r"|models/[\w.-]+\.json|data/(weights|constants|sample_inputs|aotinductor)/(\w[\w.-]*/)*[\w.-]+"
+    r"|extra/[ -~]+",
+    re.ASCII,
+)
+MAX_RECORD_NAME = 240  # characters, with the folder that is the archive's own
+
+
+def check_record_names(records: Sequence[str]) -> None:
+    """Raise for an archive with records that PyTorch does not write, which its readers may take for one another."""
+    if len({name.lower() for name in records}) != len(records):
+        raise DamagedFileError("the archive has two records of one name")
+    for name in records:
+        if name.startswith("/") or not {"..", "."}.isdisjoint(name.split("/")) or "\\" in name:
+            raise DamagedFileError(f"the archive has a record outside itself ({shorten(name, 80)})")
+        if not RECORD_NAME.fullmatch(name) or len(name) > MAX_RECORD_NAME:
+            advice = "save the model again with torch.save, torch.jit.save or torch.export.save"
+            raise RefusedFileError(f"PyTorch writes no record called {shorten(name, 80)!r} into an archive; {advice}")
 
 
 def open_archive(path: Path) -> tuple[Any, list[str]]:
@@ -1844,19 +2239,16 @@ def open_archive(path: Path) -> tuple[Any, list[str]]:
     import torch
 
     try:
-        reader = torch._C.PyTorchFileReader(path.open("rb"))  # noqa: SLF001
+        file = open_input(path)
+        reader = torch._C.PyTorchFileReader(file)  # noqa: SLF001
         records = reader.get_all_records()
-        if len(set(records)) != len(records):
-            raise DamagedFileError("the archive has two records of one name")
+        check_record_names(records)
         total = sum(reader.get_record_size(name) for name in records)
-        if total > path.stat().st_size + MAX_EXPANSION:
+        if total > os.fstat(file.fileno()).st_size + MAX_EXPANSION:
             raise DamagedFileError("the archive expands to far more than its own size")
         byte_order = reader.get_record("byteorder") if "byteorder" in records else b"little"
     except (RuntimeError, ValueError, IndexError) as error:  # the last two: a version that is no number, or a huge one
         raise DamagedFileError(f"it is a damaged or truncated archive ({first_line(error)})") from None
-    for name in records:
-        if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-            raise DamagedFileError(f"the archive has a record outside itself ({shorten(name, 80)})")
     if byte_order != b"little":
         raise DamagedFileError("it was saved on a big-endian machine; save it again on a little-endian one")
     return reader, records
@@ -1886,7 +2278,7 @@ def map_file(path: Path) -> torch.UntypedStorage:
     import torch
 
     flags = mmap.MAP_PRIVATE | MAP_NORESERVE
-    with path.open("rb") as file:
+    with open_input(path) as file:
         mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
     MAPPED[storage.data_ptr()] = path
@@ -1951,17 +2343,22 @@ def read_legacy(file: io.BufferedIOBase, size: int, unpickler: Unpickler = Inert
     import torch
 
     storages: dict[str, tuple[torch.UntypedStorage, torch.dtype]] = {}
+    left = size  # bytes of the file that no storage has claimed
 
     def read_storage(record_id: tuple[Any, ...]) -> Any:
+        nonlocal left
         if record_id[:1] == ("module",) and len(record_id) > 1:  # (.., class, source file, source text): only the class
             return record_id[1]
         key, dtype, nbytes = parse_storage_id(record_id)
-        if nbytes + sum(storage.nbytes() for storage, _ in storages.values() if key not in storages) > size:
-            raise DamagedFileError("its tensors are declared larger than the file")
         if len(record_id) > 5 and record_id[5] is not None:
             raise DamagedFileError("it holds storage views of PyTorch 0.x; open it there and save it again")
         if key not in storages:
+            left -= nbytes + MIN_STORAGE_BYTES
+            if left < 0:
+                raise DamagedFileError("its tensors are declared larger than the file")
             storages[key] = (torch.UntypedStorage(nbytes), dtype)
+        elif storages[key][0].nbytes() < nbytes:
+            raise DamagedFileError("a storage is used with two sizes")
         return storages[key][0], dtype
 
     def load() -> Any:
@@ -1972,17 +2369,22 @@ def read_legacy(file: io.BufferedIOBase, size: int, unpickler: Unpickler = Inert
         return content
     load(), load()  # protocol version, system information
     content, keys = load(), load()
-    if not isinstance(keys, list) or set(map(str, keys)) != set(storages):
+    if not isinstance(keys, list) or len(keys) != len(storages) or set(map(str, keys)) != set(storages):
         raise DamagedFileError("its list of storages is damaged")
     for key in keys:
-        storage, dtype = storages[str(key)]
-        count = file.read(8)
-        raw = file.read(storage.nbytes())
-        if len(count) < 8 or struct.unpack("<q", count)[0] * dtype.itemsize != len(raw) or len(raw) < storage.nbytes():
-            raise DamagedFileError("the file is truncated; copy or download it again")
-        if raw:
-            storage.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8).untyped_storage())
+        fill_storage(file, *storages[str(key)])
     return content
+
+
+def fill_storage(file: io.BufferedIOBase, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
+    """Read the next storage of a legacy file: the number of elements as int64, and their bytes."""
+    import torch
+
+    count, raw = file.read(8), file.read(storage.nbytes())
+    if len(count) < 8 or struct.unpack("<q", count)[0] * dtype.itemsize != len(raw) or len(raw) < storage.nbytes():
+        raise DamagedFileError("the file is truncated; copy or download it again")
+    if raw:
+        storage.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8).untyped_storage())
 
 
 # TorchScript and .pt2 archives are programs too: torch.jit.load runs the archive's __setstate__, default arguments and
@@ -2010,6 +2412,7 @@ SCRIPT_REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch.device": rebuild_device,
     "collections.OrderedDict": ordered,
 }
+MAX_SCRIPT_SIZE = 3_000_000  # nodes of syntax after inlining; an 80-layer language model has some 300,000
 SCRIPT_NAME = re.compile(r"__torch__(\.[A-Za-z_]\w*)*")
 
 
@@ -2117,11 +2520,10 @@ def called_while_loading(tree: ast.AST) -> Iterator[str]:
                 yield from found - own
 
 
-def vet_script_code(text: str) -> set[str]:
+def vet_script_code(tree: ast.AST) -> set[str]:
     """What a piece of TorchScript source uses that may touch files, the network or unknown extensions."""
     import ast
 
-    tree = ast.parse(text)
     found = {".".join(parts) for parts in dotted_names(tree) if denied_script_name(parts)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
@@ -2130,15 +2532,94 @@ def vet_script_code(text: str) -> set[str]:
     return found | set(called_while_loading(tree))
 
 
+class ScriptMethod(NamedTuple):
+    """A function or method of TorchScript code: the size of its body, and the full names of what it calls."""
+
+    size: int  # nodes of its syntax tree
+    calls: tuple[str, ...]
+
+
+def script_methods(tree: ast.Module, module: str) -> dict[str, ScriptMethod]:
+    """The functions of a file of TorchScript code by their full names, `module.Class.method` and `module.function`.
+
+    What is called is told by the annotations of attributes and arguments, as torch.jit.save writes them for all.
+    """
+    import ast
+
+    found: dict[str, ScriptMethod] = {}
+    attributes = {
+        f"{module}.{cls.name}.{item.target.id}": ast.unparse(item.annotation)
+        for cls in tree.body
+        if isinstance(cls, ast.ClassDef)
+        for item in cls.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+    waiting: list[tuple[ast.stmt, str]] = [(node, module) for node in tree.body]
+    while waiting:
+        node, where = waiting.pop()
+        if isinstance(node, ast.ClassDef):
+            waiting += [(item, f"{where}.{node.name}") for item in node.body]
+        elif isinstance(node, ast.FunctionDef):
+            found[f"{where}.{node.name}"] = script_method(node, attributes)
+    return found
+
+
+def script_method(node: ast.FunctionDef, attributes: Mapping[str, str]) -> ScriptMethod:
+    """The size and the calls of one function; `attributes` are the types of the classes' attributes by full name."""
+    import ast
+
+    types = {argument.arg: ast.unparse(argument.annotation) for argument in node.args.args if argument.annotation}
+
+    def type_of(value: ast.expr) -> str:
+        if isinstance(value, ast.Name):
+            return types.get(value.id, "")
+        if isinstance(value, ast.Attribute):
+            return attributes.get(f"{type_of(value.value)}.{value.attr}", "")
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "getattr" and len(value.args) == 2:
+            name = value.args[1].value if isinstance(value.args[1], ast.Constant) else ""
+            return attributes.get(f"{type_of(value.args[0])}.{name}", "")
+        return ""
+
+    calls, size = [], 0
+    for inner in ast.walk(node):  # in the order of the statements of each level
+        size += 1
+        if isinstance(inner, ast.Assign):
+            types |= {name.id: type_of(inner.value) for name in inner.targets if isinstance(name, ast.Name)}
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute):
+            owner = type_of(inner.func.value) or ast.unparse(inner.func.value)
+            calls.append(f"{owner}.{inner.func.attr}")
+    return ScriptMethod(size, tuple(calls))
+
+
+def check_script_size(methods: Mapping[str, ScriptMethod]) -> None:
+    """Raise DamagedFileError where the calls, written out as PyTorch does to run them, would make a huge program."""
+    sizes: dict[str, int] = {}
+    waiting = list(methods)
+    while waiting:
+        name = waiting[-1]
+        inner = [call for call in methods[name].calls if call in methods and call not in sizes]
+        if name not in sizes and inner:
+            sizes[name] = 0  # until what it calls is known; a call in a circle is an error of PyTorch's
+            waiting += inner
+            continue
+        sizes[waiting.pop()] = methods[name].size + sum(sizes.get(call, 0) for call in methods[name].calls)
+        if sizes[name] > MAX_SCRIPT_SIZE:
+            raise DamagedFileError("its TorchScript code calls itself so often that running it would never end")
+
+
 def vet_torchscript(path: Path) -> None:
     """Refuse TorchScript whose code touches files, the network or unknown extensions; the code is parsed, not run.
 
     Its pickles may only name what torch.jit.save writes, and their tensors must fit their records.
     """
+    import ast
+
     reader, records = open_archive(path)
     if "model.json" in records:  # PyTorch 1.0's layout: torch.jit.load would take the code from wherever that says
         raise RefusedFileError("it has the layout of PyTorch 1.0 to 1.3; save it again with a newer PyTorch")
     found: set[str] = set()
+    methods: dict[str, ScriptMethod] = {}
     for record in records:
         if not (record.startswith("code/") and record.endswith(".py")):
             continue
@@ -2146,12 +2627,15 @@ def vet_torchscript(path: Path) -> None:
             text = read_record(reader, record).decode()
             if not {"\r", "\f", "\v", "\0"}.isdisjoint(text):  # where Python and TorchScript may see different lines
                 raise DamagedFileError(f"{record} is not TorchScript code")
-            found |= vet_script_code(text)
+            tree = ast.parse(text)
+            found |= vet_script_code(tree)
+            methods |= script_methods(tree, record.removeprefix("code/").removesuffix(".py").replace("/", "."))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise DamagedFileError(f"{record} is not TorchScript code") from None
     if found:
         names = ", ".join(shorten(name, 80) for name in sorted(found)[:8])
         raise RefusedFileError(f"its TorchScript code uses {names}; pass --trust-pickle if you trust its maker")
+    check_script_size(methods)
     for record in records:
         folder, _, name = record.rpartition("/")
         if name.endswith(".pkl") and folder in ("", "code"):
@@ -2393,7 +2877,6 @@ def load(source: Source, *, trust: bool) -> Loaded:
         Kind.TORCHSCRIPT: load_torchscript,
         Kind.EXPORTED_PROGRAM: load_exported_program,
     }
-    before = fingerprint(source.path)
     problem: ConversionError | None = None
     try:
         loaded = loaders[source.kind](source, trust=trust)
@@ -2401,17 +2884,13 @@ def load(source: Source, *, trust: bool) -> Loaded:
         problem = error
     except RecursionError:
         problem = DamagedFileError("what it holds is nested too deeply")
-    if fingerprint(source.path) != before:
-        problem = DamagedFileError("it changed while it was read; convert it once it is whole")
+    try:
+        open_input(source.path).close()  # once more: it is still the one that it was
+    except (RefusedFileError, DamagedFileError) as error:
+        problem = error
     if problem:
         raise ConversionError(problem.status, f"{source.path}: {shorten(str(problem), 1000)}") from None
     return loaded
-
-
-def fingerprint(path: Path) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 # What the JSON files of a Hugging Face folder may ask for, at any depth, that runs code which comes with the folder or
@@ -2527,8 +3006,8 @@ def read_checkpoint(source: Source, unpickler: Unpickler = InertUnpickler) -> An
     """The object in a checkpoint of either layout, read inertly."""
     if source.kind is Kind.CHECKPOINT:
         return read_archive(source.path, unpickler)
-    with source.path.open("rb") as file:
-        return read_legacy(file, source.path.stat().st_size, unpickler)
+    with open_input(source.path) as file:
+        return read_legacy(file, os.fstat(file.fileno()).st_size, unpickler)
 
 
 def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
@@ -2540,6 +3019,7 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
         try:
             content = torch.load(source.path, map_location="cpu", weights_only=False)
         except Exception as error:  # whatever the file's own code raises
+            raise_out_of_memory(error)
             raise DamagedFileError(f"it cannot be opened ({first_line(error)})") from error
     else:
         content = read_checkpoint(source)
@@ -2593,8 +3073,8 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 
     Raises DamagedFileError. Format: 8 bytes with the length of a JSON object, that object, the data.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise DamagedFileError(f"its safetensors header would have {length} bytes; copy or download it again")
@@ -2651,7 +3131,7 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
         begin, end = entry["data_offsets"]
         dtype = getattr(torch, names[entry["dtype"]])
         part = data[begin:end]
-        aligned = part if part.data_ptr() % dtype.itemsize == 0 else part.clone()
+        aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
         tensors[name] = aligned.view(dtype).view(entry["shape"])
     return Loaded(tensors, "weights without a model (safetensors)")
 
@@ -2674,7 +3154,7 @@ def shard_files(index: Path) -> dict[str, set[str]]:
             raise RefusedFileError(
                 f"{index.name} points at {name!r}, outside its own folder; copy the shard there and name it alone"
             )
-        if not (index.parent / name).is_file():
+        if not os.path.lexists(index.parent / name):
             raise DamagedFileError(f"the shard {name} is missing; copy or download it too")
         shards.setdefault(name, set()).add(tensor)
     return shards
@@ -2684,7 +3164,7 @@ def load_shards(source: Source, *, trust: bool) -> Loaded:
     """The tensors of all the shards that an index names, each opened by the rules of its own kind."""
     tensors: dict[str, Tensor] = {}
     for name, wanted in shard_files(source.path).items():
-        shard = detect(source.path.parent / name)
+        shard = detect_file(source.path.parent / name)
         if shard.kind not in (Kind.SAFETENSORS, Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
             raise DamagedFileError(f"the shard {name} does not hold weights")
         content = state_dict_of(load(shard, trust=trust).content) or {}
@@ -2704,9 +3184,12 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
     else:
         vet_torchscript(source.path)
     try:
-        with source.path.open("rb") as file:
+        size = source.path.stat().st_size
+        limits = time_limit(CODE_SECONDS + size / BYTES_PER_SECOND), memory_bound(RUN_BYTES + 3 * size)
+        with open_input(source.path) as file, limits[0], limits[1]:
             module = torch.jit.load(file, map_location="cpu")
     except Exception as error:  # the compiler of TorchScript raises whatever its C++ code does
+        raise_out_of_memory(error)
         raise DamagedFileError(f"torch.jit.load cannot open it ({first_line(error)})") from None
     return Loaded(module, f"TorchScript ({module.original_name})", traced_inputs(source.path))
 
@@ -2768,6 +3251,7 @@ def load_exported_program(source: Source, *, trust: bool) -> Loaded:
         )
         free = tuple({axis: str(n) for axis, n in enumerate(v.shape) if not isinstance(n, int)} for _, v in examples)
     except Exception as error:  # torch.export raises whatever its deserialiser met
+        raise_out_of_memory(error)
         raise DamagedFileError(f"torch.export.load cannot open it ({first_line(error)})") from error
     if any(math.prod(shape.dims) * 8 > MAX_EXAMPLE_BYTES for shape in shapes):
         raise DamagedFileError("its recorded inputs are larger than any model's")
@@ -2784,6 +3268,8 @@ def load_exported_program(source: Source, *, trust: bool) -> Loaded:
 ARCHITECTURES = Path(__file__).with_name("architectures.json.xz")
 SIZE = re.compile(r"(\d*)([CI])([+-]\d+)?")  # 4C+4: four times the number of classes, and four
 IMAGE_CHANNELS = 3  # what torchvision's models take, all of them, and timm's unless told otherwise
+SHORT_NAME = 200  # characters, and this many names, in which patterns are searched: they look at a name again and again
+MAX_SEARCHED = 10_000
 NEAR = 0.5  # a layout of which less than half agrees is not worth naming
 # Names that only transformers writes, and the family that they tell; the first that occurs counts.
 TRANSFORMERS_NAMES = tuple(
@@ -3031,7 +3517,7 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
         if found:
             return found
     for names in variants:
-        text = "\n".join(names)
+        text = "\n".join(itertools.islice((name for name in names if len(name) <= SHORT_NAME), MAX_SEARCHED))
         family = next((family for family, pattern in TRANSFORMERS_NAMES if pattern.search(text)), None)
         if family:
             advice = "their config is needed too: pass the folder that has config.json beside the weights"
@@ -3097,7 +3583,11 @@ OTHER_STATE = re.compile(r"optim|sched|scaler|rng|loop|callback|metric|hyper", r
 # Counters of profilers and of weight averaging that lie among the weights.
 COUNTERS = ("total_ops", "total_params", "n_averaged")
 # What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
-WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPED_NAME = re.compile(r"(module\.)*")
+MAX_NAME = 2_000  # characters of a tensor's name, or of a checkpoint's entry; the longest known have some 200
+MAX_GUESSES = 60  # arguments that the shapes suggest: each is a model that is built
+MAX_PREFIXES = 16  # that may be taken off all names, one after the other
+WRAPPER_PARTS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Weights(NamedTuple):
@@ -3108,12 +3598,20 @@ class Weights(NamedTuple):
 
 
 def state_dict_of(value: object) -> dict[str, Tensor] | None:
-    """The tensors of a mapping from names to tensors, beside which plain values may lie; None for anything else."""
+    """The tensors of a mapping from names to tensors, beside which plain values may lie; None for anything else.
+
+    Raises ConversionError (INPUT) where a name is endless.
+    """
     import numpy as np
     import torch
 
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return None
+    longest = max(map(len, value), default=0)
+    if longest > MAX_NAME:
+        raise ConversionError(
+            ExitStatus.INPUT, f"a name in it has {longest} characters, as no model's has: it is damaged"
+        )
     numbers = (torch.Tensor, np.ndarray)
     tensors = {key: torch.as_tensor(item) for key, item in value.items() if isinstance(item, numbers)}
     others = [item for item in value.values() if not isinstance(item, numbers)]
@@ -3130,7 +3628,12 @@ def find_weights(content: Any, key: str | None) -> Weights:
     """
     from torch import nn
 
+    seen: set[int] = set()  # a file can name one mapping any number of times
+
     def entries(value: object, path: str, depth: int) -> Iterator[Weights]:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
         found = value if isinstance(value, nn.Module) else state_dict_of(value)
         if found is not None:
             yield Weights(found, path)
@@ -3173,9 +3676,7 @@ def entry_at(found: Iterable[Weights], key: str, content: Any) -> Weights:
 
 def keys_of(content: Any) -> str:
     """The first keys of a checkpoint, for a message."""
-    keys = list(map(str, content)) if isinstance(content, Mapping) else []
-    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-    return f"the keys {', '.join(keys[:8])}{more}" if keys else "no keys"
+    return f"the keys {and_more(content.keys(), 8)}" if isinstance(content, Mapping) and content else "no keys"
 
 
 def resolve_model_class(name: str) -> Callable[..., nn.Module]:
@@ -3283,25 +3784,23 @@ def unwrap_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "the weights are FSDP's flattened shards; save a full state dict (StateDictType.FULL_STATE_DICT) instead",
         )
     result = {
-        ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS): tensor
+        WRAPPER_PARTS.sub("", name): tensor
         for name, tensor in weights.items()
         if name.rpartition(".")[2] not in COUNTERS
     }
-    while result and all(name.startswith("module.") for name in result):  # DataParallel, DDP, AveragedModel
-        result = {name.removeprefix("module."): tensor for name, tensor in result.items()}
-    return result
+    # DataParallel, DDP and AveragedModel, one in the other.
+    wraps = min((len(WRAPPED_NAME.match(name)[0]) for name in result), default=0)  # type: ignore[index]  # may be empty
+    return {name[wraps:]: tensor for name, tensor in result.items()}
 
 
 def common_prefix(weights: Collection[str], expected: Collection[str]) -> str:
     """What every name begins with and none of the class does: Lightning's `model.`; "" where there is none."""
-    first = next(iter(weights), "")
-    prefix = ""
-    while not any(name.startswith(prefix) and name.removeprefix(prefix) in expected for name in weights):
-        longer = first[: first.find(".", len(prefix)) + 1]
-        if len(longer) <= len(prefix) or not all(name.startswith(longer) for name in weights):
-            return ""
-        prefix = longer
-    return prefix
+    shared = os.path.commonprefix(list(weights))  # noqa: RUF071  (of characters, up to a dot below)
+    ends = (match.end() for match in re.finditer(r"\.", shared))
+    for end in (0, *itertools.islice(ends, MAX_PREFIXES)):
+        if any(name[end:] in expected for name in weights):
+            return shared[:end]
+    return ""
 
 
 def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
@@ -3317,12 +3816,13 @@ def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
     if not any("." in name for name in wanted):  # a single layer: any layer of its kind has these names
         return ""
     anchor = f".{next(iter(wanted), '')}"
-    prefixes = sorted(name.removesuffix(anchor) + "." for name in weights if name.endswith(anchor))
-    parts = [
-        prefix
-        for prefix in prefixes
-        if wanted == lasting(name.removeprefix(prefix) for name in weights if name.startswith(prefix))
-    ]
+    names = sorted(lasting(weights))
+    parts = []
+    for prefix in [name.removesuffix(anchor) + "." for name in names if name.endswith(anchor)]:
+        start = bisect.bisect_left(names, prefix)
+        within = names[start : start + len(wanted) + 1]  # one more than fits is enough to see
+        if wanted == {name.removeprefix(prefix) for name in within if name.startswith(prefix)}:
+            parts.append(prefix)
     if len(parts) > 1:
         names = ", ".join(part.rstrip(".") for part in parts[:8])
         raise ConversionError(
@@ -3351,6 +3851,11 @@ def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
         yield {**head, **size, **planes}
 
 
+def architecture_arguments(given: Mapping[str, Any], where: str) -> dict[str, Any]:  # TEMP
+    """TEMP."""
+    return {}
+
+
 def model_from_weights(
     name: str, given: Mapping[str, Any], tensors: Mapping[str, Tensor], hints: Mapping[str, Any]
 ) -> nn.Module:
@@ -3360,7 +3865,8 @@ def model_from_weights(
     ConversionError (USAGE) that lists what is missing, unexpected or of another shape.
     """
     build = resolve_model_class(name)
-    recorded = {key: value for key, value in hints.items() if key not in given and accepts(build, key, by_name=True)}
+    fitting = {key: hints[key] for key in hints if key not in given and accepts(build, str(key), by_name=True)}
+    recorded = architecture_arguments(fitting, "hyper_parameters")
     if recorded:
         with contextlib.suppress(ConversionError):
             model = attempt_build(build, {**recorded, **given}, name)
@@ -3373,7 +3879,7 @@ def model_from_weights(
     refusal = load_weights(first, weights)
     if not refusal:
         return first
-    for guess in argument_guesses(first, weights):
+    for guess in itertools.islice(argument_guesses(first, weights), MAX_GUESSES):
         if not guess or guess.keys() & given.keys() or not all(accepts(build, key) for key in guess):
             continue
         with contextlib.suppress(ConversionError):
@@ -3402,6 +3908,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except Exception as error:  # modules with a loader of their own raise anything
+        raise_out_of_memory(error)
         return first_line(error)
     return ""
 
@@ -3414,6 +3921,7 @@ def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any],
         with without_initialisation():
             model = build(**arguments)
     except Exception as error:  # whatever the user's constructor raises
+        raise_out_of_memory(error)
         raise ConversionError(
             ExitStatus.USAGE,
             f"--model-class {name}: it cannot be built ({first_line(error)}); "
@@ -4564,6 +5072,17 @@ def input_guesses(model: nn.Module, loaded: Loaded, known: Mapping[str, Any]) ->
     if loaded.examples:
         yield Guess(list(loaded.examples), "the inputs recorded in the file")
         return
+    yield from (guess for guess in told_guesses(model, known) if guess_bytes(guess) <= MAX_EXAMPLE_BYTES)
+    yield Guess([InputShape((1, 3, 224, 224))], "no layer of the model, so it is the default")
+
+
+def guess_bytes(guess: Guess) -> int:
+    """Bytes of the inputs of these shapes, of 4 bytes a number."""
+    return 4 * sum(math.prod(shape.dims) for shape in guess.shapes)
+
+
+def told_guesses(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
+    """What the library's metadata and the first layer tell."""
     yield from library_guess(model, known)
     layer = first_layer(model)
     if layer is not None:
@@ -4572,7 +5091,6 @@ def input_guesses(model: nn.Module, loaded: Loaded, known: Mapping[str, Any]) ->
         recurrent = name in ("LSTM", "GRU", "RNN") and not getattr(module, "batch_first", False)
         for dims in LAYER_SHAPES[name](module):
             yield Guess([InputShape(tuple(dims), None, integer)], f"the first layer ({name})", 1 if recurrent else 0)
-    yield Guess([InputShape((1, 3, 224, 224))], "no layer of the model, so it is the default")
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
@@ -4794,11 +5312,8 @@ def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str])
     try:
         with torch.no_grad():
             result = model(**dict(zip(names, inputs, strict=True))) if by_name else model(*inputs)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a model may raise anything
-        if NO_MEMORY.search(str(error)):
-            raise MemoryError(str(error)) from error
+        raise_out_of_memory(error)
         raise RejectedInputError(first_line(error)) from error
     outputs = flatten_outputs(result)
     taken = set(names) & outputs.keys()
@@ -4809,10 +5324,16 @@ class Reference:
     """Calls the model at chosen sizes and keeps its answers as cases."""
 
     def __init__(
-        self, model: nn.Module, specs: Sequence[InputSpec], device: str, examples: Examples | None = None
+        self,
+        model: nn.Module,
+        specs: Sequence[InputSpec],
+        options: argparse.Namespace,
+        examples: Examples | None = None,
     ) -> None:
-        self.model, self.specs, self.device = model, list(specs), device
+        self.model, self.specs, self.device = model, list(specs), options.device
         self.names = [spec.name for spec in specs]
+        self.bytes = archive_bytes(model, options)
+        self.seconds = run_seconds(options, own_code=is_archive(model))
         self.examples = examples or functools.partial(make_inputs, self.specs, highest_index(model))
 
     def tensors(self, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
@@ -4823,10 +5344,28 @@ class Reference:
         """PyTorch's answer at `sizes`; raises RejectedInputError where the model does not accept them."""
         inputs = self.tensors(sizes, seed)
         given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
-        outputs = call_model(self.model, inputs, self.names)
+        start = time.monotonic()
+        with time_limit(self.seconds), memory_bound(self.bytes):
+            outputs = call_model(self.model, inputs, self.names)
+        self.seconds = max(self.seconds, LATER_RUNS * (time.monotonic() - start))
+        self.bytes = self.bytes and max(self.bytes, LATER_BYTES)
         few = list(given.items())[:MAX_LABELLED]  # not the keys and values of every layer
         label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few)
         return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()})
+
+
+def is_archive(model: nn.Module) -> bool:
+    """Whether the code of `model` came out of a TorchScript or .pt2 archive."""
+    import torch
+
+    return isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
+
+
+def archive_bytes(model: nn.Module, options: argparse.Namespace) -> int | None:
+    """Bytes that running an archive's own code may take at shapes that nobody gave; None for any other model."""
+    if options.input_shape or not is_archive(model):
+        return None
+    return RUN_BYTES + 3 * input_size(options.input)
 
 
 @contextlib.contextmanager
@@ -4933,7 +5472,7 @@ def settle_inputs(
     failure: RejectedInputError | None = None
     for guess in propose_inputs(model, loaded, known, options):
         specs = free_axes(name_inputs(model, guess.shapes, dtype), loaded, options, guess.batch_axis)
-        reference = Reference(model, specs, options.device)
+        reference = Reference(model, specs, options)
         try:
             case = reference.run({}, GIVEN_SEED)
         except RejectedInputError as error:
@@ -6181,9 +6720,10 @@ def export_graph(flat: nn.Module, plan: Plan, export: Callable[..., Any]) -> Non
         try:
             with weights_as_inputs(flat) as blanks:
                 export(flat, (*plan.traced, *blanks.values()), input_names=[*names, *blanks], do_constant_folding=False)
-        except (MemoryError, OSError):
+        except OSError:
             raise
         except Exception as error:  # whatever the model does with zeros
+            raise_out_of_memory(error)
             if LOG.verbose:
                 traceback.print_exc(file=LOG.stream)
             LOG.info(f"tracing needs the weights' values ({first_line(error, 100)}): they are loaded")
@@ -7921,7 +8461,7 @@ def convert_state_dict_model(
     check_weights(weights.values(), options.input)
     if not options.model_class:
         options = recognised_class(weights, loaded.around, options)
-    with LOG.step(f"build: {options.model_class}"):
+    with LOG.step(f"build: {options.model_class}"), WALL.up(unless=has_own_code(options)):
         hints = hints if isinstance(hints, Mapping) else {}
         model = model_from_weights(options.model_class, options.model_args, store_all(weights, options), hints)
     return convert_module(model, loaded, options, metadata)
@@ -8176,7 +8716,7 @@ def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
 
 def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
     """PyTorch's answers for the graph's examples at all its sizes."""
-    reference = Reference(graph.module, graph.specs, options.device, graph.examples)
+    reference = Reference(graph.module, graph.specs, options, graph.examples)
     cases = []
     for seed, sizes in enumerate(graph.sizes[: 1 if options.static else None]):
         try:
@@ -8280,23 +8820,47 @@ def convert_module(
     import torch
 
     check_weights(itertools.chain(model.parameters(), model.buffers()), options.input)
-    if not isinstance(model, torch.fx.GraphModule):
-        model.eval()
-    if float_dtype(model) is torch.bfloat16:
-        LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
-        model.float()
-    check_room(model, options)
-    check_links(model, options, {})
-    for parameter in model.parameters():  # ScriptModule has no requires_grad_()
-        parameter.requires_grad_(False)  # noqa: FBT003
-    model.to(options.device)
-    known = preprocessing(model, options.model_class)
-    with LOG.step("reference: PyTorch's answers"), forgotten(model):
-        plan = make_plan(model, loaded, known, options)
+    with WALL.up(unless=has_own_code(options)):
+        if not isinstance(model, torch.fx.GraphModule):
+            model.eval()
+        if float_dtype(model) is torch.bfloat16:
+            LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
+            model.float()
+        check_room(model, options)
+        check_links(model, options, {})
+        for parameter in model.parameters():  # ScriptModule has no requires_grad_()
+            parameter.requires_grad_(False)  # noqa: FBT003
+        model.to(options.device)
+        with LOG.step("reference: PyTorch's answers"), forgotten(model):
+            known, plan = stored_plan(model, loaded, options)
     facts = {**metadata, **({"task": options.task} if options.task else {})}
     if known:
         facts["preprocessing"] = json.dumps(known, default=str, sort_keys=True)
     return [Converted(plan, export_and_verify(plan, facts, options))]
+
+
+def has_own_code(options: argparse.Namespace) -> bool:
+    """Whether the user brought code for this model, which may open what it likes: his own classes, or trusted ones."""
+    own_class = options.model_class and ":" in options.model_class
+    named = own_class and not belongs(options.model_class.partition(":")[0], ("torchvision", "timm"))
+    return bool(options.trust_pickle or options.trust_remote_code or options.allow_class or named)
+
+
+def stored_plan(model: nn.Module, loaded: Loaded, options: argparse.Namespace) -> tuple[dict[str, Any], Plan]:
+    """What the library tells about the images, and the plan; raises ConversionError (INPUT) where the model is broken.
+
+    Its attributes may be anything: they come from a file.
+    """
+    try:
+        known = preprocessing(model, options.model_class)
+        return known, make_plan(model, loaded, known, options)
+    except (ConversionError, OSError):
+        raise
+    except Exception as error:
+        raise_out_of_memory(error)
+        what = f"{options.input}: the attributes of the model in it are not what {type(model).__name__} needs"
+        advice = "save it again, or its state dict"
+        raise ConversionError(ExitStatus.INPUT, f"{what} ({first_line(error)}); {advice}") from error
 
 
 def take_out(loaded: Loaded, options: argparse.Namespace) -> Loaded:
@@ -8336,7 +8900,7 @@ def source_digest(source: Source) -> str:
     """
     if source.kind is Kind.SHARDED_WEIGHTS:
         shards = [source.path.parent / name for name in sorted(shard_files(source.path))]
-        digests = [source_digest(detect(shard)) for shard in shards]
+        digests = [source_digest(detect_file(shard)) for shard in shards]
         return hashlib.sha256("\n".join([file_digest(source.path), *digests]).encode()).hexdigest()
     if source.kind in (Kind.CHECKPOINT, Kind.TORCHSCRIPT, Kind.EXPORTED_PROGRAM):
         check_records(source.path)
@@ -8344,8 +8908,8 @@ def source_digest(source: Source) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
+    """SHA-256 of a file of the input."""
+    with open_input(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -8355,7 +8919,7 @@ def check_records(path: Path) -> None:
     A zero means that none was computed (torch.serialization.set_crc32_options).
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_input(path) as file, zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 if entry.CRC and entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size:
                     with archive.open(entry) as record:
@@ -8410,7 +8974,7 @@ def dispatch(source: Source, options: argparse.Namespace) -> tuple[str, list[Con
             f"as safetensors or as a zip checkpoint, or {WITHOUT_LINKS}",
         )
     digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
-    with LOG.step(f"load: {source.path}"):
+    with LOG.step(f"load: {source.path}"), WALL.up(unless=options.trust_pickle):
         loaded = load(source, trust=options.trust_pickle)
     if isinstance(loaded.content, Mapping):
         loaded = take_out(loaded, options)
@@ -8750,9 +9314,10 @@ def as_conversion_error(error: BaseException) -> ConversionError | None:
     """The user's view of an exception: None for a bug of ours."""
     if isinstance(error, ConversionError):
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY.search(str(error)):
+    if is_out_of_memory(error):
         advice = "give it more, or pass a smaller --input-shape"
-        message = f"out of memory ({first_line(error)}); {memory_limit()}: {advice}"
+        reason = first_line(error) if str(error) else "an allocation failed"
+        message = f"out of memory ({reason}); {memory_limit()}: {advice}"
         return ConversionError(ExitStatus.RESOURCES, message)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         message = f"cannot write: {error.strerror}; free some space there, or choose another -o"
@@ -8767,7 +9332,7 @@ def report_failure(error: ConversionError, standard_output: int, *, as_json: boo
     """Print the [ERROR] line, and the JSON object where asked for; returns the exit code."""
     LOG.line("ERROR", str(error))
     if as_json:
-        report = {"status": "error", "exit_code": int(error.status), "message": printable(error)}
+        report = {"status": "error", "exit_code": int(error.status), "message": fit_screen(error)}
         print_report(report, standard_output)
     return int(error.status)
 
@@ -8785,7 +9350,11 @@ def work(source: Source, options: argparse.Namespace) -> int:
         if source.kind is Kind.HUB_ID:
             advice = "or check -i, if a path was meant"
             source = download(str(source.path), options.revision, options, otherwise=advice)
-        report = inspect(source, options) if options.inspect else convert(source, options)
+        if options.inspect:
+            with WALL.up(unless=options.trust_pickle):
+                report = inspect(source, options)
+        else:
+            report = convert(source, options)
     except Exception as error:  # the one place where errors become exit codes
         known = as_conversion_error(error)
         if known is None or options.verbose:
@@ -8880,7 +9449,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     try:
         options = parse_arguments(arguments, run or f"{os.getpid()}.{os.urandom(4).hex()}")
+        USER_CLASSES.clear()
         USER_CLASSES.update(options.allow_class)
+        INPUT_ROOTS.clear()
         source = detect(options.input)
         if run is None:
             return supervise(arguments, options)

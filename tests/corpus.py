@@ -977,7 +977,54 @@ def folder_items() -> list[Item]:
     ]
 
 
-HOSTILE = called_items() + structure_items() + script_items() + program_items() + folder_items()
+def renamed(base: bytes, names: Callable[[str], str], more: Mapping[str, bytes] | None = None) -> bytes:
+    """The archive `base` with its records under other names, written by Python's zipfile as nobody checks them."""
+    with zipfile.ZipFile(io.BytesIO(base)) as good:
+        records = [(names(name), good.read(name)) for name in good.namelist()]
+    root = records[0][0].partition("/")[0]
+    return plain_zip(records + [(f"{root}/{name}", content) for name, content in (more or {}).items()])
+
+
+def upper(part: str) -> Callable[[str], str]:
+    """What writes a part of a name in capitals."""
+    return lambda name: name.replace(part, part.upper())
+
+
+def name_items() -> list[Item]:
+    """Archives whose records have names that readers may take for one another: torch's takes no notice of case."""
+    code = b"def f(x: Tensor) -> Tensor:\n  return x\n"
+    script, program_ = script_archive, program_archive
+    makes: dict[str, tuple[Callable[[], bytes], int, str]] = {
+        "code-in-capitals": (lambda: renamed(script(), upper(".py")), 4, "no record called 'code/"),
+        "folder-in-capitals": (lambda: renamed(script(), upper("code/")), 4, "no record called 'CODE/"),
+        "constants-in-capitals": (
+            lambda: renamed(script(), upper("constants.pkl"), {"constants.pkl": b"."}), 3, "two records of one name"),
+        "code-twice": (
+            lambda: renamed(script(), str, {"code/__torch__/corpus.PY": code}), 3, "two records of one name"),
+        "data-in-capitals": (
+            lambda: renamed(saved({"a": TENSOR}), str, {"DATA.PKL": program(SYSTEM)}), 3, "two records of one name"),
+        "storage-in-capitals": (lambda: renamed(saved({"a": TENSOR}), upper("data/0")), 4, "no record called 'DATA/0'"),
+        "code-beside": (lambda: renamed(script(), str, {"code/x.PY": code}), 4, "no record called 'code/x.PY'"),
+        "old-layout": (lambda: renamed(script(), str, {"MODEL.json": b"{}"}), 4, "no record called 'MODEL.json'"),
+        "letters-that-fold": (
+            lambda: renamed(script(), str, {"code/\u017fave.py": code}), 4, "no record called 'code/\u017fave.py'"),
+        "code-with-a-stream": (lambda: renamed(script(), str, {"code/x.py::$DATA": code}), 4, "no record called"),
+        "code-with-a-space": (lambda: renamed(script(), str, {"code/x.py ": code}), 4, "no record called 'code/x.py '"),
+        "code-in-a-dot": (lambda: renamed(script(), str, {"code/./x.py": code}), 3, "outside itself"),
+        "code-behind-two-slashes": (lambda: renamed(script(), str, {"code//x.py": code}), 4, "no record called"),
+        "back-slashes": (lambda: renamed(script(), str, {"code\\x.py": code}), 3, "outside itself"),
+        "endless-name": (lambda: renamed(script(), str, {f"code/{'x' * 600}.py": code}), 4, "no record called"),
+        "long-name": (lambda: renamed(script(), str, {f"code/{'x' * 300}.py": code}), 4, "no record called"),
+        "note": (lambda: renamed(saved({"a": TENSOR}), str, {"notes.txt": b"x"}), 4, "no record called 'notes.txt'"),
+        "program-in-capitals": (
+            lambda: renamed(program_(), str, {"models/model.JSON": b"{}"}), 3, "two records of one name"),
+        "weights-in-capitals": (
+            lambda: renamed(program_(), upper("data/weights")), 4, "no record called 'DATA/WEIGHTS"),
+    }  # fmt: skip
+    return [file(f"name-{name}", make, code, words) for name, (make, code, words) in makes.items()]
+
+
+HOSTILE = called_items() + structure_items() + script_items() + program_items() + folder_items() + name_items()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1197,7 +1244,7 @@ def pickle_items() -> list[Item]:
         "nested-lists": (lambda: archive(program(b"]" * 300_000 + b"a" * 299_999)), 3),
         "thirty-million-opcodes": (lambda: archive(program(b"N0" * 15_000_000)), 3),
         "a-million-lists": (lambda: archive(program(b"]" * 12_000_000)), 3),
-        "colliding-keys": (lambda: colliding_keys(60_000), 4),
+        "colliding-keys": (lambda: colliding_keys(60_000), 3),
         "deep-key": (lambda: archive(program(b"}", doubling(40), b"Ns")), (3, 4)),
         "wide-key": (lambda: archive(program(b"}(", b"K\x01" * 100_000, b"tNs")), 4),
         "storage-key-of-tuples": (lambda: archive(program(storage(key=doubling(40)))), 3),
@@ -1284,6 +1331,94 @@ def pickle_items() -> list[Item]:
     return [file(f"pickle-{name}", make, code) for name, (make, code) in makes.items()]
 
 
+def keyed(count: int, make: Callable[[int], bytes]) -> bytes:
+    """A dictionary whose keys `make` pushes."""
+    return archive(program(b"}(", b"".join(make(index) + b"N" for index in range(1, count)), b"u"))
+
+
+def big_key(index: int) -> bytes:
+    """An integer below 2**61 whose lower 40 bits are zero: in every small table its place is the same."""
+    return b"\x8a\x08" + (index << 40).to_bytes(8, "little")
+
+
+def dag_of_dicts(width: int) -> bytes:
+    """A dictionary that names one dictionary `width` times, which names another one as often, and so on."""
+    inner = b"}(" + b"".join(text(f"c{i}") + b"K\x01" for i in range(width)) + b"uq\x00"
+    for level in range(3):
+        names = b"".join(text(f"{level}{i}") + b"h" + bytes([level]) for i in range(width))
+        inner += b"0}(" + names + b"uq" + bytes([level + 1])
+    return archive(program(inner))
+
+
+def legacy_storages(count: int) -> bytes:
+    """A legacy file with many empty storages."""
+    one = b"(" + text("storage") + b"h\x00"
+    ids = b"".join(one + text(str(i)) + text("cpu") + b"K\x00tQ0" for i in range(count))
+    body = b"\x80\x02" + glob("torch", "FloatStorage") + b"q\x000" + ids + b"}."
+    return legacy_with(body, pickle.dumps([str(i) for i in range(count)], 2) + bytes(8 * count))
+
+
+def script_tree(depth: int) -> bytes:
+    """TorchScript whose functions each call the one before twice: 2**depth calls, and as many copies when inlined."""
+    lines = ["def f0(x: Tensor) -> Tensor:\n  return torch.relu(x)\n"]
+    for level in range(1, depth):
+        inner = f"__torch__.corpus_tree.f{level - 1}"
+        lines.append(f"def f{level}(x: Tensor) -> Tensor:\n  y = {inner}(x, )\n  return {inner}(y, )\n")
+    call = f"x = __torch__.corpus_tree.f{depth - 1}(x, )"
+    return changed(script_with(call), {"code/__torch__/corpus_tree.py": "".join(lines).encode()})
+
+
+def overlapping_tensors(count: int) -> bytes:
+    """Many tensors of a million elements each over one storage of four."""
+    place = storage() + b"q\xf00"
+    make = glob("torch._utils", "_rebuild_tensor_v2") + b"q\xf10" + glob("collections", "OrderedDict") + b"q\xf20"
+    one = b"h\xf1(h\xf0" + value(0) + value((1_000_000,)) + value((0,)) + b"\x89h\xf2)RtR"
+    tensors = b"".join(text(f"a.{i}") + one for i in range(count))
+    return archive(program(place, make, b"}(", tensors, b"u"), {"data/0": bytes(16)})
+
+
+def bound_items() -> list[Item]:
+    """Small files that would take minutes or gigabytes."""
+    names = {"module." * 1_000_000 + "weight": TENSOR}
+    deep = {f"{'a.' * 400}{i}": TENSOR for i in range(20_000)}
+    makes: dict[str, tuple[Callable[[], bytes], int, str]] = {
+        "keys-below-2**61": (lambda: keyed(60_000, big_key), 3, "unusual dictionary keys"),
+        "keys-of-floats": (
+            lambda: keyed(60_000, lambda i: b"G" + struct.pack(">d", float(i << 40))), 3, "unusual dictionary keys"),
+        "keys-of-tuples": (lambda: keyed(60_000, lambda i: big_key(i) + b"\x85"), 3, "unusual dictionary keys"),
+        "set-of-numbers": (
+            lambda: archive(program(glob("builtins", "set"), b"](", *map(big_key, range(60_000)), b"e\x85R")),
+            3, "unusual dictionary keys"),
+        "frozenset-of-numbers": (
+            lambda: archive(program(b"(", *map(big_key, range(60_000)), b"\x91", protocol=4)),
+            3, "unusual dictionary keys"),
+        "storages-150000": (lambda: legacy_storages(150_000), 3, "no weights found"),
+        "prefix-a-million-times": (lambda: saved(names), 3, "has 7000006 characters"),
+        "name-of-4-megabytes": (
+            lambda: saved({"k" * 4_000_000: {"a": TENSOR}, "other": {"b": TENSOR}}), 3, "has 4000000 characters"),
+        "names-that-share-prefixes": (lambda: saved(deep), 2, "pass --model-class"),
+        "dictionaries-shared": (lambda: dag_of_dicts(2_000), 3, "no weights found"),
+        "calls-2-to-the-30": (lambda: script_tree(30), 3, "would never end"),
+        "modules-shared-30-deep": (lambda: shared_children(30), 3, "walking them would never end"),
+        "modules-shared-15-deep": (lambda: shared_children(15), 3, "walking them would never end"),
+        "tensors-that-overlap": (lambda: overlapping_tensors(3_000), 3, "more elements than the file holds"),
+        "tuple-appended-often": (
+            lambda: archive(program(b"(" + b"K\x01" * 200_000 + b"tq\x000](", b"h\x00" * 200_000, b"e")),
+            3, "far more than the file holds"),
+    }  # fmt: skip
+    return [file(f"bound-{name}", make, code, words) for name, (make, code, words) in makes.items()]
+
+
+def shared_children(depth: int) -> bytes:
+    """Sequentials that each hold the one before twice: children() tells one, forward() calls both."""
+    module: nn.Module = nn.ReLU()
+    for _ in range(depth):
+        outer = nn.Sequential()
+        outer._modules["0"] = outer._modules["1"] = module
+        module = outer
+    return saved(module)
+
+
 def archive_items() -> list[Item]:
     """Broken archives."""
     big = good_files()["zip"]
@@ -1296,7 +1431,7 @@ def archive_items() -> list[Item]:
         "parent-path": (lambda: entry_named("a/../../x"), 3),
         "parent-path-inside": (lambda: entry_named("a/data/../../../x"), 3),
         "backslashes": (lambda: entry_named("a/..\\x"), 3),
-        "name-with-escapes": (lambda: entry_named("a/\x1b[31m\n"), (2, 3)),
+        "name-with-escapes": (lambda: entry_named("a/\x1b[31m\n"), 4),
         "big-endian": (lambda: archive(program(b"}"), {"byteorder": b"big"}), 3),
         "odd-byte-order": (lambda: archive(program(b"}"), {"byteorder": b"\x1b[31m"}), 3),
         "no-data": (lambda: plain_zip([("a/version", b"3")]), 3),
@@ -1488,12 +1623,13 @@ PATHS = [
     Item("path-escapes", lambda place: place / "\x1b[31m\nx.pt", 3, "No such file"),
     Item("path-too-long", lambda place: place / ("x" * 300), 3, "too long"),
     Item("path-empty-folder", lambda place: place, 3, "empty directory"),
-    Item("path-index-of-itself", linked_index, 3, "symbolic links"),
+    Item("path-index-of-itself", linked_index, 3, "not a regular file"),
     Item("path-index-fifo", fifo_index, 3, "not a regular file"),
     Item("path-config-fifo", fifo_config, 3, "not a regular file"),
     Item("path-proc-mem", lambda _: Path("/proc/self/mem"), 3, ""),
 ]
 
 MALFORMED = [
-    *pickle_items(), *archive_items(), *safetensors_items(), *legacy_items(), *cut_items(), *other_items(), *PATHS,
+    *pickle_items(), *bound_items(), *archive_items(), *safetensors_items(), *legacy_items(), *cut_items(),
+    *other_items(), *PATHS,
 ]  # fmt: skip

@@ -6,12 +6,14 @@ import functools
 import os
 import resource
 import signal
+import site
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,16 +75,81 @@ def idle_memory() -> int:
     return in_child(lambda: 0, Path.cwd()).kilobytes
 
 
-def convert_in_child(source: Path, folder: Path, *options: str, seconds: float = 10) -> Outcome:
-    """Convert `source` with the product's own main(), as its worker process does."""
+def convert_in_child(source: Path, folder: Path, *options: str, seconds: float = 10, export: bool = True) -> Outcome:
+    """Convert `source` with the product's own main(), as its worker process does, and watch what it opens.
+
+    Without `export` it ends, with BUILT, when the model has been built and has answered.
+    """
+
+    def stop(*_: Any) -> None:
+        os._exit(BUILT)
+
+    watch = Watch(source, folder)
 
     def action() -> int:
         product.LOG.stream = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
         os.environ[product.WORKER_VARIABLE] = "1"
         sys.argv = ["convert.py"]
+        if not export:
+            product.export_and_verify = stop
+        os._exit = functools.partial(watch.exit, os._exit)
+        sys.addaudithook(watch.hear)
         return product.main(["-i", str(source), "-o", str(folder / "out" / "model.onnx"), *options])
 
     return in_child(action, folder, seconds)
+
+
+BUILT = 42
+# What acts on more than this process (https://docs.python.org/3/library/audit_events.html).
+ACTS = ("open", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto",
+        "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.mkdir", "os.rmdir",
+        "os.remove", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime",
+        "urllib.Request", "webbrowser.open", "sqlite3.connect", "ctypes.dlopen")  # fmt: skip
+# The functions of convert.py that may do so while an input is loaded, built or vetted, and where: nothing else may.
+NAMED = {
+    "open_input": "input", "silence_third_parties": "/dev/null", "read_architectures": "architectures.json.xz",
+    "memory_bound": "/proc/", "copy_without_code": "staging", "fit_config": "staging",
+    "read_config": "staging", "load_pretrained": "staging", "convert_huggingface_model": "staging",
+    "c_library": "None", "load_exported_program": ".py",  # torch.export notes the source lines of the code that runs
+}  # fmt: skip
+
+
+class Watch:
+    """Hears what Python code in this process opens, starts and connects to, and keeps what no named function did."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        root = source if source.is_dir() else source.parent
+        self.input, self.staging = str(root.resolve()), str((folder / "out").resolve())
+        self.found: list[str] = []
+        names = ("stdlib", "platstdlib", "purelib", "platlib")
+        libraries = {*map(sysconfig.get_path, names), *site.getsitepackages(), str(Path(torch.__file__).parents[1])}
+        self.libraries = tuple(f"{form}/" for place in libraries for form in (place, os.path.realpath(place)))
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """The audit hook."""
+        if event not in ACTS or (event == "open" and isinstance(arguments[0], int)):
+            return
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename != product.__file__:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                return  # an import: convert.py names the modules, and test_policy.py what may be imported
+            frame = frame.f_back
+        path = os.path.realpath(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes, Path)) else "None"
+        reads = event == "open" and not (
+            isinstance(arguments[2], int) and arguments[2] & 0o3103
+        )  # WRONLY, RDWR, CREAT..
+        if frame is None or (reads and path.startswith(self.libraries)):
+            return
+        place = NAMED.get(frame.f_code.co_name)
+        where = {"input": self.input, "staging": self.staging}.get(place or "", place)
+        if where is None or not (path.startswith(where) or path.endswith(where)):
+            self.found.append(f"{frame.f_code.co_name}: {event}({path})")
+
+    def exit(self, leave: Callable[[int], None], code: int) -> None:
+        """Leave the child; with 73 where something was found, and say what."""
+        for item in self.found:
+            print(f"outside: {item}", file=product.LOG.stream, flush=True)  # the product closes standard error
+        leave(73 if self.found else code)
 
 
 def snapshot(folder: Path) -> set[tuple[str, int]]:
