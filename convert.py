@@ -3523,12 +3523,14 @@ def limited_memory(more: int) -> Iterator[None]:
 
 
 # The last words of settings that count parts which have weights of their own, and words of those that are sizes of one.
-COUNT_WORDS = words("layer layers block blocks depth depths stage stages expert experts")
+COUNT_WORDS = words("layer layers block blocks depth depths stage stages")
 SIZE_WORDS = words(
-    """labels classes vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner num n
+    """labels classes experts vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner num n
     size sizes"""
 )
-UNBOUNDED_WORDS = words("max position positions length len params parameters samples steps theta tokens")
+UNBOUNDED_WORDS = words(
+    "max position positions length len chunk window cache params parameters samples steps theta tokens"
+)
 
 
 def check_sizes(settings: object, weights: Mapping[str, Tensor]) -> None:
@@ -4361,7 +4363,8 @@ ACTING_ATTRIBUTES = re.compile(
     r"_?use_kernels|kernel_config|auto_map(ping)?|custom_(generate|pipelines)|trust_remote_code|transformers_weights"
     r"|use_pretrained_backbone|compile_config|_compiled_call|_last_compile_config|cache_(config|implementation)"
     r"|distributed_config|(hf_)?device_map|hf_quantizer|is_quantized|quantization_method|extra_(config_)?files"
-    r"|(base_model_)?_?(tp|pp|ep|fsdp)_(plan|size)|_auto_class|attribute_map|watermarking_config|assistant_.*|is_assistant"
+    r"|(base_model_)?_?(tp|pp|ep|fsdp)_(plan|size)|_auto_class|attribute_map|watermarking_config|is_assistant"
+    r"|assistant_(confidence_threshold|lookbehind|early_exit|ensemble_weight)"
 )
 # Attributes with a string of such a name would be a place; _name_or_path is only told in messages.
 PLACE_ATTRIBUTE = re.compile(r"(.*_)?(path|paths|file|files|filename|url|uri|repo|repo_id|dir|directory|folder)")
@@ -4371,7 +4374,7 @@ DTYPE_VALUE = re.compile(r"auto|bool|half|float|double|(b?float|u?int|complex)\d
 CONFIG_ATTRIBUTES = words(
     """model_type name_or_path _name_or_path _commit_hash num_labels torch_dtype output_attentions _output_attentions
     rope_scaling rope_theta per_layer_config _heterogeneity_spec _post_init_done transformers_version
-    allow_global_per_layer_attribute_access use_cache"""
+    ignore_keys_at_rope_validation allow_global_per_layer_attribute_access use_cache"""
 )
 MODEL_ATTRIBUTES = words(
     """_parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks
@@ -4417,6 +4420,7 @@ def declared_attributes(cls: type) -> frozenset[str]:
     names |= stored_attributes(cls, transformers.PreTrainedConfig.__mro__)
     for owner in cls.__mro__:
         names |= {*vars(owner).get("attribute_map", {}), *vars(owner).get("attribute_map", {}).values()}
+        names |= {name for name, value in vars(owner).items() if isinstance(value, property) and value.fset}
         if "__init__" in vars(owner) and owner not in transformers.PreTrainedConfig.__mro__:
             names |= inspect.signature(owner).parameters.keys()
     return frozenset(names)
@@ -4442,7 +4446,19 @@ def config_attribute(cls: type, name: str, value: object) -> Verdict:
         return Verdict.DROP
     if name in declared_attributes(cls):
         return Verdict.KEEP
-    return Verdict.KEEP if not hasattr(cls, name) and is_plain_data(value) else Verdict.DROP
+    hides = (
+        hasattr(library_base(cls), name)
+        or callable(getattr(cls, name, None))
+        or isinstance(getattr(cls, name, None), property)
+    )
+    return Verdict.KEEP if not hides and is_plain_data(value) else Verdict.DROP
+
+
+def library_base(cls: type) -> type:
+    """The base that an object of transformers has its behaviour from."""
+    transformers = import_library("transformers")
+    bases = (transformers.PreTrainedConfig, transformers.GenerationConfig, transformers.PreTrainedModel)
+    return next((base for base in bases if issubclass(cls, base)), cls)
 
 
 def is_dtype(value: object) -> bool:
@@ -8666,7 +8682,8 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
         if adapter:
             raise ConversionError(ExitStatus.INPUT, f"{source.path}: the adapter's base is a model of timm; {MERGE_IT}")
         return convert_timm_folder(folder, {"mode": "huggingface", "source_sha256": digest.result()}, options)
-    with LOG.step(f"load: {source.path}"):
+    unusual = f"{source.path}: config.json asks for what cannot be made"
+    with LOG.step(f"load: {source.path}"), naming(source.path), explained(ExitStatus.INPUT, unusual, "repair it"):
         weights = load_folder(folder, trust=options.trust_pickle)
         config = read_config(folder, weights, options)
         sentences = "modules.json" in outer.files
@@ -8686,10 +8703,11 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     # Without verification, the shapes of the answers alone count.
     with LOG.step("reference: PyTorch's answers"), unread, forgotten(found.model):
         what = f"{type(found.model).__name__} cannot be called the way that {task} needs"
-        with explained(ExitStatus.EXPORT, what, "try another --task, or --no-cache"):  # an unusual cache or call
+        advice = "try another --task, or --no-cache"
+        with naming(source.path), explained(ExitStatus.EXPORT, what, advice):  # an unusual cache, call or configuration
             graphs = graphs_of(found, folder, options)
-        found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
-        plans = [plan_graph(graph, options) for graph in graphs]
+            found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
+            plans = [plan_graph(graph, options) for graph in graphs]
     prepare_for_export(found.model)
     metadata["source_sha256"] = digest.result()
     converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
@@ -8857,12 +8875,9 @@ def merge_and_verify(
     cases += [widen_case(case, specs, cached=True) for case in following.cases]
     check = None
     if not options.no_verify:
-        try:
+        what = "nothing can be compared, since PyTorch itself cannot generate with this model"
+        with explained(ExitStatus.VERIFY, what, "repair config.json, or pass --no-verify for graphs without proof"):
             expected = generate_from_encoder(model, encoder.plan)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            what = f"PyTorch itself cannot generate with this model ({first_line(error)}), so nothing can be compared"
-            advice = "repair config.json, or pass --no-verify for graphs without proof"
-            raise ConversionError(ExitStatus.VERIFY, f"{what}; {advice}") from error
         check = functools.partial(check_encoder_decoder, expected, specs, encoder)
     plan = first._replace(specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check)
     folder = options.staging / "merged"
