@@ -2625,14 +2625,15 @@ def check_inside(folder: Path, name: str) -> None:
         raise RefusedFileError(f"{name} is a link that leads out of the folder; copy the file into it")
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; raises DamagedFileError that names it."""
+def read_bounded(path: Path, limit: int, name: str = "") -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; raises DamagedFileError that names it, by its own name."""
+    name = name or path.name
     if not path.is_file():
-        raise DamagedFileError(f"{path.name} is not a regular file")
+        raise DamagedFileError(f"{name} is not a regular file" if path.exists() else f"{name} is missing")
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise DamagedFileError(f"{path.name} has more than {limit >> 20} MB, larger than any known one")
+        raise DamagedFileError(f"{name} has more than {limit >> 20} MB, larger than any known one")
     return data
 
 
@@ -3525,8 +3526,8 @@ def limited_memory(more: int) -> Iterator[None]:
 # The last words of settings that count parts which have weights of their own, and words of those that are sizes of one.
 COUNT_WORDS = words("layer layers block blocks depth depths stage stages")
 SIZE_WORDS = words(
-    """labels classes experts vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner num n
-    size sizes"""
+    """labels classes experts vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner
+    num n size sizes"""
 )
 UNBOUNDED_WORDS = words(
     "max position positions length len chunk window cache params parameters samples steps theta tokens"
@@ -6022,7 +6023,7 @@ def module_settings(folder: VettedFolder, module: Settings) -> Settings:
     """The settings of a module of sentence-transformers."""
     name = f"{module_folder(module)}/config.json".lstrip("/")
     check_inside(folder.path, name)
-    return Settings(parse_json(read_bounded(folder.path / name, MAX_JSON_BYTES), name), name)
+    return Settings(parse_json(read_bounded(folder.path / name, MAX_JSON_BYTES, name), name), name)
 
 
 def pooling_modes(settings: Settings) -> list[str]:
@@ -8824,6 +8825,7 @@ def check_folder(vetted: VettedFolder) -> None:
         settings = vetted.settings("config.json")
         settings.names("architectures")
         settings.name("model_type")
+        settings.section("id2label")
     config = settings.content
     if not config.get("model_type") and not is_timm(config):
         what = "has no model_type; pass the weights' file and --model-class"

@@ -74,7 +74,7 @@ def idle_memory() -> int:
 
 
 def convert_in_child(source: Path, folder: Path, *options: str, seconds: float = 10) -> Outcome:
-    """Convert `source` with the product's own main(), as its worker process does."""
+    """Convert `source` with the product's own main(), as its worker process does; the rest is the other process's."""
 
     def action() -> int:
         product.LOG.stream = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
@@ -82,7 +82,10 @@ def convert_in_child(source: Path, folder: Path, *options: str, seconds: float =
         sys.argv = ["convert.py"]
         return product.main(["-i", str(source), "-o", str(folder / "out" / "model.onnx"), *options])
 
-    return in_child(action, folder, seconds)
+    outcome = in_child(action, folder, seconds)
+    if outcome.code:
+        product.remove_debris(folder / "out" / ".pt2onnx.1.partial", [folder / "out"])
+    return outcome
 
 
 def snapshot(folder: Path) -> set[tuple[str, int]]:
