@@ -145,6 +145,11 @@ def and_more(items: Collection[object], shown: int) -> str:
     return ", ".join(shorten(str(item), 100) for item in itertools.islice(items, shown)) + more
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of a table."""
+    return frozenset(text.split())
+
+
 def printable(text: object) -> str:
     """`text` on one line with control characters escaped: names come from files that nobody has vetted."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
@@ -190,6 +195,30 @@ def raise_out_of_memory(error: BaseException) -> None:
     """Raise MemoryError where `error` says that memory ran out: called first wherever any exception is caught."""
     if is_out_of_memory(error):
         raise error if isinstance(error, MemoryError) else MemoryError(first_line(error)) from error
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let what is raised about a file of a folder name the folder."""
+    try:
+        yield
+    except (RefusedFileError, DamagedFileError) as error:
+        raise ConversionError(error.status, f"{path}: {shorten(str(error), 1000)}") from None
+
+
+@contextlib.contextmanager
+def explained(status: int, what: str, advice: str) -> Iterator[None]:
+    """Let an exception of any kind, which unusual settings cause in a library, say `what` cannot be done.
+
+    What is told already passes, and so does the end of memory, which is not the settings' fault.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise_out_of_memory(error)
+        raise ConversionError(status, f"{what} ({first_line(error)}); {advice}") from error
 
 
 class Log:
@@ -501,6 +530,7 @@ def build_parser() -> Parser:
     )
     add("--trust-pickle", action="store_true", help="execute the input's pickle or archive as its maker wrote it")
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub (default: its main branch)")
+    add("--base", type=path_argument, metavar="PATH", help="folder or hub id of the model that an adapter belongs to")
     add("--cache-dir", metavar="PATH", help="where downloads from the hub are kept (default: that of HF_HOME)")
     add("--trust-remote-code", action="store_true", help="allow Python code that a Hugging Face folder brings along")
     add("--json", action="store_true", help="print one JSON object about the result on standard output")
@@ -622,24 +652,31 @@ def fingerprint(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def open_input(path: Path) -> io.BufferedReader:
-    """Open a file of the input for reading.
+def real_input(path: Path, name: str = "") -> Path:
+    """The real path of a file or folder of the input; raises RefusedFileError where it lies elsewhere."""
+    real = Path(os.path.realpath(path))
+    if not is_admitted(real):
+        what = f"{name or path.name} is a link that leads out of the folder"
+        raise RefusedFileError(f"{what}; copy the file into it")
+    return real
+
+
+def open_input(path: Path, name: str = "") -> io.BufferedReader:
+    """Open a file of the input for reading; messages call it by `name`, or the last part of its path.
 
     Raises RefusedFileError where it lies elsewhere, DamagedFileError where it is not a regular file, or not the one
     that was opened before under this name; OSError.
     """
-    real = Path(os.path.realpath(path))
-    if not is_admitted(real):
-        raise RefusedFileError(f"{path.name} is a link that leads out of the folder; copy the file into it")
+    real, name = real_input(path, name), name or path.name
     # The last part of a real path is no link unless it just became one; a pipe does not make us wait.
     file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         file.close()
-        raise DamagedFileError(f"{path.name} is not a regular file")
+        raise DamagedFileError(f"{name} is not a regular file")
     if SEEN_FILES.setdefault(real, fingerprint(status)) != fingerprint(status):
         file.close()
-        raise DamagedFileError(f"{path.name} changed while it was read; convert it once it is whole")
+        raise DamagedFileError(f"{name} changed while it was read; convert it once it is whole")
     return file
 
 
@@ -795,7 +832,8 @@ def memory_bound(extra: int | None) -> Iterator[None]:
     used = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]  # there since Linux 2.6
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     wanted = used + extra + (os.cpu_count() or 1) * THREAD_STACK
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(wanted, *known) if known else wanted, hard))
     try:
         yield
     finally:
@@ -2893,16 +2931,117 @@ def load(source: Source, *, trust: bool) -> Loaded:
     return loaded
 
 
-# What the JSON files of a Hugging Face folder may ask for, at any depth, that runs code which comes with the folder or
-# is fetched from the hub; transformers would follow some of it although its caller said trust_remote_code=False.
-OWN_CODE_KEYS = ("auto_map", "auto_mapping", "custom_generate", "custom_pipelines", "trust_remote_code", "use_kernels")
+# The JSON files of a folder that are read, here or by transformers. The others (tokenizer.json, vocab.json) are only
+# copied beside the graph, whatever they hold.
+READ_JSON = re.compile(r".*config\.json|modules\.json|.*\.index\.json")
+MAX_JSON_BYTES = 16 << 20  # of one settings file: the largest known ones, with 20,000 labels, have 1 MB
+MAX_JSON_VALUES = 1_000_000  # of all of a folder's settings together: an index has one for each tensor
+# What settings may ask for, at any depth, that runs code which comes with the folder or is fetched from the hub;
+# transformers would follow some of it although its caller said trust_remote_code=False.
+OWN_CODE_KEYS = ("auto_map", "auto_mapping", "custom_generate", "custom_pipelines", "trust_remote_code", "use_kernels",
+                 "use_pretrained_backbone")  # fmt: skip
 IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 # Implementations of attention and experts that are part of transformers; anything else names a kernel on the hub.
 IMPLEMENTATIONS = frozenset(
     {None, True, False, "", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "batched_mm",
      "grouped_mm"}
 )  # fmt: skip
+# Where configurations name a model of timm, and hand arguments on to its builder.
+TIMM_MODEL_KEYS = ("architecture", "backbone")
+TIMM_ARGUMENT_KEYS = ("model_args", "backbone_kwargs", "timm_kwargs")
+TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?")  # no scheme: local-dir: and hf-hub: name places
 CODE_FILES = (".py", ".pkl", ".pickle", ".so", ".dll", ".pyc", ".joblib", "custom_generate")
+
+
+class Settings:
+    """An object of a JSON file that came with the input; a value of another type raises DamagedFileError by its name.
+
+    A key that is missing or null is None, or an empty list.
+    """
+
+    def __init__(self, content: object, where: str) -> None:
+        self.where = where
+        if not isinstance(content, dict):
+            raise DamagedFileError(f"{where} holds {shown(content)}, not an object; repair it")
+        self.content = content
+
+    def value(self, key: str, kind: type, wanted: str) -> Any:
+        """The value of `key`, which must be a `kind`."""
+        value = self.content.get(key)
+        if value is not None and type(value) is not kind:
+            raise self.misfit(key, wanted)
+        return value
+
+    def misfit(self, key: str, wanted: str) -> DamagedFileError:
+        """What to raise where the value of `key` is not what is `wanted`."""
+        return DamagedFileError(f"{self.where}: {key} is {shown(self.content.get(key))}, not {wanted}; repair it")
+
+    def name(self, key: str) -> str | None:
+        """A string."""
+        return self.value(key, str, "a string")
+
+    def names(self, key: str) -> list[str]:
+        """A list of strings."""
+        values = self.value(key, list, "a list of names") or []
+        if not all(type(value) is str for value in values):
+            raise self.misfit(key, "a list of names")
+        return values
+
+    def flag(self, key: str) -> bool:
+        """True or false."""
+        return self.value(key, bool, "true or false") or False
+
+    def integer(self, key: str, low: int, high: int) -> int | None:
+        """A whole number from `low` to `high`."""
+        value = self.value(key, int, "a whole number")
+        if value is not None and not low <= value <= high:
+            raise self.misfit(key, f"a whole number from {low} to {high}")
+        return value
+
+    def number(self, key: str, low: float, high: float) -> float | None:
+        """A number from `low` to `high`."""
+        value = self.content.get(key)
+        if value is not None and plain_numbers([value], low, high) is None:
+            raise self.misfit(key, f"a number from {low:g} to {high:g}")
+        return value
+
+    def numbers(
+        self, key: str, count: int | None, low: float, high: float, *, whole: bool = False
+    ) -> tuple[Any, ...] | None:
+        """`count` numbers, or a few, from `low` to `high`, all of them `whole` where that is asked for."""
+        if self.content.get(key) is None:
+            return None
+        values = plain_numbers(self.content[key], low, high, whole=whole)
+        if values is None or count not in (None, len(values)):
+            many = "a list of" if count is None else count
+            raise self.misfit(key, f"{many} {'whole ' if whole else ''}numbers from {low:g} to {high:g}")
+        return values
+
+    def section(self, key: str) -> Settings | None:
+        """An object."""
+        value = self.content.get(key)
+        return None if value is None else Settings(value, f"{self.where}: {key}")
+
+    def sections(self, key: str) -> list[Settings]:
+        """A list of objects."""
+        values = self.value(key, list, "a list") or []
+        return [Settings(value, f"{self.where}: {key}[{place}]") for place, value in enumerate(values)]
+
+
+def shown(value: object) -> str:
+    """A value from a file as messages show it."""
+    if isinstance(value, (dict, list, tuple)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} entries"
+    return shorten(repr(value), 60)
+
+
+def plain_numbers(value: object, low: float, high: float, *, whole: bool = False) -> tuple[Any, ...] | None:
+    """The entries of a short list of finite numbers from `low` to `high`; None for anything else."""
+    kinds = (int,) if whole else (int, float)
+    if not isinstance(value, (list, tuple)) or len(value) > 16:
+        return None
+    fits = all(type(entry) in kinds and low <= entry <= high for entry in value)  # NaN is in no range
+    return tuple(value) if fits else None
 
 
 class FolderFindings(NamedTuple):
@@ -2912,32 +3051,51 @@ class FolderFindings(NamedTuple):
     ignored: list[str]
 
 
-def vet_folder(path: Path, *, trust: bool) -> dict[str, Any]:
-    """The JSON files of a Hugging Face folder out of which something was taken that would run code, without it.
+class VettedFolder(NamedTuple):
+    """A Hugging Face folder, and its settings as they were vetted: what is read is these bytes, never the files again.
+
+    What would run code is not in them.
+    """
+
+    path: Path
+    files: Mapping[str, bytes]  # by name
+
+    def settings(self, name: str) -> Settings:
+        """One of the files; raises DamagedFileError where it holds no object."""
+        return Settings(parse_json(self.files[name], name), name)
+
+    def modules(self) -> list[Settings]:
+        """The parts of a model of sentence-transformers in their order; none where there is no modules.json."""
+        if "modules.json" not in self.files:
+            return []
+        return Settings({"modules": parse_json(self.files["modules.json"], "modules.json")}, "modules.json").sections(
+            "modules"
+        )
+
+
+def vet_folder(path: Path, *, trust: bool) -> VettedFolder:
+    """Read the settings of a Hugging Face folder, and take out what would run code.
 
     Raises ConversionError for what cannot be left out (unless `trust`, --trust-remote-code) and for files that lie
     outside the folder; says in [WARN] lines what is ignored.
     """
-    cleaned: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
     findings = FolderFindings([], [])
     try:
         names = sorted(entry.name for entry in path.iterdir())
+        values = 0
         for name in names:
-            check_inside(path, name)
-            if name.endswith(".index.json"):
-                shard_files(path / name)
-            elif name.endswith(".json"):
-                content = read_json(path / name)
-                before = len(findings.ignored)
-                vet_settings(content, name, findings)
-                if len(findings.ignored) > before:
-                    cleaned[name] = content
+            real_input(path / name)
+            if READ_JSON.fullmatch(name):
+                files[name] = vetted_json(path / name, findings, trust=trust)
+                values += count_values(files[name])
+            check_values(values, "its settings together")
     except (RefusedFileError, DamagedFileError) as error:
         raise ConversionError(error.status, f"{path}: {shorten(str(error), 1000)}") from None
     findings.ignored.extend(f"the file {name}" for name in names if name.endswith(CODE_FILES))
     if trust:
         LOG.warn(f"--trust-remote-code: code that comes with {path} may run")
-        return {}
+        return VettedFolder(path, files)
     if findings.refused:
         what = ", ".join(shorten(item, 120) for item in findings.refused[:4])
         advice = "pass --trust-remote-code if you trust its maker"
@@ -2945,37 +3103,73 @@ def vet_folder(path: Path, *, trust: bool) -> dict[str, Any]:
     if findings.ignored:
         what = ", ".join(shorten(item, 80) for item in findings.ignored[:6])
         LOG.warn(f"{path}: ignored, since it would run code: {what} (--trust-remote-code)")
-    return cleaned
+    return VettedFolder(path, files)
 
 
-def check_inside(folder: Path, name: str) -> None:
-    """Refuse a link that leads out of `folder`, except into the hub cache's own `blobs` beside its `snapshots`."""
-    entry = folder / name
-    if not entry.is_symlink():
-        return
-    target, root = Path(os.path.realpath(entry)), folder.resolve()
-    blobs = root.parent.parent / "blobs"
-    if root not in target.parents and not (is_snapshot(root) and blobs in target.parents):
-        raise RefusedFileError(f"{name} is a link that leads out of the folder; copy the file into it")
+def vetted_json(path: Path, findings: FolderFindings, *, trust: bool) -> bytes:
+    """The content of a settings file: as it is where nothing was taken out, else without that."""
+    is_index = path.name.endswith(".index.json")
+    data = read_bounded(path, MAX_INDEX_BYTES if is_index else MAX_JSON_BYTES)
+    content, before = parse_json(data, path.name), len(findings.ignored)
+    if is_index:
+        check_shards(content, path)
+        return data
+    vet_settings(content, path.name, findings)
+    unchanged = trust or len(findings.ignored) == before
+    return data if unchanged else json.dumps(content, indent=2).encode() + b"\n"
+
+
+def read_bounded(path: Path, limit: int, name: str = "") -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; raises DamagedFileError that names it, by its own name."""
+    name = name or path.name
+    if not os.path.lexists(path):
+        raise DamagedFileError(f"{name} is missing")
+    with open_input(path, name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise DamagedFileError(f"{name} has more than {limit >> 20} MB, larger than any known one")
+    return data
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a folder; raises DamagedFileError that names it."""
+    """The content of a JSON file; raises DamagedFileError that names it."""
+    return parse_json(read_bounded(path, MAX_INDEX_BYTES), path.name)
+
+
+def count_values(data: bytes) -> int:
+    """How many values JSON of these bytes has at most."""
+    return sum(data.count(mark) for mark in (b"[", b"{", b","))
+
+
+def check_values(count: int, where: str) -> None:
+    """Raise DamagedFileError for more values than any known model's settings have: each is an object in memory."""
+    if count > MAX_JSON_VALUES:
+        raise DamagedFileError(f"{where} would have {count} values, more than those of any known model")
+
+
+def parse_json(data: bytes, file: str) -> Any:
+    """The content of JSON, which must be UTF-8, without a key that is there twice; raises DamagedFileError.
+
+    Infinity stands in configurations that transformers wrote (Mamba-2's time_step_limit), NaN in none.
+    """
+
+    def constant(name: str) -> float:
+        if name == "NaN":
+            raise ValueError("NaN is no number")
+        return float(name)
+
+    check_values(count_values(data), file)
     try:
-        if not path.is_file():
-            raise DamagedFileError(f"{path.name} is not a regular file")
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise DamagedFileError(f"{path.name} is larger than any known one")
-        return json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path.name} is damaged ({first_line(error)}); download it again") from None
+        raise DamagedFileError(f"{file} is damaged ({first_line(error)}); download it again") from None
 
 
 def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
     """Take out of a folder's JSON, at every depth, what would run code, and note it; raises DamagedFileError."""
     waiting = [content]
-    if file in ("config.json", "adapter_config.json", "generation_config.json") and not isinstance(content, dict):
-        raise DamagedFileError(f"{file} does not hold an object")
+    if file in ("config.json", "adapter_config.json", "generation_config.json"):
+        Settings(content, file)  # an object
     known_type = isinstance(content, dict) and isinstance(content.get("model_type"), str)
     while waiting:
         node = waiting.pop()
@@ -2985,6 +3179,7 @@ def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
             continue
         for key, value in list(node.items()):
             where = f"{key} in {file}"
+            check_timm_setting(key, value, file)
             if key == "auto_map" and file == "config.json" and not known_type:
                 findings.refused.append(f"{where} is the only thing that says what the model is: its own Python code")
             elif key == "quantization_config" and value:
@@ -2993,13 +3188,31 @@ def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
             elif IMPLEMENTATION_KEY.fullmatch(key):
                 if isinstance(value, (dict, list)) or value not in IMPLEMENTATIONS:
                     findings.refused.append(f"{where} names the kernel {shorten(str(value), 60)!r}")
-            elif key in OWN_CODE_KEYS:
+            elif key in OWN_CODE_KEYS or (key == "backbone" and names_a_place(value)):
                 if value:
                     findings.ignored.append(where)
             else:
                 waiting.append(value)
                 continue
             del node[key]
+
+
+def names_a_place(value: object) -> bool:
+    """Whether what stands for a model of timm is something else than its name, such as a hub's or a folder's."""
+    return value is not None and not (isinstance(value, str) and TIMM_NAME.fullmatch(value))
+
+
+def check_timm_setting(key: str, value: object, file: str) -> None:
+    """Raise DamagedFileError for settings that would make timm's builder open something."""
+    if key == "architecture" and names_a_place(value):
+        raise DamagedFileError(
+            f"{file}: architecture is {shown(value)}, which names no architecture of timm; repair it"
+        )
+    if key in TIMM_ARGUMENT_KEYS and value is not None:
+        for name, entry in Settings(value, f"{file}: {key}").content.items():
+            if not is_architecture_argument(name, entry):
+                what = f"{shorten(repr(name), 60)} with the value {shown(entry)}"
+                raise DamagedFileError(f"{file}: {key} has {what}, which does not describe a network; remove it")
 
 
 def read_checkpoint(source: Source, unpickler: Unpickler = InertUnpickler) -> Any:
@@ -3143,8 +3356,13 @@ def data_size(header: Mapping[str, Any]) -> int:
 
 def shard_files(index: Path) -> dict[str, set[str]]:
     """The tensors that each shard should hold, by the shard's name, which must be plain: a file beside the index."""
+    return check_shards(read_json(index), index)
+
+
+def check_shards(content: Any, index: Path) -> dict[str, set[str]]:
+    """The tensors by shard that the `content` of an index tells; raises DamagedFileError, or RefusedFileError."""
     try:
-        entries = read_json(index)["weight_map"].items()
+        entries = content["weight_map"].items()
     except (TypeError, KeyError, AttributeError) as error:
         what = f"the weight_map of {index.name} is damaged ({first_line(error)})"
         raise DamagedFileError(f"{what}; download it again") from None
@@ -3755,6 +3973,83 @@ def without_initialisation() -> Iterator[None]:
             setattr(init, name, function)
 
 
+SPARE_MEMORY = 1 << 30  # bytes that building a model may take beside its weights
+MAX_SHARED = 1 << 20  # a size up to which nothing takes long, whatever the weights are
+
+
+@contextlib.contextmanager
+def bounded_build(tensors: int, size: int) -> Iterator[None]:
+    """Let what is built inside be no larger than the file's weights allow: `tensors` of them, of `size` bytes together.
+
+    Arguments and settings from a file may ask for any number of layers. Parameters and modules are counted as they are
+    registered, and the memory is limited, so the end does not depend on what the settings are called. Raises
+    DamagedFileError.
+    """
+    from torch.nn.modules import module as registry
+
+    def counting(what: str, limit: int) -> Callable[..., None]:
+        places = itertools.count(1)
+
+        def count(*_: object) -> None:
+            if next(places) > limit:
+                raise DamagedFileError(
+                    f"the model that it describes has more than {limit} {what}, the weights {tensors}"
+                )
+
+        return count
+
+    hooks = [
+        registry.register_module_parameter_registration_hook(counting("parameters", 4 * tensors + 1000)),
+        registry.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
+    ]
+    try:
+        with memory_bound(SPARE_MEMORY + 4 * size):
+            yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            what = f"more than {size_text(SPARE_MEMORY)} of memory beside its weights"
+            raise DamagedFileError(f"the model that it describes needs {what}; check its sizes") from error
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# The last words of settings that count parts which have weights of their own, and words of those that are sizes of one.
+COUNT_WORDS = words("layer layers block blocks depth depths stage stages")
+SIZE_WORDS = words(
+    """labels classes experts vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner
+    num n size sizes"""
+)
+UNBOUNDED_WORDS = words(
+    "max position positions length len chunk window cache params parameters samples steps theta tokens"
+)
+
+
+def check_sizes(settings: object, weights: Mapping[str, Tensor]) -> None:
+    """Raise DamagedFileError where config.json, at any depth, asks for what `weights` cannot have.
+
+    There are at most as many layers as tensors, and no dimension is larger than all tensors together. Layers may share
+    tensors, though, and a part that is not stored may be described: so there is room for both.
+    """
+    elements = max(sum(tensor.numel() for tensor in weights.values()), MAX_SHARED)
+    waiting: list[tuple[str, object]] = [("", settings)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend((key, entry) for entry in value)
+        elif type(value) is int:
+            words = key.lower().split("_")
+            if words[-1] in COUNT_WORDS and value > 4 * len(weights) + 1000:
+                raise DamagedFileError(
+                    f"config.json asks for {key} {value}, but the weights have {len(weights)} tensors"
+                )
+            if SIZE_WORDS.intersection(words) and not UNBOUNDED_WORDS.intersection(words) and value > elements:
+                raise DamagedFileError(f"config.json asks for {key} {value}, but the weights have {elements} numbers")
+
+
 def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """`weights` under the names of `model`: without wrappers' prefixes and counters, and of a larger model its part.
 
@@ -3851,9 +4146,51 @@ def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
         yield {**head, **size, **planes}
 
 
-def architecture_arguments(given: Mapping[str, Any], where: str) -> dict[str, Any]:  # TEMP
-    """TEMP."""
-    return {}
+# Words of which the names of architecture arguments are made. None of them names a place, weights, a device or code.
+NETWORK_WORDS = words(
+    """act activation affine attn attention aux avg base batch bias bidirectional block blocks bottleneck cardinality
+    causal chan channel channels chans class classes conv decoder dense depth depths dilation dilations dim dims
+    down drop dropout dynamic embed embedding embeddings encoder eps expand expansion feat feats feature features
+    feedforward ffn filter filters final first fixed global group groups head heads height hidden image img in
+    indices inference init inner input intermediate kernel kernels key kv last latent layer layers len length
+    levels logits loss max mid min mlp mode momentum multiplier n negative no norm num offset only out output
+    outputs overlap pad padding patch patches pool pooling pos position positions post pre proj projection qk qkv
+    query rank rate ratio ratios ref reg register repeats residual resolution rope scale se seq sequence shape
+    size sizes skip slope slices squeeze stage stages stem strict stride strides swiglu temporal time token tokens
+    transformer type up use value values vocab width widths window zero"""
+)
+NETWORK_NAMES = frozenset({"d_model", "d_ff", "d_kv", "nhead", "ls_init_value", "drop_path_rate", "drop_path"})
+MAX_ARGUMENT = 1 << 24  # of a number that describes a network: vocabularies have a million entries
+
+
+def is_architecture_argument(name: object, value: object, depth: int = 0) -> bool:
+    """Whether an argument from a file says how wide, deep or shaped a network is, by its name and its plain value."""
+    if depth == 0:
+        words = name.split("_") if isinstance(name, str) and len(name) <= 60 else [""]
+        if name not in NETWORK_NAMES and not all(word.strip("0123456789") in NETWORK_WORDS for word in words):
+            return False
+    if isinstance(value, (list, tuple)):
+        return depth < 3 and len(value) <= 1000 and all(is_architecture_argument("", v, depth + 1) for v in value)
+    if type(value) in (int, float):
+        return -MAX_ARGUMENT <= value <= MAX_ARGUMENT  # NaN is not
+    return (
+        value is None
+        or type(value) is bool
+        or (type(value) is str and bool(re.fullmatch(r"\w{0,40}", value, re.ASCII)))
+    )
+
+
+def architecture_arguments(given: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """The entries of `given`, arguments from a file, that may reach a builder; says in an [INFO] line which do not.
+
+    A builder's other arguments name places, URLs, weights, devices or functions: it would open or run them.
+    """
+    kept = {name: value for name, value in given.items() if is_architecture_argument(name, value)}
+    left = [shorten(str(name), 40) for name in given if name not in kept]
+    if left:
+        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+        LOG.info(f"{where}: not used, since they do not describe a network: {', '.join(left[:8])}{more}")
+    return kept
 
 
 def model_from_weights(
@@ -4428,22 +4765,21 @@ class FolderModel(NamedTuple):
     steps: Sequence[Callable[..., Tensor]] = ()  # what makes a sentence's vector of the states
 
 
-def copy_without_code(
-    source: Path, cleaned: Mapping[str, Any], target: Path, *, trust: bool, only: re.Pattern[str] | None = None
-) -> Path:
-    """A folder of links to the files of `source`, without those that are code and with the `cleaned` JSON files.
+def copy_without_code(source: VettedFolder, target: Path, *, trust: bool, only: re.Pattern[str] | None = None) -> Path:
+    """A folder of links to the files of `source`, without those that are code, and with its settings as vetted.
 
     transformers reads this folder, so that no setting of the original can reach it. With `trust` it has everything.
     With `only`, it is the files of such names, which take the places of those that are in `target` already.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for entry in sorted(source.iterdir()):
+    admit(target)
+    for entry in sorted(source.path.iterdir()):
         wanted = trust or not (entry.is_dir() or entry.name.endswith((*CODE_FILES, *FOREIGN_FILES)))
         if wanted and (only is None or only.fullmatch(entry.name)):
             (target / entry.name).unlink(missing_ok=True)
-            if entry.name in cleaned and not trust:
-                (target / entry.name).write_text(json.dumps(cleaned[entry.name], indent=2) + "\n", encoding="utf-8")
-            else:
+            if entry.name in source.files:
+                (target / entry.name).write_bytes(source.files[entry.name])
+            elif not READ_JSON.fullmatch(entry.name):  # one that came since then is not vetted
                 (target / entry.name).symlink_to(entry.resolve())
     return target
 
@@ -4510,22 +4846,207 @@ HUB_PROBLEMS = (
 )  # fmt: skip
 
 
-def read_config(folder: Path, *, trust: bool) -> Any:
-    """The folder's configuration as transformers has it; raises ConversionError (INPUT) where it knows no such type."""
+class Verdict(IntEnum):
+    """What becomes of an attribute that a file gives to an object of transformers."""
+
+    KEEP = 0
+    DROP = 1  # nothing that the model computes depends on it
+    REFUSE = 2  # the model cannot be what it was without it, and it would run or fetch code
+
+
+# What code of transformers acts upon, whoever declares it: kernels, compilers, quantisers, devices, files and code.
+ACTING_ATTRIBUTES = re.compile(
+    r"_?use_kernels|kernel_config|auto_map(ping)?|custom_(generate|pipelines)|trust_remote_code|transformers_weights"
+    r"|use_pretrained_backbone|compile_config|_compiled_call|_last_compile_config|cache_(config|implementation)"
+    r"|distributed_config|(hf_)?device_map|hf_quantizer|is_quantized|quantization_method|extra_(config_)?files"
+    r"|(base_model_)?_?(tp|pp|ep|fsdp)_(plan|size)|_auto_class|attribute_map|watermarking_config|is_assistant"
+    r"|assistant_(confidence_threshold|lookbehind|early_exit|ensemble_weight)"
+)
+# Attributes with a string of such a name would be a place; _name_or_path is only told in messages.
+PLACE_ATTRIBUTE = re.compile(r"(.*_)?(path|paths|file|files|filename|url|uri|repo|repo_id|dir|directory|folder)")
+DTYPE_ATTRIBUTE = re.compile(r"(.*_)?dtype")
+DTYPE_VALUE = re.compile(r"auto|bool|half|float|double|(b?float|u?int|complex)\d{1,3}(_e\dm\d\w*)?")
+# What the bases of configurations and models set or read of themselves, and files may say too.
+CONFIG_ATTRIBUTES = words(
+    """model_type name_or_path _name_or_path _commit_hash num_labels torch_dtype output_attentions _output_attentions
+    rope_scaling rope_theta per_layer_config _heterogeneity_spec _post_init_done transformers_version
+    ignore_keys_at_rope_validation allow_global_per_layer_attribute_access use_cache"""
+)
+MODEL_ATTRIBUTES = words(
+    """_parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks
+    _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called
+    _forward_pre_hooks _forward_pre_hooks_with_kwargs _state_dict_hooks _state_dict_pre_hooks
+    _load_state_dict_pre_hooks _load_state_dict_post_hooks training config name_or_path generation_config
+    loss_type all_tied_weights_keys _no_split_modules _skip_keys_device_placement
+    _keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing _keys_to_ignore_on_save
+    _keep_in_fp32_modules _keep_in_fp32_modules_strict model_tags vocab_size _is_hf_initialized
+    gradient_checkpointing warnings_issued _loss_function supports_gradient_checkpointing stage_names num_features
+    backbone_type _gradient_checkpointing_func _require_grads_hook _require_grads_hooks"""
+)
+
+
+def stored_attributes(cls: type, bases: Collection[type]) -> set[str]:
+    """The names that methods of `cls` and of the classes it comes from, up to `bases`, assign to as self.NAME."""
+    import dis
+    import types
+
+    names: set[str] = set()
+    for owner in cls.__mro__:
+        if owner in bases or not owner.__module__.startswith("transformers."):
+            continue
+        functions = [value for value in vars(owner).values() if isinstance(value, types.FunctionType)]
+        for function in functions:
+            steps = dis.get_instructions(getattr(function, "__wrapped__", function))
+            names |= {step.argval for step in steps if step.opname == "STORE_ATTR"}
+    return names
+
+
+@functools.cache
+def declared_attributes(cls: type) -> frozenset[str]:
+    """The attributes that objects of a class of transformers have by its own declaration, and no others."""
+    import dataclasses
+    import inspect
+
+    transformers = import_library("transformers")
+    if issubclass(cls, transformers.GenerationConfig):
+        return frozenset(vars(transformers.GenerationConfig()))
+    if not issubclass(cls, transformers.PreTrainedConfig):
+        return MODEL_ATTRIBUTES | stored_attributes(cls, transformers.PreTrainedModel.__mro__)
+    names = CONFIG_ATTRIBUTES | {field.name for field in dataclasses.fields(cls)}
+    names |= stored_attributes(cls, transformers.PreTrainedConfig.__mro__)
+    for owner in cls.__mro__:
+        names |= {*vars(owner).get("attribute_map", {}), *vars(owner).get("attribute_map", {}).values()}
+        names |= {name for name, value in vars(owner).items() if isinstance(value, property) and value.fset}
+        if "__init__" in vars(owner) and owner not in transformers.PreTrainedConfig.__mro__:
+            names |= inspect.signature(owner).parameters.keys()
+    return frozenset(names)
+
+
+def config_attribute(cls: type, name: str, value: object) -> Verdict:
+    """Whether an object of `cls` (a PreTrainedConfig, GenerationConfig or PreTrainedModel) may have an attribute.
+
+    The same for the JSON of a folder and for an object in a pickle. Kept is what the class declares, and beside that
+    plain data, which some models read of their configuration although nothing declares it; but nothing that hides a
+    method or setting of the class, and nothing that transformers acts upon.
+    """
+    if IMPLEMENTATION_KEY.fullmatch(name):
+        known = not isinstance(value, (dict, list, set)) and value in IMPLEMENTATIONS
+        return Verdict.KEEP if known else Verdict.REFUSE
+    if name == "quantization_config":
+        return Verdict.REFUSE if value else Verdict.KEEP
+    if ACTING_ATTRIBUTES.fullmatch(name):
+        return Verdict.DROP if value else Verdict.KEEP
+    if DTYPE_ATTRIBUTE.fullmatch(name):
+        return Verdict.KEEP if is_dtype(value) else Verdict.REFUSE
+    if isinstance(value, str) and PLACE_ATTRIBUTE.fullmatch(name) and name not in CONFIG_ATTRIBUTES | MODEL_ATTRIBUTES:
+        return Verdict.DROP
+    if name in declared_attributes(cls):
+        return Verdict.KEEP
+    hides = (
+        hasattr(library_base(cls), name)
+        or callable(getattr(cls, name, None))
+        or isinstance(getattr(cls, name, None), property)
+    )
+    return Verdict.KEEP if not hides and is_plain_data(value) else Verdict.DROP
+
+
+def library_base(cls: type) -> type:
+    """The base that an object of transformers has its behaviour from."""
+    transformers = import_library("transformers")
+    bases = (transformers.PreTrainedConfig, transformers.GenerationConfig, transformers.PreTrainedModel)
+    return next((base for base in bases if issubclass(cls, base)), cls)
+
+
+def is_dtype(value: object) -> bool:
+    """Whether a value names dtypes: one, or one for each part of a model."""
+    import torch
+
+    if isinstance(value, dict):
+        return all(is_dtype(entry) for entry in value.values() if not isinstance(entry, dict))
+    return (
+        value is None or isinstance(value, torch.dtype) or bool(isinstance(value, str) and DTYPE_VALUE.fullmatch(value))
+    )
+
+
+def is_plain_data(value: object, depth: int = 0) -> bool:
+    """Whether a value is numbers, names that are no paths, and lists and dictionaries of these."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return depth < 5 and all(is_plain_data(entry, depth + 1) for entry in value)
+    if isinstance(value, str):
+        return len(value) <= 1000 and "/" not in value and "\\" not in value
+    return value is None or type(value) in (bool, int, float)
+
+
+def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
+    """Take out of config.json what config_attribute drops, at every depth; raises RefusedFileError for what it refuses.
+
+    Parts without a class of their own (rotary embeddings' numbers, for one) are data of the class above them.
+    """
     transformers = import_transformers()
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-    except Exception as error:  # validation raises a dozen kinds
-        model_type = read_json(folder / "config.json").get("model_type")
-        if model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
-            known = f"transformers {transformers.__version__} knows no model_type {shorten(str(model_type), 60)!r}"
-            raise ConversionError(
-                ExitStatus.INPUT, f"{known}; check config.json, or pass the model as a file (torch.export.save)"
-            ) from None
+    left: list[str] = []
+
+    def fit(node: dict[str, Any], owner: type) -> None:
+        parts = getattr(owner, "sub_configs_defaults", {})
+        for key, value in list(node.items()):
+            verdict = config_attribute(owner, key, value)
+            if verdict is Verdict.REFUSE:
+                raise RefusedFileError(f"config.json: {shorten(key, 60)} is {shown(value)}, which is not known here")
+            if verdict is Verdict.DROP:
+                left.append(key)
+                del node[key]
+            elif isinstance(value, dict):
+                own = getattr(parts.get(key), "config_class", None)
+                is_config = isinstance(own, type) and issubclass(own, transformers.PreTrainedConfig)
+                fit(value, own if is_config else named_class(value) or owner)
+
+    def named_class(node: Mapping[str, Any]) -> Any:
+        mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+        name = node.get("model_type")
+        return mapping[name] if isinstance(name, str) and name in mapping else None
+
+    fit(settings, cls)
+    if left:
+        names = ", ".join(shorten(name, 40) for name in left[:8]) + (
+            f" and {len(left) - 8} more" if len(left) > 8 else ""
+        )
+        LOG.warn(f"config.json: left out, since no model of this kind has it: {names}")
+        rewrite_settings(file, settings)
+
+
+def rewrite_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Put other settings in the place of a file in the folder that transformers reads."""
+    file.unlink()
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    admit(file)  # it is the changed one that is read from now on
+
+
+def read_config(folder: Path, weights: Mapping[str, Tensor], options: argparse.Namespace) -> Any:
+    """The configuration as transformers has it, whose sizes may be those of `weights`; raises ConversionError (INPUT).
+
+    What the configuration's class does not know, and does not describe a network, is taken out of config.json.
+    """
+    trust = options.trust_remote_code
+    transformers = import_transformers()
+    configurations = transformers.models.auto.configuration_auto
+    settings = read_json(folder / "config.json")
+    model_type = settings["model_type"]
+    if model_type not in configurations.CONFIG_MAPPING_NAMES and not trust:
+        known = f"transformers {transformers.__version__} knows no model_type {shorten(repr(model_type), 60)}"
         raise ConversionError(
-            ExitStatus.INPUT,
-            f"config.json is not accepted by transformers ({shorten(' '.join(str(error).split()), 200)}); repair it",
-        ) from error
+            ExitStatus.INPUT, f"{known}; check config.json, or pass the model as a file (torch.export.save)"
+        )
+    with naming(options.input), bounded_build(len(weights), sum(tensor.nbytes for tensor in weights.values())):
+        check_sizes(settings, weights)
+        if not trust:
+            fit_settings(folder / "config.json", settings, configurations.CONFIG_MAPPING[model_type])
+        try:
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+        except Exception as error:  # validation raises a dozen kinds
+            raise_out_of_memory(error)
+            text = shorten(" ".join(str(error).split()), 200)
+            raise DamagedFileError(f"config.json is not accepted by transformers ({text}); repair it") from error
 
 
 def task_class(task: str, config: Any) -> Any:
@@ -4539,6 +5060,17 @@ def task_class(task: str, config: Any) -> Any:
     return None
 
 
+def class_of_model(name: object, config: Any) -> Any:
+    """The class of transformers that `architectures` names, if it is a model for such a `config`; else None."""
+    transformers = import_transformers()
+    place = transformers._class_to_module.get(name, "") if isinstance(name, str) else ""  # noqa: SLF001
+    if not re.fullmatch(r"models\.\w+\.modeling_\w+", place) or place.startswith("models.auto."):
+        return None
+    found = getattr(transformers, str(name))
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and isinstance(config, found.config_class or ()) else None
+
+
 def choose_task(
     config: Any, options: argparse.Namespace, adapter: Adapter | None, *, embeds_sentences: bool
 ) -> tuple[str, Any]:
@@ -4546,11 +5078,10 @@ def choose_task(
 
     Raises ConversionError (USAGE) that lists the tasks that fit.
     """
-    transformers = import_transformers()
     from optimum.exporters.tasks import TasksManager
 
-    name = str((getattr(config, "architectures", None) or [""])[0])
-    own = getattr(transformers, name, None)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    own = class_of_model(name, config)
     fitting = {task: cls for task in TASKS if (cls := task_class(task, config)) is not None}
     if own is not None and own not in fitting.values():  # a part, such as an encoder alone
         fitting["feature-extraction"] = own
@@ -4560,7 +5091,7 @@ def choose_task(
     else:
         known = next((task for task, cls in fitting.items() if cls is own), None)
         task, why = (known, f"its class, {name}") if known else (DEFAULT_TASK, "the default")
-        trained_for = str(adapter.settings.get("task_type")) if adapter else ""
+        trained_for = (adapter.settings.name("task_type") or "") if adapter else ""
         if ADAPTER_TASKS.get(trained_for) in fitting:
             task, why = ADAPTER_TASKS[trained_for], f"the adapter's task_type, {trained_for}"
         if embeds_sentences and "sentence-similarity" in fitting:
@@ -4575,7 +5106,13 @@ def choose_task(
 
 
 def load_pretrained(  # noqa: PLR0913, PLR0917
-    folder: Path, config: Any, task: str, cls: Any, adapter: Adapter | None, options: argparse.Namespace
+    folder: Path,
+    config: Any,
+    weights: dict[str, Tensor],
+    task: str,
+    cls: Any,
+    adapter: Adapter | None,
+    options: argparse.Namespace,
 ) -> FolderModel:
     """The model with every weight that it needs, and with its `adapter`'s, in the dtype of --dtype.
 
@@ -4584,8 +5121,9 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     import torch
 
     own = adapter.own if adapter else {}
-    weights = load_folder(folder, trust=options.trust_pickle)
-    try:
+    size = sum(tensor.nbytes for tensor in (*weights.values(), *own.values()))
+    what, advice = f"{options.input}: transformers cannot load it", "check config.json, and copy the whole folder again"
+    with naming(options.input), explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights) + len(own), size):
         if adapter:
             fit_config(folder, config, cls, adapter)
         model, told = cls.from_pretrained(
@@ -4598,12 +5136,6 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
             trust_remote_code=options.trust_remote_code,
             ignore_mismatched_sizes=True,  # they are an error of our own below
         )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # damaged headers, packages that are not there
-        raise ConversionError(
-            ExitStatus.INPUT, f"{options.input}: transformers cannot load it ({first_line(error)})"
-        ) from error
     resized = {name: sizes for name, *sizes in told["mismatched_keys"]}
     for name in sorted(resized.keys() - own.keys()):
         stored, wanted = resized[name]
@@ -4637,7 +5169,7 @@ def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
             file = folder / name
             if name.endswith(".bin"):  # what may be wrong with it names it
                 file = file.resolve()
-            content = state_dict_of(load(detect(file), trust=trust).content)
+            content = state_dict_of(load(detect_file(file), trust=trust).content)
             if content is None:
                 raise ConversionError(ExitStatus.INPUT, f"{name} does not hold a state dict; save the model again")
             return content
@@ -4652,6 +5184,26 @@ def is_timm(config: Mapping[str, Any]) -> bool:
     return "model_type" not in config and isinstance(config.get("pretrained_cfg"), dict) and "architecture" in config
 
 
+def pretrained_settings(settings: Settings) -> dict[str, Any]:
+    """What timm may know of a config.json's pretrained_cfg: sizes, statistics and layers, and no place of weights."""
+    given = settings.section("pretrained_cfg") or Settings({}, settings.where)
+    known: dict[str, Any] = {
+        "input_size": given.numbers("input_size", 3, 1, MAX_IMAGE_EDGE, whole=True),
+        "pool_size": given.numbers("pool_size", 2, 1, MAX_IMAGE_EDGE, whole=True),
+        "mean": given.numbers("mean", None, -MAX_STATISTIC, MAX_STATISTIC),
+        "std": given.numbers("std", None, -MAX_STATISTIC, MAX_STATISTIC),
+        "crop_pct": given.number("crop_pct", 0, 100),
+        "crop_mode": given.name("crop_mode"),
+        "interpolation": given.name("interpolation"),
+        "num_classes": given.integer("num_classes", 0, MAX_ARGUMENT),
+        "fixed_input_size": given.flag("fixed_input_size"),
+    }
+    for key in ("first_conv", "classifier"):  # the names of layers: one, or several
+        several = isinstance(given.content.get(key), list)
+        known[key] = tuple(given.names(key)) if several else given.name(key)
+    return {key: value for key, value in known.items() if value is not None}
+
+
 def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
     """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
 
@@ -4660,26 +5212,25 @@ def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
     """
     import torch
 
-    timm, settings = import_library("timm"), read_json(folder / "config.json")
-    name, classes = settings["architecture"], settings.get("num_classes")
-    if not isinstance(name, str) or not timm.is_model(name):
-        known = f"timm {timm.__version__} knows no architecture {shorten(repr(name), 60)}"
-        raise ConversionError(ExitStatus.INPUT, f"{options.input}: {known}; check config.json")
-    config = settings["pretrained_cfg"]
-    try:
-        arguments = {"num_classes": classes, **(settings.get("model_args") or {})}
-        with without_initialisation():
+    timm = import_library("timm")
+    weights = load_folder(folder, trust=options.trust_pickle)
+    with naming(options.input):
+        settings = Settings(read_json(folder / "config.json"), "config.json")
+        name, config = settings.name("architecture"), pretrained_settings(settings)
+        arguments = {"num_classes": settings.integer("num_classes", 0, MAX_ARGUMENT)}
+        if model_args := settings.section("model_args"):
+            arguments |= architecture_arguments(model_args.content, model_args.where)
+        if not name or names_a_place(name) or not timm.is_model(name):
+            known = f"timm {timm.__version__} knows no architecture {shorten(repr(name), 60)}"
+            raise DamagedFileError(f"{known}; check config.json")
+        check_sizes(settings.content, weights)
+        size = sum(tensor.nbytes for tensor in weights.values())
+        what, advice = f"{options.input}: timm cannot build {name} as config.json says", "repair config.json"
+        with explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights), size), without_initialisation():
             model = timm.create_model(name, pretrained=False, pretrained_cfg=config, checkpoint_path="", **arguments)
-    except Exception as error:  # whatever its constructor raises
-        raise ConversionError(
-            ExitStatus.INPUT, f"{options.input}: timm cannot build {name} as config.json says ({first_line(error)})"
-        ) from error
-    size = preprocessing(model, None).get("size")
-    images = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
-    if not images or not isinstance(getattr(model, "num_classes", None), int):
+    if len(preprocessing(model, None).size or ()) != 3 or not isinstance(getattr(model, "num_classes", None), int):
         what = "needs an input_size and no features_only to be an image model"
         raise ConversionError(ExitStatus.INPUT, f"{options.input}: config.json {what}; repair it")
-    weights = load_folder(folder, trust=options.trust_pickle)
     model = (
         model.eval().requires_grad_(requires_grad=False).to(options.device, getattr(torch, DTYPE_NAMES[options.dtype]))
     )
@@ -4720,7 +5271,8 @@ PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 LORA_TENSOR = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<part>A|B|magnitude_vector)(\.(?P<kind>weight|bias))?")
 # A key of rank_pattern or alpha_pattern, a regular expression: of two repetitions at most, more may take for ever.
 LAYER_PATTERN = re.compile(r"(?!(.*[*+]){3})[^(){}?]+")
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # the hub's oldest models have no owner in their names
+HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)  # the oldest models have no owner there
+REVISION = re.compile(r"[\w.-]{1,100}", re.ASCII)
 MERGE_IT = "merge it where it was trained (merge_and_unload of peft), and pass the saved result"
 
 
@@ -4729,88 +5281,139 @@ class Adapter(NamedTuple):
 
     folder: Path
     base: Path
-    settings: Mapping[str, Any]
+    settings: Settings
     own: dict[str, Tensor]
     layers: dict[str, dict[str, Tensor]]
     beneath: frozenset[str]  # those of `own` that lie under LoRA's parts: the base's, saved since tokens were added
 
 
-def check_adapter(settings: Mapping[str, Any]) -> None:
+def check_adapter(settings: Settings) -> None:
     """Raise DamagedFileError for an adapter that is not LoRA, or whose settings cannot be used."""
-    kind, start = settings.get("peft_type"), settings.get("init_lora_weights")
+    kind, start = settings.content.get("peft_type"), settings.content.get("init_lora_weights")
     if kind != "LORA":
-        what = f"the adapter's peft_type is {shorten(repr(kind), 40)}, and only LORA can be merged here"
+        what = f"the adapter's peft_type is {shown(kind)}, and only LORA can be merged here"
         raise DamagedFileError(f"{what}; {MERGE_IT}")
-    beyond = [key for key in BEYOND_LORA if settings.get(key)]
+    beyond = [key for key in BEYOND_LORA if settings.content.get(key)]
     if isinstance(start, (dict, list)) or start not in PLAIN_STARTS:
-        beyond.append(f"init_lora_weights {shorten(repr(start), 40)}")
+        beyond.append(f"init_lora_weights {shown(start)}")
     if beyond:
         raise DamagedFileError(f"the adapter is more than plain LoRA ({beyond[0]}); {MERGE_IT}")
-    patterns = [settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+    settings.integer("r", 1, MAX_ARGUMENT)
+    settings.number("lora_alpha", -MAX_ARGUMENT, MAX_ARGUMENT)
+    settings.name("task_type")
+    for flag in ("use_dora", "use_rslora"):
+        settings.flag(flag)
+    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = settings.section(key) or Settings({}, key)
+        for pattern in patterns.content:
+            patterns.integer(pattern, 1, MAX_ARGUMENT) if whole else patterns.number(
+                pattern, -MAX_ARGUMENT, MAX_ARGUMENT
+            )
+            check_layer_pattern(pattern, patterns.where)
+
+
+def check_layer_pattern(pattern: str, where: str) -> None:
+    """Raise DamagedFileError for a regular expression that is none, or that could search for ever."""
     try:
-        numbers = [settings.get("r", 8), settings.get("lora_alpha", 8), *(n for p in patterns for n in p.values())]
-        usable = all(isinstance(number, (int, float)) and abs(number) < 2**31 for number in numbers)
-        usable = usable and all(LAYER_PATTERN.fullmatch(key) and re.compile(key) for p in patterns for key in p)
-    except (AttributeError, re.error):
-        usable = False
+        usable = len(pattern) <= 1000 and LAYER_PATTERN.fullmatch(pattern) and re.compile(pattern)
+    except re.error:
+        usable = None
     if not usable:
-        keys = "r, lora_alpha, rank_pattern or alpha_pattern"
-        raise DamagedFileError(f"adapter_config.json has {keys} that cannot be used; {MERGE_IT}")
+        raise DamagedFileError(f"{where} has {shown(pattern)}, a pattern that cannot be used; {MERGE_IT}")
 
 
-def read_adapter(folder: Path, options: argparse.Namespace) -> Adapter | None:
-    """The adapter in a vetted folder; None where there is none. Raises ConversionError (INPUT)."""
-    if not (folder / "adapter_config.json").exists():
+def read_adapter(folder: VettedFolder, options: argparse.Namespace) -> Adapter | None:
+    """The adapter in a vetted folder; None where there is none. Raises ConversionError."""
+    if "adapter_config.json" not in folder.files:
+        check_no_base(options)
         return None
-    settings = read_json(folder / "adapter_config.json")
     own: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Tensor]] = {}
-    try:
+    with naming(folder.path):
+        settings = folder.settings("adapter_config.json")
         check_adapter(settings)
-        for name, tensor in adapter_tensors(folder, options).items():
+        for name, tensor in adapter_tensors(folder.path, options).items():
             place = name.removeprefix("base_model.model.")
             if match := LORA_TENSOR.fullmatch(place):
                 layers.setdefault(match["layer"], {})["bias" if match["kind"] == "bias" else match["part"]] = tensor
             else:
                 own[place.replace(".base_layer.", ".")] = tensor
-        base = base_folder(folder, settings, options)
-    except DamagedFileError as error:
-        raise ConversionError(error.status, f"{folder}: {error}") from None
+        base = base_folder(folder.path, settings, options)
     beneath = frozenset(name for name in own if name.rpartition(".")[0] in layers)
-    return Adapter(folder, base, settings, own, layers, beneath)
+    return Adapter(folder.path, base, settings, own, layers, beneath)
+
+
+def check_no_base(options: argparse.Namespace) -> None:
+    """Raise ConversionError (USAGE) for --base with what is no adapter."""
+    if options.base:
+        what = f"--base {options.base}: {options.input} is no adapter, which alone has a base"
+        raise ConversionError(ExitStatus.USAGE, f"{what}; leave --base out")
 
 
 def adapter_tensors(folder: Path, options: argparse.Namespace) -> dict[str, Tensor]:
     """The tensors of an adapter, read inertly; raises DamagedFileError where there are none."""
     file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
-    tensors = state_dict_of(load(detect(file), trust=options.trust_pickle).content) if file else None
+    tensors = state_dict_of(load(detect_file(file), trust=options.trust_pickle).content) if file else None
     if not tensors:
         raise DamagedFileError(f"it has no weights, neither {' nor '.join(ADAPTER_FILES)}; copy or download them")
     check_weights(tensors.values(), folder)
     return tensors
 
 
-def base_folder(folder: Path, settings: Mapping[str, Any], options: argparse.Namespace) -> Path:
-    """The folder of the model that an adapter belongs to: a path, else a name on the hub.
+def base_folder(folder: Path, settings: Settings, options: argparse.Namespace) -> Path:
+    """The folder of the model that an adapter belongs to: what --base names, else one inside the adapter's own folder.
 
-    Raises DamagedFileError, or ConversionError (INPUT), that says how to supply it.
+    A file is never followed to another place, on this machine or on the hub. Raises DamagedFileError, or
+    ConversionError (INPUT), that says how to supply it.
     """
-    name, revision = settings.get("base_model_name_or_path") or ".", settings.get("revision")
-    shown = shorten(repr(name), 200)
-    advice = "put the path of its folder into base_model_name_or_path of adapter_config.json"
-    if isinstance(name, str) and "\0" not in name and (folder / name).is_dir():
-        base = (folder / name).resolve()
-    elif isinstance(name, str) and HUB_NAME.fullmatch(name):
-        LOG.info(f"adapter: its base model is {name}")
-        base = download(name, revision if isinstance(revision, str) else None, options, otherwise=f"or {advice}").path
-    else:
-        raise DamagedFileError(f"the adapter's base model, {shown}, is not there; {advice}")
+    recorded = settings.name("base_model_name_or_path") or "."
+    base = named_base(options.base, recorded, settings, options) if options.base else inner_base(folder, recorded)
+    if base is None:
+        advice = base_advice(folder, recorded)
+        raise DamagedFileError(f"the adapter was trained on {shown(recorded)}, which is not in its folder: {advice}")
     if base.samefile(folder):
         if not (base / "config.json").exists():
-            raise DamagedFileError(f"the adapter names no base model; {advice}")
+            raise DamagedFileError("the adapter names no base model: pass --base FOLDER, or --base OWNER/MODEL")
     elif (base / "adapter_config.json").exists():
-        raise DamagedFileError(f"the adapter's base model, {shown}, is an adapter itself; merge that first")
+        raise DamagedFileError(f"the adapter's base model, {shown(base.name)}, is an adapter itself; merge that first")
     return base
+
+
+def inner_base(folder: Path, recorded: str) -> Path | None:
+    """The folder inside an adapter's own that its settings name; None where they name another place."""
+    place = Path(os.path.normpath(recorded))
+    if "\0" in recorded or place.is_absolute() or ".." in place.parts or not (folder / place).is_dir():
+        return None
+    base, root = (folder / place).resolve(), folder.resolve()
+    return base if base == root or root in base.parents else None
+
+
+def named_base(name: str, recorded: str, settings: Settings, options: argparse.Namespace) -> Path:
+    """The folder, or the model of the hub, that --base names; that one in the revision which the adapter records."""
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    if not HUB_NAME.fullmatch(name):
+        raise ConversionError(ExitStatus.USAGE, f"--base {name}: there is no such folder, nor can the hub have it")
+    revision = settings.name("revision") if name == recorded else None
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise settings.misfit("revision", "a branch, tag or commit")
+    LOG.info(f"adapter: its base model is {name}")
+    return download(name, revision, options, otherwise="or pass --base FOLDER").path
+
+
+def base_advice(folder: Path, recorded: str) -> str:
+    """The option that supplies an adapter's base, ready to be copied where the recorded name is harmless."""
+    import shlex
+
+    usual = "pass --base FOLDER, or --base OWNER/MODEL to download it"
+    if not recorded.isprintable() or len(recorded) > 200 or recorded.startswith("-"):
+        return usual
+    beside = Path(os.path.normpath(folder / recorded))
+    if beside.is_dir():
+        return f"pass --base {shlex.quote(str(beside))}"
+    if HUB_NAME.fullmatch(recorded):
+        return f"pass --base {shlex.quote(recorded)} to download it, or --base FOLDER"
+    return usual
 
 
 def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
@@ -4829,8 +5432,7 @@ def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
         elif expected[name].shape[0] == getattr(config, "vocab_size", None):
             told["vocab_size"] = config.vocab_size = tensor.shape[0]
     content = read_json(folder / "config.json") | told
-    (folder / "config.json").unlink()  # it may be a link to the base's
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    rewrite_settings(folder / "config.json", content)
 
 
 def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
@@ -4842,7 +5444,7 @@ def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
     import torch
 
     def misfit(what: str) -> ConversionError:
-        advice = "pass the --task that it was trained for, or name its true base in adapter_config.json"
+        advice = "pass the --task that it was trained for, or its true base with --base"
         where = f"{adapter.folder}: the adapter does not fit {type(model).__name__} of {adapter.base}"
         return ConversionError(ExitStatus.INPUT, f"{where}: {shorten(what, 300)}; {advice}")
 
@@ -4867,15 +5469,14 @@ def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
     LOG.info(f"adapter: merged into {len(adapter.layers)} layers of {adapter.base}; {len(own)} tensors replaced")
 
 
-def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]) -> None:
+def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Settings) -> None:
     """Add LoRA's product to the weight of `layer`, and scale its rows to DoRA's magnitudes; ValueError for a misfit."""
     from torch import nn
 
     def setting(patterns: str, otherwise: str) -> float:
-        fitting = (
-            value for key, value in (settings.get(patterns) or {}).items() if re.match(rf"(.*\.)?({key})$", name)
-        )
-        return next(fitting, settings.get(otherwise, 8))
+        known = settings.content.get(patterns) or {}
+        fitting = (value for key, value in known.items() if re.match(rf"(.*\.)?({key})$", name))
+        return next(fitting, settings.content.get(otherwise, 8))
 
     conv1d = import_library("transformers.pytorch_utils").Conv1D
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -4885,7 +5486,7 @@ def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Ma
     weight, rank = layer.weight.detach(), setting("rank_pattern", "r")
     rows = (weight.t() if turned else weight.flatten(1)).float()
     wanted = {"A": (rank, rows.shape[1]), "B": (rows.shape[0], rank)}
-    if settings.get("use_dora"):
+    if settings.flag("use_dora"):
         wanted["magnitude_vector"] = (rows.shape[0],)
     if "bias" in parts and getattr(layer, "bias", None) is not None:
         wanted["bias"] = (rows.shape[0],)
@@ -4896,9 +5497,9 @@ def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Ma
     found = {part: tuple(value.shape) for part, value in flat.items()}
     if rank < 1 or found != wanted:
         raise ValueError(f"LoRA's parts have the sizes {found}, not {wanted}")
-    scale = setting("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    scale = setting("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if settings.flag("use_rslora") else rank)
     rows = rows + scale * (flat["B"] @ flat["A"])
-    if settings.get("use_dora"):
+    if settings.flag("use_dora"):
         rows *= flat["magnitude_vector"][:, None] / rows.norm(dim=1, keepdim=True)
     merged = (rows.t() if turned else rows).reshape(weight.shape).to(weight.dtype).contiguous()
     layer.weight = nn.Parameter(merged, requires_grad=False)  # where another layer shares it, that keeps the base's
@@ -5039,35 +5640,61 @@ def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:
     return next((item for enum in enums for item in enum if item.meta.get("num_params") == parameters), None)
 
 
-def preprocessing(model: nn.Module, class_name: str | None) -> dict[str, Any]:
+MAX_IMAGE_EDGE = 4096  # pixels: the largest known processors make 2560
+MAX_STATISTIC = 1e6  # of a mean or a deviation
+
+
+class Preprocessing(NamedTuple):
+    """What images a model was made for, as its library says: plain numbers, whatever the file holds."""
+
+    size: tuple[int, ...] | None = None  # pixels: channels, height and width, or the edges alone
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    source: str = ""  # who says so; "" where nobody does
+
+    def metadata(self) -> str:
+        """As JSON for the graph's metadata."""
+        known = {key: value for key, value in self._asdict().items() if value is not None}
+        return json.dumps(known, sort_keys=True)
+
+
+def image_edges(value: object) -> tuple[int, ...] | None:
+    """Sizes of images from a file or an object of its; None where they are none."""
+    edges = plain_numbers([value] if type(value) is int else value, 1, MAX_IMAGE_EDGE, whole=True)
+    return edges if edges and len(edges) <= 3 else None
+
+
+def statistics(value: object) -> tuple[float, ...] | None:
+    """A mean or deviation for each channel; None where it is none."""
+    return plain_numbers(value, -MAX_STATISTIC, MAX_STATISTIC)
+
+
+def preprocessing(model: nn.Module, class_name: str | None) -> Preprocessing:
     """Size (pixels), mean and std of the images the model was made for, where its library says so; else empty."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if isinstance(config, dict) and "input_size" in config:
-        known = {"size": config["input_size"], "mean": config.get("mean"), "std": config.get("std")}
-        return {**known, "source": "timm pretrained_cfg"}
+    if isinstance(config, dict) and (size := image_edges(config.get("input_size"))):
+        return Preprocessing(size, statistics(config.get("mean")), statistics(config.get("std")), "timm pretrained_cfg")
     weights = torchvision_weights(model, class_name)
     if weights is None:
-        return {}
+        return Preprocessing()
     transforms = weights.transforms()
-    size = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None)
-    known = {"size": size, "mean": getattr(transforms, "mean", None), "std": getattr(transforms, "std", None)}
-    return {**{key: value for key, value in known.items() if value is not None}, "source": f"torchvision {weights}"}
+    size = image_edges(getattr(transforms, "crop_size", None)) or image_edges(getattr(transforms, "resize_size", None))
+    mean, std = (statistics(getattr(transforms, name, None)) for name in ("mean", "std"))
+    return Preprocessing(size, mean, std, f"torchvision {weights}")
 
 
-def library_guess(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
+def library_guess(model: nn.Module, known: Preprocessing) -> Iterator[Guess]:
     """Shapes from the library's metadata and from the model's own image_size."""
     layer = first_layer(model)
-    sizes = known.get("size") or getattr(model, "image_size", None) or getattr(model, "img_size", None)
-    if sizes is None or layer is None or layer[0] != "Conv2d" or not isinstance(sizes, (int, list, tuple)):
+    own = image_edges(getattr(model, "image_size", None)) or image_edges(getattr(model, "img_size", None))
+    sizes = known.size or own
+    if sizes is None or layer is None or layer[0] != "Conv2d":
         return
-    height, width = (
-        (sizes, sizes) if isinstance(sizes, int) else (sizes[0], sizes[0]) if len(sizes) == 1 else sizes[-2:]
-    )
     planes = next(iter(image_shapes(layer[1])))[1]
-    yield Guess([InputShape((1, planes, int(height), int(width)))], known.get("source") or "the model's image size")
+    yield Guess([InputShape((1, planes, *(sizes * 2)[-2:]))], known.source or "the model's image size")
 
 
-def input_guesses(model: nn.Module, loaded: Loaded, known: Mapping[str, Any]) -> Iterator[Guess]:
+def input_guesses(model: nn.Module, loaded: Loaded, known: Preprocessing) -> Iterator[Guess]:
     """What the model tells about its inputs, the surest first; the spec's 1,3,224,224 last."""
     if loaded.examples:
         yield Guess(list(loaded.examples), "the inputs recorded in the file")
@@ -5436,7 +6063,7 @@ def check_finite(case: Case) -> None:
 
 
 def propose_inputs(
-    model: nn.Module, loaded: Loaded, known: Mapping[str, Any], options: argparse.Namespace
+    model: nn.Module, loaded: Loaded, known: Preprocessing, options: argparse.Namespace
 ) -> Iterator[Guess]:
     """The user's shapes, or what the model tells; raises ConversionError (USAGE) where the number cannot be right."""
     names, required = forward_parameters(model)
@@ -5465,7 +6092,7 @@ def propose_inputs(
 
 
 def settle_inputs(
-    model: nn.Module, loaded: Loaded, known: Mapping[str, Any], options: argparse.Namespace
+    model: nn.Module, loaded: Loaded, known: Preprocessing, options: argparse.Namespace
 ) -> tuple[Reference, Case]:
     """The first proposed inputs that the model accepts, and its answer at exactly those sizes."""
     dtype = float_dtype(model)
@@ -5515,7 +6142,7 @@ def other_sizes(size: int, *, larger: bool, turn: int) -> list[int]:
     return [size + step if larger else size - step for step in steps if larger or size > step]
 
 
-def make_plan(model: nn.Module, loaded: Loaded, known: Mapping[str, Any], options: argparse.Namespace) -> Plan:
+def make_plan(model: nn.Module, loaded: Loaded, known: Preprocessing, options: argparse.Namespace) -> Plan:
     """Settle the inputs, find out which axes really are free, and take PyTorch's answers at several sizes."""
     reference, given = settle_inputs(model, loaded, known, options)
     base = {name: spec.dims[axis] for spec in reference.specs for axis, name in spec.axes.items()}
@@ -5737,13 +6364,44 @@ def text_specs(model: Any, task: str) -> list[InputSpec]:
     return [spec._replace(dims=(*dims, 4)) if spec.name == "bbox" else spec for spec in specs]
 
 
+MAX_WINDOW = 8192  # tokens: twice the widest local attention that a text is made for
+
+
 def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
     """The sizes to try, with one that is longer than the window of local attention where the model has one."""
     windows = [getattr(config, name, None) for name in ("attention_window", "local_attention")]
     widest = max((window if isinstance(window, int) else max(window) for window in windows if window), default=0)
-    if not 0 < 2 * widest < getattr(config, "max_position_embeddings", math.inf):
+    if not 0 < 2 * widest < min(getattr(config, "max_position_embeddings", math.inf), MAX_WINDOW):
         return TEXT_SIZES
     return (*TEXT_SIZES, {BATCH: 1, SEQUENCE: widest + 3})
+
+
+def config_number(config: Any, names: str, otherwise: int, high: int) -> int:
+    """The first of the attributes `names` of a configuration that is set, a whole number from 1 to `high`.
+
+    Raises ConversionError (INPUT) for one of another kind.
+    """
+    name = next((name for name in names.split() if getattr(config, name, None)), None)
+    value = getattr(config, name) if name else otherwise
+    if type(value) is not int or not 1 <= value <= high:
+        raise DamagedFileError(f"config.json: {name} is {shown(value)}, not a whole number from 1 to {high}; repair it")
+    return value
+
+
+def processor_size(settings: Settings) -> tuple[int, int, bool] | None:
+    """Height and width of the images that a processor makes, and whether it keeps their proportions; None if untold."""
+    crops = settings.flag("do_center_crop") and settings.content.get("crop_size")
+    key = "crop_size" if crops else "size"
+    value = settings.content.get(key)
+    if isinstance(value, dict):
+        size = Settings(value, f"{settings.where}: {key}")
+        edge = size.integer("shortest_edge", 1, MAX_IMAGE_EDGE) or 224
+        height, width = (size.integer(name, 1, MAX_IMAGE_EDGE) or edge for name in ("height", "width"))
+        return height, width, "longest_edge" in value
+    edges = image_edges(value)
+    if value is not None and edges is None:
+        raise settings.misfit(key, f"whole numbers from 1 to {MAX_IMAGE_EDGE}")
+    return (edges[0], edges[-1], False) if edges else None
 
 
 def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
@@ -5752,22 +6410,17 @@ def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
     Told by preprocessor_config.json, else by the model's own image_size; 3, 224 and 224 where nothing tells.
     """
     vision = getattr(config, "vision_config", config)
-    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    channels = config_number(vision, "num_channels in_channels", IMAGE_CHANNELS, MAX_IMAGE_EDGE)
     file = folder / "preprocessor_config.json"
-    settings = read_json(file) if file.exists() else {}
-    size = settings.get("size")
-    if settings.get("do_center_crop") and settings.get("crop_size"):
-        size = settings["crop_size"]
-    free = isinstance(size, dict) and "longest_edge" in size
+    if file.exists() and (size := processor_size(Settings(read_json(file), file.name))):
+        return channels, *size
     own = getattr(vision, "image_size", None)
-    if isinstance(own, (int, list, tuple)) and not free:
-        size = own if size is None or (isinstance(own, int) and not settings) else size
-    if isinstance(size, dict):
-        edge = size.get("shortest_edge") or 224
-        return channels, size.get("height", edge), size.get("width", edge), free
-    if isinstance(size, (list, tuple)):
-        return channels, int(size[0]), int(size[-1]), free
-    return channels, size or 224, size or 224, free
+    if not isinstance(own, (int, list, tuple)):
+        return channels, 224, 224, False
+    if not (edges := image_edges(own)):
+        what = f"whole numbers from 1 to {MAX_IMAGE_EDGE}"
+        raise DamagedFileError(f"config.json: image_size is {shown(own)}, not {what}; repair it")
+    return channels, edges[0], edges[-1], False
 
 
 def image_spec(model: Any, folder: Path, task: str) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
@@ -5782,21 +6435,27 @@ def image_spec(model: Any, folder: Path, task: str) -> tuple[InputSpec, tuple[di
     return spec, tuple({BATCH: batch, **size} for batch, size in zip((2, 1, 3), sizes, strict=True))
 
 
+MAX_FRAMES = 16_384  # of a spectrogram: Whisper's has 3,000
+
+
 def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
     """input_values (samples, or a spectrogram of fixed length) or input_features (mel spectrogram)."""
     config, name, dtype = model.config, model.main_input_name, float_dtype(model)
     batches: tuple[dict[str, int], ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
-    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None)
-    if name == "input_values" and bins and getattr(config, "max_length", None):  # AST
-        return InputSpec(name, (2, config.max_length, bins), dtype, {0: BATCH}), batches
+    bins = config_number(config, "num_mel_bins input_feat_per_channel", 80, MAX_IMAGE_EDGE)
+    if name == "input_values" and getattr(config, "num_mel_bins", None) and getattr(config, "max_length", None):  # AST
+        return InputSpec(
+            name, (2, config_number(config, "max_length", 1, MAX_FRAMES), bins), dtype, {0: BATCH}
+        ), batches
     if name == "input_values":
         lengths = (AUDIO_SAMPLES, AUDIO_SAMPLES // 2 + 80, AUDIO_SAMPLES + 4321)
         sizes = tuple({**batch, "audio_length": length} for batch, length in zip(batches, lengths, strict=True))
         return InputSpec(name, (2, AUDIO_SAMPLES), dtype, {0: BATCH, 1: "audio_length"}), sizes
     if getattr(config, "model_type", "") == "whisper":  # bins first, and always 30 seconds
-        return InputSpec(name, (2, bins, 2 * config.max_source_positions), dtype, {0: BATCH}), batches
+        frames = 2 * config_number(config, "max_source_positions", 1, MAX_FRAMES)
+        return InputSpec(name, (2, bins, frames), dtype, {0: BATCH}), batches
     sizes = tuple({**batch, "frames": frames} for batch, frames in zip(batches, (96, 64, 160), strict=True))
-    return InputSpec(name, (2, 96, bins or 80), dtype, {0: BATCH, 1: "frames"}), sizes
+    return InputSpec(name, (2, 96, bins), dtype, {0: BATCH, 1: "frames"}), sizes
 
 
 def named_call(model: nn.Module, names: Sequence[str], choose: Callable[[Any], dict[str, Tensor]]) -> nn.Module:
@@ -5848,9 +6507,23 @@ def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
 POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
            "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_lasttoken": "lasttoken",
            "pooling_mode_weightedmean_tokens": "weightedmean"}  # fmt: skip
+# Activations of torch.nn that a Dense module may name; they are built without arguments.
+ACTIVATIONS = words(
+    """CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU Sigmoid
+    Softplus Softsign Tanh Tanhshrink"""
+)
+SentenceStep = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 
 
-def sentence_steps(folder: Path, *, trust: bool) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def module_folder(module: Settings) -> str:
+    """The folder of a module of sentence-transformers, beside modules.json or "" for that folder itself."""
+    name = module.name("path") or ""
+    if os.path.basename(name) != name or name in (".", ".."):  # noqa: PTH119  (text)
+        raise module.misfit("path", "the name of a folder beside it")
+    return name
+
+
+def sentence_steps(folder: VettedFolder, *, trust: bool) -> list[SentenceStep]:
     """What a sentence-transformers folder does with the states: functions of states, mask and the vector so far.
 
     Raises ConversionError (INPUT) for a module that is not known. Without modules.json the mean, as
@@ -5858,46 +6531,69 @@ def sentence_steps(folder: Path, *, trust: bool) -> list[Callable[[Tensor, Tenso
     """
     import torch
 
-    def pooling(settings: Mapping[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        named = settings.get("pooling_mode")
-        modes = [named] if isinstance(named, str) else named or [POOLING[key] for key in POOLING if settings.get(key)]
-        return lambda states, mask, _: torch.cat([pool(states, mask, mode) for mode in modes], -1)
-
-    if not (folder / "modules.json").exists():
+    if "modules.json" not in folder.files:
         LOG.warn("no modules.json says how words become a sentence: it is their mean, as sentence-transformers does")
-        return [pooling({"pooling_mode": "mean"})]
-    steps = []
-    for module in read_json(folder / "modules.json")[1:]:
-        kind, place = str(module.get("type")).rpartition(".")[2], folder / os.path.basename(str(module.get("path")))  # noqa: PTH119
-        if kind == "Pooling":
-            steps.append(pooling(read_json(place / "config.json")))
-        elif kind == "Normalize":
-            steps.append(lambda _states, _mask, vector: torch.nn.functional.normalize(vector, dim=-1))
-        elif kind == "Dense":
-            steps.append(dense_step(place, trust=trust))
-        else:
-            raise ConversionError(
-                ExitStatus.INPUT,
-                f"modules.json names {shorten(str(module.get('type')), 60)!r}, which is not known here",
-            )
+        return [pooling_step(["mean"])]
+    steps: list[SentenceStep] = []
+    with naming(folder.path):
+        for module in folder.modules()[1:]:
+            kind = (module.name("type") or "").rpartition(".")[2]
+            if kind == "Pooling":
+                steps.append(pooling_step(pooling_modes(module_settings(folder, module))))
+            elif kind == "Normalize":
+                steps.append(lambda _states, _mask, vector: torch.nn.functional.normalize(vector, dim=-1))
+            elif kind == "Dense":
+                steps.append(dense_step(folder, module, trust=trust))
+            else:
+                raise module.misfit("type", "Pooling, Normalize or Dense, which are all that is known here")
     return steps
 
 
-def dense_step(folder: Path, *, trust: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def module_settings(folder: VettedFolder, module: Settings) -> Settings:
+    """The settings of a module of sentence-transformers."""
+    name = f"{module_folder(module)}/config.json".lstrip("/")
+    return Settings(parse_json(read_bounded(folder.path / name, MAX_JSON_BYTES, name), name), name)
+
+
+def pooling_modes(settings: Settings) -> list[str]:
+    """How words become a sentence, by the settings of a Pooling module; raises DamagedFileError for unknown ways."""
+    named = settings.content.get("pooling_mode")
+    modes = [named] if isinstance(named, str) else settings.names("pooling_mode")
+    flags = [key for key in settings.content if key.startswith("pooling_mode_") and settings.flag(key)]
+    modes = modes or [POOLING.get(key, key) for key in flags]
+    unknown = [mode for mode in modes if mode not in POOLING.values()]
+    if unknown or not modes:
+        what = f"the pooling mode {shown(unknown[0])}, which is not known here" if unknown else "no pooling mode"
+        raise DamagedFileError(f"{settings.where} names {what}; it can be {', '.join(POOLING.values())}")
+    return [mode for mode in POOLING.values() if mode in modes] if flags else modes
+
+
+def pooling_step(modes: Sequence[str]) -> SentenceStep:
+    """The vectors of all `modes`, one after the other."""
+    import torch
+
+    return lambda states, mask, _: torch.cat([pool(states, mask, mode) for mode in modes], -1)
+
+
+def dense_step(folder: VettedFolder, module: Settings, *, trust: bool) -> SentenceStep:
     """The Dense module of sentence-transformers: a linear layer and its activation."""
     import torch
 
-    settings = read_json(folder / "config.json")
-    name = str(settings.get("activation_function", "Identity")).rpartition(".")[2]
-    activation = getattr(torch.nn.modules.activation, name, torch.nn.Identity)()
-    file = next((file for file in (folder / "model.safetensors", folder / "pytorch_model.bin") if file.exists()), None)
-    weights = file and state_dict_of(load(detect(file), trust=trust).content)
+    settings, name = module_settings(folder, module), module_folder(module)
+    activation = (settings.name("activation_function") or "torch.nn.Identity").rpartition(".")[2]
+    if activation not in ACTIVATIONS:
+        raise settings.misfit("activation_function", "an activation of torch.nn that is known here")
+    files = [f"{name}/{file}" for file in ("model.safetensors", "pytorch_model.bin")]
+    file = next((file for file in files if os.path.lexists(folder.path / file)), files[0])
+    there = os.path.lexists(folder.path / file)
+    weights = state_dict_of(load(detect_file(folder.path / file), trust=trust).content) if there else None
     if not weights or "linear.weight" not in weights:
-        raise ConversionError(
-            ExitStatus.INPUT, f"{folder.name} has no linear.weight; copy or download the whole folder"
-        )
+        raise DamagedFileError(f"{name} has no linear.weight; copy or download the whole folder")
     matrix, bias = weights["linear.weight"], weights.get("linear.bias")
-    return lambda _states, _mask, vector: activation(torch.nn.functional.linear(vector, matrix, bias))
+    if matrix.dim() != 2 or not matrix.is_floating_point() or (bias is not None and bias.shape != matrix.shape[:1]):
+        raise DamagedFileError(f"{name} has a linear.weight or linear.bias that make no layer; download it again")
+    function = getattr(torch.nn, activation)()
+    return lambda _states, _mask, vector: function(torch.nn.functional.linear(vector, matrix, bias))
 
 
 def sentence_call(model: Any, names: Sequence[str], steps: Sequence[Callable[..., Tensor]]) -> nn.Module:
@@ -5967,7 +6663,7 @@ def timm_graph(model: Any, output: str) -> Graph:
         def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
             return {output: self.inner(pixel_values)}
 
-    size = preprocessing(model, None)["size"]
+    size = preprocessing(model, None).size or ()  # three: timm_model saw to it
     spec = InputSpec("pixel_values", (2, *size), float_dtype(model), {0: BATCH})
     sizes = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
     return Graph("model", Images(), [spec], functools.partial(example_tensors, [spec], None), sizes)
@@ -8500,47 +9196,37 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     """Convert the model in a Hugging Face folder for its task, and stage the files that belong beside the graphs."""
     check_options(options)
     trust = options.trust_remote_code
-    cleaned = vet_folder(source.path, trust=trust)
-    adapter = read_adapter(source.path, options)
+    outer = vet_folder(source.path, trust=trust)
+    adapter = read_adapter(outer, options)
     if adapter and options.external_data == "link":
         what = "what an adapter is merged into lies in no file"
         raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
-    inner = transformer_folder(adapter.base if adapter else source.path)
-    cleaned_inner = cleaned if inner == source.path else vet_folder(inner, trust=trust)
+    inner = vet_inner_folder(outer, adapter, trust=trust)
     check_folder(inner)
-    digest = ThreadPoolExecutor(1).submit(folder_digest, source.path, inner)
-    folder = copy_without_code(inner, cleaned_inner, options.staging / "source", trust=trust)
+    digest = ThreadPoolExecutor(1).submit(folder_digest, source.path, inner.path)
+    folder = copy_without_code(inner, options.staging / "source", trust=trust)
     if adapter:
-        copy_without_code(source.path, cleaned, folder, trust=trust, only=PROCESSOR_FILES)
+        copy_without_code(outer, folder, trust=trust, only=PROCESSOR_FILES)
     check_side_files(folder, options)
-    if is_timm(read_json(folder / "config.json")):
+    if is_timm(inner.settings("config.json").content):
         if adapter:
             raise ConversionError(ExitStatus.INPUT, f"{source.path}: the adapter's base is a model of timm; {MERGE_IT}")
         return convert_timm_folder(folder, {"mode": "huggingface", "source_sha256": digest.result()}, options)
-    with LOG.step(f"load: {source.path}"):
-        config = read_config(folder, trust=trust)
-        sentences = (source.path / "modules.json").exists()
-        task, cls = choose_task(config, options, adapter, embeds_sentences=sentences)
-        is_pair = config.is_encoder_decoder and task in GENERATION_TASKS
-        if is_pair:
-            check_pair_options(options)
-        found = load_pretrained(folder, config, task, cls, adapter, options)
-        check_room(found.model, options, copies=2 if is_pair else 1)  # the decoder: twice, then merged
-        check_links(found.model, options, DTYPE_NAMES)
-        if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
-            found = found._replace(steps=sentence_steps(source.path, trust=options.trust_pickle))
-    LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {task}: {source.why}")
-    metadata = {"mode": "huggingface", "task": task, **label_metadata(config)}
+    found = load_folder_model(outer, folder, adapter, options)
+    LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {found.task}: {source.why}")
+    metadata = {"mode": "huggingface", "task": found.task, **label_metadata(found.model.config)}
     unread = unread_weights(found.model) if options.no_verify else contextlib.nullcontext()
     # Without verification, the shapes of the answers alone count.
     with LOG.step("reference: PyTorch's answers"), unread, forgotten(found.model):
-        try:
+        what = f"{type(found.model).__name__} cannot be called the way that {found.task} needs"
+        advice = "try another --task, or --no-cache"
+        seconds = time_limit(GRAPH_RUNS * run_seconds(options, own_code=False))
+        wall = WALL.up(options.staging, unless=has_own_code(options))
+        # An unusual cache, call or configuration.
+        with wall, seconds, naming(source.path), explained(ExitStatus.EXPORT, what, advice):
             graphs = graphs_of(found, folder, options)
-        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # an unusual cache or call
-            what = f"{type(found.model).__name__} cannot be called the way that {task} needs ({first_line(error)})"
-            raise ConversionError(ExitStatus.EXPORT, f"{what}; try another --task, or --no-cache") from error
-        found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
-        plans = [plan_graph(graph, options) for graph in graphs]
+            found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
+            plans = [plan_graph(graph, options) for graph in graphs]
     prepare_for_export(found.model)
     metadata["source_sha256"] = digest.result()
     converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
@@ -8550,9 +9236,33 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     return converted
 
 
+def load_folder_model(
+    outer: VettedFolder, folder: Path, adapter: Adapter | None, options: argparse.Namespace
+) -> FolderModel:
+    """The model in `folder`, the staged files of the vetted ones, with the adapter and the sentence steps of `outer`."""
+    unusual = f"{outer.path}: config.json asks for what cannot be made"
+    wall = WALL.up(options.staging, unless=has_own_code(options))
+    with LOG.step(f"load: {outer.path}"), wall, naming(outer.path), explained(ExitStatus.INPUT, unusual, "repair it"):
+        weights = load_folder(folder, trust=options.trust_pickle)
+        config = read_config(folder, weights, options)
+        sentences = "modules.json" in outer.files
+        task, cls = choose_task(config, options, adapter, embeds_sentences=sentences)
+        is_pair = config.is_encoder_decoder and task in GENERATION_TASKS
+        if is_pair:
+            check_pair_options(options)
+        steps: Sequence[SentenceStep] = ()
+        if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
+            steps = sentence_steps(outer, trust=options.trust_pickle)
+        found = load_pretrained(folder, config, weights, task, cls, adapter, options)._replace(steps=steps)
+        check_room(found.model, options, copies=2 if is_pair else 1)  # the decoder: twice, then merged
+        check_links(found.model, options, DTYPE_NAMES)
+    return found
+
+
 def convert_timm_folder(folder: Path, metadata: Mapping[str, str], options: argparse.Namespace) -> list[Converted]:
     """Convert the image model in a vetted folder that timm wrote: a classifier, or without classes its features."""
-    with LOG.step(f"load: {options.input}"):
+    wall = functools.partial(WALL.up, options.staging, unless=has_own_code(options))
+    with LOG.step(f"load: {options.input}"), wall():
         model: Any = timm_model(folder, options)
     own = "image-classification" if model.num_classes else "feature-extraction"
     if options.task not in (None, own):
@@ -8562,11 +9272,12 @@ def convert_timm_folder(folder: Path, metadata: Mapping[str, str], options: argp
     LOG.info(f"mode: huggingface; {options.input.name} holds {type(model).__name__} of timm for {own}")
     check_room(model, options)
     check_links(model, options, DTYPE_NAMES)
-    with LOG.step("reference: PyTorch's answers"):
+    with LOG.step("reference: PyTorch's answers"), wall():
         plan = plan_graph(timm_graph(model, "logits" if model.num_classes else "pooler_output"), options)
-    facts = {"task": own, "preprocessing": json.dumps(preprocessing(model, None), default=str, sort_keys=True)}
-    labels = read_json(folder / "config.json").get("label_names")
-    if isinstance(labels, list):
+    facts = {"task": own, "preprocessing": preprocessing(model, None).metadata()}
+    with naming(options.input):
+        labels = Settings(read_json(folder / "config.json"), "config.json").names("label_names")
+    if labels:
         facts["id2label"] = json.dumps({str(place): label for place, label in enumerate(labels)})
     converted = [Converted(plan, export_and_verify(plan, {**metadata, **facts}, options))]
     stage_side_files(folder, options.staging / "beside")
@@ -8609,23 +9320,31 @@ def check_pair_options(options: argparse.Namespace) -> None:
         raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
 
 
-def transformer_folder(folder: Path) -> Path:
-    """Where a folder has its config.json: in the first module's folder, where sentence-transformers put it there."""
-    if (folder / "modules.json").exists() and not (folder / "config.json").exists():
-        modules = read_json(folder / "modules.json")
-        name = str(modules[0].get("path", "")) if isinstance(modules, list) and modules else ""
-        if os.path.basename(name) == name and (folder / name).is_dir():  # noqa: PTH119  (text)
-            return folder / name
-    return folder
+def vet_inner_folder(outer: VettedFolder, adapter: Adapter | None, *, trust: bool) -> VettedFolder:
+    """The folder that has the config.json: the adapter's base's, or the first module's of sentence-transformers."""
+    if adapter and not adapter.base.samefile(outer.path):
+        outer = vet_folder(adapter.base, trust=trust)
+    if "modules.json" in outer.files and "config.json" not in outer.files:
+        with naming(outer.path):
+            name = module_folder(outer.modules()[0]) if outer.modules() else ""
+        if name and (outer.path / name).is_dir():
+            return vet_folder(outer.path / name, trust=trust)
+    return outer
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ConversionError (INPUT) for what is missing, before anything heavy is imported."""
+def check_folder(vetted: VettedFolder) -> None:
+    """Raise ConversionError (INPUT) for what is missing or of a wrong type, before anything heavy is imported."""
+    folder = vetted.path
     names = sorted(entry.name for entry in folder.iterdir())
-    if "config.json" not in names:
+    if "config.json" not in vetted.files:
         raise ConversionError(ExitStatus.INPUT, f"{folder} holds no config.json; copy or download the whole folder")
-    config = read_json(folder / "config.json")
-    if not isinstance(config.get("model_type"), str) and not is_timm(config):
+    with naming(folder):
+        settings = vetted.settings("config.json")
+        settings.names("architectures")
+        settings.name("model_type")
+        settings.section("id2label")
+    config = settings.content
+    if not config.get("model_type") and not is_timm(config):
         what = "has no model_type; pass the weights' file and --model-class"
         if "_diffusers_version" in config:
             what = "is that of a model of diffusers; pass the model as torch.export.save writes it"
@@ -8645,7 +9364,7 @@ def check_folder(folder: Path) -> None:
             f"({', '.join(WEIGHT_FILES)}); copy or download it too",
         )
     for name in weights:
-        detect(folder / name)  # says what it is that is none: a pointer of Git LFS, an HTML page
+        detect_file(folder / name)  # says what it is that is none: a pointer of Git LFS, an HTML page
         try:
             safetensors_header(folder / name)
         except DamagedFileError as error:  # of many shards, that one
@@ -8675,12 +9394,9 @@ def merge_and_verify(
     cases += [widen_case(case, specs, cached=True) for case in following.cases]
     check = None
     if not options.no_verify:
-        try:
+        what = "nothing can be compared, since PyTorch itself cannot generate with this model"
+        with explained(ExitStatus.VERIFY, what, "repair config.json, or pass --no-verify for graphs without proof"):
             expected = generate_from_encoder(model, encoder.plan)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            what = f"PyTorch itself cannot generate with this model ({first_line(error)}), so nothing can be compared"
-            advice = "repair config.json, or pass --no-verify for graphs without proof"
-            raise ConversionError(ExitStatus.VERIFY, f"{what}; {advice}") from error
         check = functools.partial(check_encoder_decoder, expected, specs, encoder)
     plan = first._replace(specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check)
     folder = options.staging / "merged"
@@ -8743,7 +9459,9 @@ def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
 def label_metadata(config: Any) -> dict[str, str]:
     """The labels of a classifier as metadata."""
     labels = getattr(config, "id2label", None)
-    return {"id2label": json.dumps({str(key): value for key, value in labels.items()})} if labels else {}
+    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
+        return {}
+    return {"id2label": json.dumps({str(key): label for key, label in labels.items()})} if labels else {}
 
 
 def prepare_for_export(model: Any) -> None:
@@ -8810,7 +9528,8 @@ def stage_side_files(folder: Path, target: Path) -> None:
     """Copy what belongs beside the graph."""
     target.mkdir()
     for file in side_files(folder):
-        shutil.copyfile(file, target / file.name)
+        with open_input(file) as content, (target / file.name).open("wb") as copied:
+            shutil.copyfileobj(content, copied)
 
 
 def convert_module(
@@ -8834,8 +9553,8 @@ def convert_module(
         with LOG.step("reference: PyTorch's answers"), forgotten(model):
             known, plan = stored_plan(model, loaded, options)
     facts = {**metadata, **({"task": options.task} if options.task else {})}
-    if known:
-        facts["preprocessing"] = json.dumps(known, default=str, sort_keys=True)
+    if known.source:
+        facts["preprocessing"] = known.metadata()
     return [Converted(plan, export_and_verify(plan, facts, options))]
 
 
@@ -8966,6 +9685,7 @@ def dispatch(source: Source, options: argparse.Namespace) -> tuple[str, list[Con
     """Load `source`, and convert it in the mode that takes it; returns the mode and the graphs."""
     if source.kind is Kind.HUGGINGFACE:
         return "huggingface", convert_huggingface_model(source, options)
+    check_no_base(options)
     linkable = (Kind.CHECKPOINT, Kind.SAFETENSORS, Kind.SHARDED_WEIGHTS)
     if options.external_data == "link" and source.kind not in linkable:
         raise ConversionError(
@@ -9185,49 +9905,65 @@ def inspect_torchscript(source: Source, options: argparse.Namespace) -> dict[str
 def inspect_program(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001
     """An exported program: from its JSON, after vetting."""
     with zipfile.ZipFile(rewrite_exported_program(source.path)) as archive:
-        graph = json.loads(archive.read("model/models/model.json"))["graph_module"]
-    values = graph["graph"]["tensor_values"]
-    specs = graph["signature"]["input_specs"]
-
-    def dims(name: str) -> tuple[str, ...]:
-        sizes = [size.get("as_int", size.get("as_expr")) for size in values[name]["sizes"]]
-        return tuple(
-            str(n) if isinstance(n, int) else re.sub(r"Symbol\('(\w+)'.*\)", r"\1", n["expr_str"]) for n in sizes
-        )
-
-    def dtype(name: str) -> str:
-        return SCALAR_TYPES[values[name]["dtype"]]
-
-    inputs = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec]
-    stored = [next(iter(spec.values()))["arg"]["name"] for spec in specs if spec.keys() & {"parameter", "buffer"}]
+        data = archive.read("model/models/model.json")
+    try:
+        inputs, stored = program_tensors(json.loads(data)["graph_module"])
+        counts = count_elements((dtype, math.prod(map(int, dims))) for _, dims, dtype in stored)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"models/model.json is damaged ({first_line(error)}); export it again") from None
     return {
         "what": "an exported program",
-        **count_elements((dtype(name), math.prod(map(int, dims(name)))) for name in stored),
-        "inputs": " ".join(f"{name}:{','.join(dims(name))}:{dtype(name)}" for name in inputs),
+        **counts,
+        "inputs": " ".join(f"{name}:{','.join(dims)}:{dtype}" for name, dims, dtype in inputs),
         "mode": "pytorch",
         "command": command_for(source),
     }
 
 
+TensorFacts = tuple[str, tuple[str, ...], str]  # name, sizes and dtype
+
+
+def program_tensors(graph: Any) -> tuple[list[TensorFacts], list[TensorFacts]]:
+    """The inputs of an exported program, and the tensors that it has stored; raises what damaged JSON leads to."""
+    values, specs = graph["graph"]["tensor_values"], graph["signature"]["input_specs"]
+
+    def size_text(size: Any) -> str:
+        number = size.get("as_int", size.get("as_expr"))
+        if type(number) is int and 0 <= number < 2**48:
+            return str(number)
+        return re.sub(r"Symbol\('(\w+)'.*\)", r"\1", shorten(number["expr_str"], 200))
+
+    def facts(name: Any) -> TensorFacts:
+        dtype = values[name]["dtype"]
+        if type(name) is not str or type(dtype) is not int or dtype not in range(len(SCALAR_TYPES)):
+            raise ValueError(f"a tensor has the dtype {shown(dtype)}")
+        return shorten(name, 60), tuple(map(size_text, values[name]["sizes"])), SCALAR_TYPES[dtype]
+
+    inputs = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec]
+    stored = [next(iter(spec.values()))["arg"]["name"] for spec in specs if spec.keys() & {"parameter", "buffer"}]
+    return [*map(facts, inputs)], [*map(facts, stored)]
+
+
 def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """A Hugging Face folder: from config.json or adapter_config.json and the headers of its weights."""
-    vet_folder(source.path, trust=options.trust_remote_code)
-    if (source.path / "adapter_config.json").exists():
-        settings = read_json(source.path / "adapter_config.json")
-        check_adapter(settings)
-        what, architectures = f"an adapter (LoRA) of {shorten(str(settings.get('base_model_name_or_path')), 200)}", None
+    vetted = vet_folder(source.path, trust=options.trust_remote_code)
+    names: list[str | None]
+    if "adapter_config.json" in vetted.files:
+        with naming(source.path):
+            settings = vetted.settings("adapter_config.json")
+            check_adapter(settings)
+            base = settings.name("base_model_name_or_path")
+        what, names = f"an adapter (LoRA) of {shorten(str(base), 200)}", []
     else:
-        check_folder(source.path)
-        config = read_json(source.path / "config.json")
-        what = f"a Hugging Face model ({config.get('model_type') or 'timm'})"
-        architectures = (
-            ", ".join(map(str, config.get("architectures") or filter(None, [config.get("architecture")]))) or None
-        )
+        check_folder(vetted)
+        settings = vetted.settings("config.json")
+        what = f"a Hugging Face model ({shorten(settings.name('model_type') or 'timm', 60)})"
+        names = [*settings.names("architectures")] or [settings.name("architecture")]
     headers = [safetensors_header(file) for file in sorted(source.path.glob("*.safetensors"))]
     entries = [(entry["dtype"], math.prod(entry["shape"])) for header in headers for entry in header.values()]
     return {
         "what": what,
-        "class": architectures,
+        "class": shorten(", ".join(filter(None, names)), 200) or None,
         **count_elements(entries),
         "mode": "huggingface",
         "command": command_for(source),

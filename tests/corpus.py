@@ -936,7 +936,7 @@ def folder_items() -> list[Item]:
         folder(
             "adapter-pattern", {**adapter, "adapter_config.json": {**LORA, "rank_pattern": {"(a+)+$": 1}}}, 3, "rank"
         ),
-        folder("adapter-numbers", {**adapter, "adapter_config.json": {**LORA, "r": "4"}}, 3, "rank_pattern"),
+        folder("adapter-numbers", {**adapter, "adapter_config.json": {**LORA, "r": "4"}}, 3, "r is '4'"),
         folder("adapter-pickle", {"adapter_config.json": LORA, "adapter_model.bin": saved(touch())}, 4),
         folder("adapter-base-code", {**adapter, "base/config.json": mapped}, 4, "auto_map in config.json"),
         folder("adapter-base-link", {**adapter, "base/config.json": Path("/etc/hostname")}, 4, "link"),
@@ -1024,7 +1024,231 @@ def name_items() -> list[Item]:
     return [file(f"name-{name}", make, code, words) for name, (make, code, words) in makes.items()]
 
 
-HOSTILE = called_items() + structure_items() + script_items() + program_items() + folder_items() + name_items()
+# ---------------------------------------------------------------------------------------------------------------------
+# folders whose settings have the wrong type or size, and are otherwise sound
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def bert_files() -> dict[str, Any]:
+    """The files of a tiny BERT: config.json as a dictionary, and its weights."""
+    from safetensors.torch import save
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(**sizes, intermediate_size=16, max_position_embeddings=64))
+    config = {**model.config.to_dict(), "architectures": ["BertModel"], "dtype": "float32"}
+    return {"config.json": config, "model.safetensors": save(model.state_dict())}
+
+
+@functools.cache
+def timm_files() -> dict[str, Any]:
+    """The files of a tiny model as timm writes them for the hub."""
+    import timm
+    from safetensors.torch import save
+
+    model = timm.create_model("test_resnet", num_classes=2)
+    known = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "first_conv": "conv1", "classifier": "fc"}
+    config = {"architecture": "test_resnet", "num_classes": 2, "num_features": 96, "pretrained_cfg": known}
+    return {"config.json": config, "model.safetensors": save(model.state_dict())}
+
+
+@functools.cache
+def vit_files() -> dict[str, Any]:
+    """The files of a tiny ViT."""
+    from safetensors.torch import save
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=16))
+    config = {**model.config.to_dict(), "architectures": ["ViTForImageClassification"], "dtype": "float32"}
+    return {"config.json": config, "model.safetensors": save(model.state_dict())}
+
+
+def altered(
+    name: str, base: Callable[[], dict[str, Any]], changes: Mapping[str, Any], words: str, *, code: int = 3
+) -> Item:
+    """A sound folder with other values in config.json, and with other files: keys with a dot in them."""
+
+    def make(place: Path) -> Path:
+        files = dict(base())
+        settings = {key: value for key, value in changes.items() if "." not in key}
+        files["config.json"] = {**files["config.json"], **settings}
+        files |= {key: value for key, value in changes.items() if "." in key}
+        return folder("", files, 0).make(place)
+
+    return Item(f"folder-{name}", make, code, words)
+
+
+def sentence(name: str, words: str, *modules: Any, code: int = 3, **files: Any) -> Item:
+    """A folder of sentence-transformers with these modules after the first, and these settings of theirs."""
+    listed = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}, *modules]
+    changes = {f"{key}/config.json": content for key, content in files.items()}
+    return altered(f"sentence-{name}", bert_files, {"modules.json": listed, **changes}, words, code=code)
+
+
+def module_of(kind: Any, path: Any) -> dict[str, Any]:
+    """An entry of modules.json."""
+    return {"idx": 1, "name": "1", "path": path, "type": kind}
+
+
+def setting_items() -> list[Item]:
+    """Wrong types and sizes, one at a time; each is told by its name."""
+    pool, dense = "sentence_transformers.models.Pooling", "sentence_transformers.models.Dense"
+    dense_settings = {"in_features": 8, "out_features": 4, "bias": True}
+    tensor_files = {"model.safetensors": b""}
+    bert = [
+        ("architectures-number", {"architectures": 5}, "architectures is 5, not a list of names"),
+        ("architectures-object", {"architectures": {}}, "architectures is an object of 0 entries"),
+        ("architectures-numbers", {"architectures": [5]}, "architectures is a list of 1 entries"),
+        ("architectures-text", {"architectures": "BertModel"}, "architectures is 'BertModel'"),
+        ("type-number", {"model_type": 5}, "model_type is 5, not a string"),
+        ("type-list", {"model_type": ["bert"]}, "model_type is a list of 1 entries"),
+        ("type-unknown", {"model_type": "bertt"}, "knows no model_type 'bertt'"),
+        ("layers-text", {"num_hidden_layers": "1"}, "num_hidden_layers"),
+        ("layers-float", {"num_hidden_layers": 1.5}, "num_hidden_layers"),
+        ("layers-list", {"num_hidden_layers": [1]}, "num_hidden_layers"),
+        (
+            "layers-20000",
+            {"num_hidden_layers": 20_000},
+            "config.json asks for num_hidden_layers 20000, but the weights",
+        ),
+        (
+            "layers-hundred-million",
+            {"num_hidden_layers": 10**8},
+            "num_hidden_layers 100000000, but the weights have 23",
+        ),
+        ("layers-of-a-part", {"text_config": {"depths": [1, 10**9]}}, "depths 1000000000"),
+        ("labels-billions", {"id2label": None, "num_labels": 2 * 10**9}, "num_labels 2000000000, but the weights have"),
+        ("labels-text", {"id2label": None, "num_labels": "many"}, "config.json"),
+        ("labels-number", {"id2label": 5}, "id2label"),
+        ("labels-list", {"id2label": [1]}, "id2label"),
+        ("labels-keys", {"id2label": {"x": "y"}}, "config.json"),
+        ("vocabulary-trillion", {"vocab_size": 10**12}, "vocab_size 1000000000000"),
+        ("vocabulary-null", {"vocab_size": None}, "config.json"),
+        ("hidden-zero", {"hidden_size": 0}, ""),
+        ("hidden-negative", {"hidden_size": -8}, ""),
+        ("hidden-million", {"hidden_size": 2**20, "intermediate_size": 2**20}, ""),
+        ("hidden-text", {"hidden_size": "8"}, "hidden_size"),
+        ("heads-zero", {"num_attention_heads": 0}, ""),
+        ("heads-three", {"num_attention_heads": 3}, ""),
+        ("activation-unknown", {"hidden_act": "nope"}, ""),
+        ("activation-number", {"hidden_act": 5}, "hidden_act"),
+        ("positions-negative", {"max_position_embeddings": -1}, ""),
+        ("epsilon-text", {"layer_norm_eps": "x"}, "layer_norm_eps"),
+        ("padding-text", {"pad_token_id": "x"}, "pad_token_id"),
+        ("arguments-number", {"model_args": 5}, "model_args holds 5, not an object"),
+        (
+            "arguments-url",
+            {"backbone_kwargs": {"url": "x"}},
+            "'url' with the value 'x', which does not describe a network",
+        ),
+        ("arguments-deep", {"vision_config": {"model_args": {"pretrained": True}}}, "'pretrained'"),
+        ("architecture-place", {"vision_config": {"architecture": "local-dir:/tmp"}}, "names no architecture of timm"),
+    ]
+    refused = [
+        ("dtype-function", {"dtype": "load"}, "dtype is 'load'"),
+        ("dtype-number", {"torch_dtype": 5}, "torch_dtype is 5"),
+        ("dtype-of-a-part", {"router_dtype": "save"}, "router_dtype is 'save'"),
+    ]
+    timm = [
+        ("size-text", {"pretrained_cfg": {"input_size": "abc"}}, "input_size is 'abc', not 3 whole numbers"),
+        ("size-negative", {"pretrained_cfg": {"input_size": [3, -5, 5]}}, "input_size is a list of 3 entries"),
+        ("size-huge", {"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, "input_size"),
+        ("mean-text", {"pretrained_cfg": {"input_size": [3, 64, 64], "mean": "x"}}, "mean is 'x'"),
+        ("std-object", {"pretrained_cfg": {"input_size": [3, 64, 64], "std": {}}}, "std is an object of 0 entries"),
+        ("classifier-number", {"pretrained_cfg": {"input_size": [3, 64, 64], "classifier": 5}}, "classifier is 5"),
+        ("classes-text", {"num_classes": "2"}, "num_classes is '2', not a whole number"),
+        ("classes-huge", {"num_classes": 2**60}, "num_classes is 1152921504606846976"),
+        ("labels-objects", {"label_names": [{}, {}]}, "label_names is a list of 2 entries"),
+        ("arguments-list", {"model_args": [1]}, "model_args holds a list of 1 entries"),
+        ("arguments-place", {"model_args": {"checkpoint_path": "/etc/hostname"}}, "'checkpoint_path'"),
+        ("arguments-function", {"model_args": {"pretrained_cfg_overlay": {"url": "x"}}}, "'pretrained_cfg_overlay'"),
+        ("arguments-width", {"model_args": {"channels": [2**24] * 4}}, "channels"),
+        ("architecture-folder", {"architecture": "local-dir:/etc"}, "names no architecture of timm"),
+        ("architecture-number", {"architecture": 5}, "architecture is 5"),
+    ]
+    images = [
+        ("size-text", {"size": "abc"}, "preprocessor_config.json: size is 'abc', not whole numbers"),
+        ("size-negative", {"size": -5}, "size is -5"),
+        ("size-edges", {"size": {"height": "x"}}, "preprocessor_config.json: size: height is 'x'"),
+        ("size-huge", {"size": {"height": 10**9, "width": 10**9}}, "height is 1000000000, not a whole number from 1"),
+        ("crop-text", {"do_center_crop": "yes"}, "do_center_crop is 'yes', not true or false"),
+        ("crop-size", {"do_center_crop": True, "crop_size": [[]]}, "crop_size is a list of 1 entries"),
+        ("list", [1], "preprocessor_config.json holds a list of 1 entries, not an object"),
+    ]
+    many = b"[" + b"0," * 8_000_000 + b"0]"
+    return [
+        *(altered(f"bert-{name}", bert_files, changes, words) for name, changes, words in bert),
+        *(altered(f"bert-{name}", bert_files, changes, words, code=4) for name, changes, words in refused),
+        *(altered(f"timm-{name}", timm_files, changes, words) for name, changes, words in timm),
+        *(altered(f"image-{name}", vit_files, {"preprocessor_config.json": c}, words) for name, c, words in images),
+        altered("image-channels", vit_files, {"num_channels": 10**6}, ""),
+        altered("image-edge", vit_files, {"image_size": [10**5, 10**5]}, ""),
+        altered("modules-number", bert_files, {"modules.json": 5}, "modules.json"),
+        altered("modules-object", bert_files, {"modules.json": {}}, "modules is an object of 0 entries"),
+        altered("modules-numbers", bert_files, {"modules.json": [5]}, "modules[0] holds 5, not an object"),
+        sentence("number", "modules[1] holds 5", 5),
+        sentence("type", "type is 5, not a string", module_of(5, "1")),
+        sentence("unknown", "type is 'os.system'", module_of("os.system", "1")),
+        sentence("outside", "path is '../x'", module_of(pool, "../x")),
+        sentence("above", "path is '..'", module_of(pool, "..")),
+        sentence("path-number", "path is 5, not a string", module_of(pool, 5)),
+        sentence("missing", "1/config.json is missing", module_of(pool, "1")),
+        sentence("pooling-list", "1/config.json holds a list", module_of(pool, "1"), **{"1": []}),
+        sentence("pooling-none", "names no pooling mode", module_of(pool, "1"), **{"1": {}}),
+        sentence("pooling-mode", "the pooling mode 'best'", module_of(pool, "1"), **{"1": {"pooling_mode": "best"}}),
+        sentence("pooling-number", "pooling_mode is 5", module_of(pool, "1"), **{"1": {"pooling_mode": 5}}),
+        sentence("pooling-flag", "is 'yes'", module_of(pool, "1"), **{"1": {"pooling_mode_mean_tokens": "yes"}}),
+        sentence(
+            "pooling-new", "pooling_mode_best_tokens", module_of(pool, "1"), **{"1": {"pooling_mode_best_tokens": True}}
+        ),
+        sentence(
+            "activation",
+            "activation_function is 'torch.nn.modules.activation.MultiheadAttention'",
+            module_of(dense, "1"),
+            **{"1": {**dense_settings, "activation_function": "torch.nn.modules.activation.MultiheadAttention"}},
+        ),
+        sentence(
+            "activation-number", "activation_function is 5", module_of(dense, "1"), **{"1": {"activation_function": 5}}
+        ),
+        sentence("dense-weights", "has no linear.weight", module_of(dense, "1"), **{"1": dense_settings}),
+        folder("adapter-rank", {"adapter_config.json": {**LORA, "r": 0}, **tensor_files}, 3, "r is 0"),
+        folder("adapter-scale", {"adapter_config.json": {**LORA, "lora_alpha": "x"}}, 3, "lora_alpha is 'x'"),
+        folder(
+            "adapter-patterns", {"adapter_config.json": {**LORA, "rank_pattern": [1]}}, 3, "rank_pattern holds a list"
+        ),
+        folder("adapter-task", {"adapter_config.json": {**LORA, "task_type": {}}}, 3, "task_type is an object"),
+        folder("adapter-type", {"adapter_config.json": {**LORA, "peft_type": {}}}, 3, "peft_type is an object"),
+        folder("json-utf16", {"config.json": json.dumps(BERT).encode("utf-16")}, 3, "config.json is damaged"),
+        folder("json-mark", {"config.json": b"\xef\xbb\xbf" + json.dumps(BERT).encode()}, 3, "config.json is damaged"),
+        folder("json-nan", {"config.json": b'{"model_type": "bert", "a": NaN}'}, 3, "NaN is no number"),
+        folder(
+            "json-values", {"config.json": many[: 12 << 20] + b"0]"}, 3, "values, more than those of any known model"
+        ),
+        folder(
+            "json-large", {"config.json": many, "modules.json": many, "generation_config.json": many}, 3, "config.json"
+        ),
+        folder(
+            "json-60-mb",
+            dict.fromkeys(("config.json", "modules.json", "a_config.json"), b'{"a": "' + b"x" * (60 << 20) + b'"}'),
+            3,
+            "config.json has more than 16 MB",
+        ),
+        altered("json-beside", bert_files, {"architectures": 5, "vocab.json": many}, "architectures is 5"),
+    ]
+
+
+HOSTILE = (
+    called_items()
+    + structure_items()
+    + script_items()
+    + program_items()
+    + folder_items()
+    + setting_items()
+    + name_items()
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,10 @@ def convert_in_child(source: Path, folder: Path, *options: str, seconds: float =
         sys.addaudithook(watch.hear)
         return product.main(["-i", str(source), "-o", str(folder / "out" / "model.onnx"), *options])
 
-    return in_child(action, folder, seconds)
+    outcome = in_child(action, folder, seconds)
+    if outcome.code:
+        product.remove_debris(folder / "out" / ".pt2onnx.1.partial", [folder / "out"])
+    return outcome
 
 
 BUILT = 42

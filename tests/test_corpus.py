@@ -28,6 +28,9 @@ def warm() -> None:
     import timm  # noqa: F401
     import torchvision  # noqa: F401
 
+    product.import_transformers()
+    corpus.bert_files()
+    corpus.vit_files()
     warnings.simplefilter("ignore")
     corpus.good_files()
     torch.export.load(io.BytesIO(corpus.program_archive()))
