@@ -3818,7 +3818,7 @@ class Weights(NamedTuple):
 def state_dict_of(value: object) -> dict[str, Tensor] | None:
     """The tensors of a mapping from names to tensors, beside which plain values may lie; None for anything else.
 
-    Raises ConversionError (INPUT) where a name is endless.
+    Raises DamagedFileError where a name is endless.
     """
     import numpy as np
     import torch
@@ -3827,9 +3827,7 @@ def state_dict_of(value: object) -> dict[str, Tensor] | None:
         return None
     longest = max(map(len, value), default=0)
     if longest > MAX_NAME:
-        raise ConversionError(
-            ExitStatus.INPUT, f"a name in it has {longest} characters, as no model's has: it is damaged"
-        )
+        raise DamagedFileError(f"a name in it has {longest} characters, as no model's has; save its state dict again")
     numbers = (torch.Tensor, np.ndarray)
     tensors = {key: torch.as_tensor(item) for key, item in value.items() if isinstance(item, numbers)}
     others = [item for item in value.values() if not isinstance(item, numbers)]
@@ -9239,7 +9237,7 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
 def load_folder_model(
     outer: VettedFolder, folder: Path, adapter: Adapter | None, options: argparse.Namespace
 ) -> FolderModel:
-    """The model in `folder`, the staged files of the vetted ones, with the adapter and the sentence steps of `outer`."""
+    """The model in `folder`, the staged files of the vetted one, with the adapter and the sentence steps of `outer`."""
     unusual = f"{outer.path}: config.json asks for what cannot be made"
     wall = WALL.up(options.staging, unless=has_own_code(options))
     with LOG.step(f"load: {outer.path}"), wall, naming(outer.path), explained(ExitStatus.INPUT, unusual, "repair it"):
@@ -9584,13 +9582,11 @@ def stored_plan(model: nn.Module, loaded: Loaded, options: argparse.Namespace) -
 
 def take_out(loaded: Loaded, options: argparse.Namespace) -> Loaded:
     """The model or the weights inside a checkpoint; raises ConversionError where that is not clear."""
-    found = find_weights(loaded.content, options.checkpoint_key)
-    if isinstance(found.content, Mapping):
-        return loaded._replace(content=found.content, around=loaded.content)
-    try:
+    with naming(options.input):
+        found = find_weights(loaded.content, options.checkpoint_key)
+        if isinstance(found.content, Mapping):
+            return loaded._replace(content=found.content, around=loaded.content)
         check_module_graph(found.content)
-    except DamagedFileError as error:
-        raise ConversionError(error.status, f"{options.input}: {error}") from None
     what = f"a checkpoint with a model in its entry {found.key!r} ({qualified_name(type(found.content))})"
     return Loaded(found.content, what, around=loaded.content)
 
