@@ -136,10 +136,10 @@ class WallError(RefusedFileError, PermissionError):
     """Something would have been opened, started or connected to that the wall is around (see Wall)."""
 
 
-def and_more(items: Collection[object], shown: int) -> str:
-    """The first `shown` of `items`, and how many more there are."""
+def and_more(items: Collection[object], shown: int, limit: int = 100) -> str:
+    """The first `shown` of `items`, each cut to `limit` characters, and how many more there are."""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(shorten(str(item), 100) for item in itertools.islice(items, shown)) + more
+    return ", ".join(shorten(str(item), limit) for item in itertools.islice(items, shown)) + more
 
 
 def words(text: str) -> frozenset[str]:
@@ -983,8 +983,7 @@ def detect_directory(path: Path) -> Source:
     if models:
         raise ConversionError(
             ExitStatus.INPUT,
-            f"{path} is a directory without config.json; pass one of its files: {', '.join(models[:5])}"
-            + (f" and {len(models) - 5} more" if len(models) > 5 else ""),
+            f"{path} is a directory without config.json; pass one of its files: {and_more(models, 5, 255)}",
         )
     what = "holds no model file" if names else "is an empty directory"
     raise ConversionError(ExitStatus.INPUT, f"{path} {what}; check -i and, in a container, what is mounted there")
@@ -1741,8 +1740,7 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
         for name, package in zip(names, packages, strict=True)
         if package not in {*missing, *sys.stdlib_module_names, "torch"} and name.rpartition(".")[2][:1].isupper()
     ]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    listed = ", ".join(shorten(name, 100) for name in names[:8]) + more
+    listed = and_more(names, 8)
     trust = "or pass --trust-pickle if you trust its maker"
     if any(belongs(name, ("models.yolo", "models.common", "models.experimental")) for name in names):
         what = f"it is a model of a YOLOv5 or YOLOv7 repository ({listed}), whose classes are in no package"
@@ -3764,8 +3762,7 @@ def layout_difference(layout: Layout, names: Mapping[str, Sequence[int]], matche
     ]
     if not differences:  # each tensor fits, but they contradict each other
         return "its tensors disagree about the number of classes or channels"
-    more = f" and {len(differences) - 2} more" if len(differences) > 2 else ""
-    return f"{len(differences)} of {len(names.keys() | sizes)} tensors differ: {', '.join(differences[:2])}{more}"
+    return f"{len(differences)} of {len(names.keys() | sizes)} tensors differ: {and_more(differences, 2, 200)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4164,10 +4161,8 @@ def architecture_arguments(given: Mapping[Any, Any], where: str) -> dict[str, An
     A builder's other arguments name places, URLs, weights, devices or functions: it would open or run them.
     """
     kept = {name: value for name, value in given.items() if is_architecture_argument(name, value)}
-    left = [shorten(str(name), 40) for name in given if name not in kept]
-    if left:
-        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
-        LOG.info(f"{where}: not used, since they do not describe a network: {', '.join(left[:8])}{more}")
+    if left := [name for name in given if name not in kept]:
+        LOG.info(f"{where}: not used, since they do not describe a network: {and_more(left, 8, 40)}")
     return kept
 
 
@@ -4261,12 +4256,7 @@ def describe_misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
             [f"{key} is {shape_text(weights[key].shape)}, not {shape_text(expected[key].shape)}" for key in reshaped],
         ),
     )
-    parts = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''})"
-        for what, names in kinds
-        if names
-    ]
-    return "; ".join(parts)
+    return "; ".join(f"{len(names)} {what} ({and_more(names, 3, 200)})" for what, names in kinds if names)
 
 
 def shape_text(sizes: Iterable[int]) -> str:
@@ -4981,10 +4971,7 @@ def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
 
     fit(settings, cls)
     if left:
-        names = ", ".join(shorten(name, 40) for name in left[:8]) + (
-            f" and {len(left) - 8} more" if len(left) > 8 else ""
-        )
-        LOG.warn(f"config.json: left out, since no model of this kind has it: {names}")
+        LOG.warn(f"config.json: left out, since no model of this kind has it: {and_more(left, 8, 40)}")
         rewrite_settings(file, settings)
 
 
@@ -5118,12 +5105,9 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     missing = sorted(told["missing_keys"] - own.keys())
     needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
     if needed:
-        some = ", ".join(needed[:3]) + (f" and {len(needed) - 3} more" if len(needed) > 3 else "")
-        raise ConversionError(
-            ExitStatus.INPUT,
-            f"{options.input} lacks weights that {cls.__name__} needs for {task}: {some}; pass the --task that it was "
-            "trained for, or the complete checkpoint",
-        )
+        what = f"{options.input} lacks weights that {cls.__name__} needs for {task}: {and_more(needed, 3)}"
+        advice = "pass the --task that it was trained for, or the complete checkpoint"
+        raise ConversionError(ExitStatus.INPUT, f"{what}; {advice}")
     if adapter:
         merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
     if extra := sorted(told["unexpected_keys"]):
@@ -9339,7 +9323,7 @@ def check_side_files(folder: Path, options: argparse.Namespace) -> None:
     ]
     if not others:
         return
-    names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    names = and_more(others, 3)
     graphs = [options.output, options.output.with_name("encoder_model.onnx")]
     if any((options.folder / name).exists() for name in WEIGHT_FILES) or not any(map(is_our_graph, graphs)):
         what = f"{names} with other content would be replaced there"
