@@ -3354,6 +3354,13 @@ def data_size(header: Mapping[str, Any]) -> int:
     return max((entry["data_offsets"][1] for entry in header.values()), default=0)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether text from a file names something in a folder, and not the folder itself or what lies elsewhere."""
+    if os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
+        return False
+    return "\0" not in name and len(name.encode(errors="replace")) < 256  # what file systems take
+
+
 def shard_files(index: Path) -> dict[str, set[str]]:
     """The tensors that each shard should hold, by the shard's name, which must be plain: a file beside the index."""
     return check_shards(read_json(index), index)
@@ -3368,9 +3375,9 @@ def check_shards(content: Any, index: Path) -> dict[str, set[str]]:
         raise DamagedFileError(f"{what}; download it again") from None
     shards: dict[str, set[str]] = {}
     for tensor, name in entries:
-        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
+        if not isinstance(name, str) or not is_file_name(name):
             raise RefusedFileError(
-                f"{index.name} points at {name!r}, outside its own folder; copy the shard there and name it alone"
+                f"{index.name} points at {shown(name)}, outside its own folder; copy the shard there and name it alone"
             )
         if not os.path.lexists(index.parent / name):
             raise DamagedFileError(f"the shard {name} is missing; copy or download it too")
@@ -5380,7 +5387,7 @@ def base_folder(folder: Path, settings: Settings, options: argparse.Namespace) -
 def inner_base(folder: Path, recorded: str) -> Path | None:
     """The folder inside an adapter's own that its settings name; None where they name another place."""
     place = Path(os.path.normpath(recorded))
-    if "\0" in recorded or place.is_absolute() or ".." in place.parts or not (folder / place).is_dir():
+    if not all(map(is_file_name, place.parts)) or not (folder / place).is_dir():
         return None
     base, root = (folder / place).resolve(), folder.resolve()
     return base if base == root or root in base.parents else None
@@ -5404,7 +5411,7 @@ def base_advice(folder: Path, recorded: str) -> str:
     import shlex
 
     usual = "pass --base FOLDER, or --base OWNER/MODEL to download it"
-    if not recorded.isprintable() or len(recorded) > 200 or recorded.startswith("-"):
+    if not recorded.isprintable() or len(recorded.encode(errors="replace")) > 200 or recorded.startswith("-"):
         return usual
     beside = Path(os.path.normpath(folder / recorded))
     if beside.is_dir():
@@ -6516,7 +6523,7 @@ SentenceStep = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 def module_folder(module: Settings) -> str:
     """The folder of a module of sentence-transformers, beside modules.json or "" for that folder itself."""
     name = module.name("path") or ""
-    if os.path.basename(name) != name or name in (".", ".."):  # noqa: PTH119  (text)
+    if name and not is_file_name(name):
         raise module.misfit("path", "the name of a folder beside it")
     return name
 

@@ -56,6 +56,15 @@ def test_corpus(item: Item, tmp_path: Path) -> None:
     assert outcome.kilobytes - forked.idle_memory() < MEMORY + size, outcome
 
 
+@pytest.mark.parametrize("item", named(corpus.setting_items()))
+def test_inspection_of_settings(item: Item, tmp_path: Path) -> None:
+    """--inspect looks at the same settings, and says what is wrong or nothing, but never a traceback."""
+    source = item.make(tmp_path)
+    outcome = forked.convert_in_child(source, tmp_path, "--inspect")
+    assert outcome.code == 0, outcome
+    assert all(line.startswith(("[INFO] ", "[WARN] ")) for line in outcome.err.splitlines()), outcome
+
+
 OPENERS = {
     "load": lambda path: torch.load(path, weights_only=False),
     "jit": lambda path: torch.jit.load(path)(torch.ones(2)),
