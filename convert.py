@@ -2003,7 +2003,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         """The attributes that `target` gets of `state`, by check_attributes; what is left out is noted."""
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise DamagedFileError(f"the state of a {qualified_name(type(target))} is damaged")
-        kept = {key: plain(value) for key, value in state.items() if sets_attribute(type(target), key)}
+        kept = {key: plain(value) for key, value in state.items() if keeps_attribute(type(target), key, value)}
         self.left_out |= dict.fromkeys(
             f"{key} of {type(target).__name__}" for key in state if key not in kept and state[key] is not None
         )
@@ -2124,15 +2124,21 @@ def assigned_names(cls: type) -> frozenset[str]:
     return frozenset(names)
 
 
-def sets_attribute(cls: type, name: str) -> bool:
-    """Whether an instance of `cls` has the attribute `name` by itself.
+def keeps_attribute(cls: type, name: str, value: object) -> bool:
+    """Whether an instance of `cls` gets the attribute `name` of a pickle; raises RefusedFileError where it may not.
 
-    Asked of transformers' models, whose library reads switches off them that fetch kernels, compile and the like: what
-    their own code does not set when they are made is left out. Others have no such machinery.
+    Asked of transformers' models and configurations, whose library reads switches off them that fetch kernels, compile
+    and the like: what their own code does not set or read is left out. Others have no such machinery.
     """
-    if not any(qualified_name(base) == "transformers.modeling_utils.PreTrainedModel" for base in cls.__mro__):
-        return True
-    return name in assigned_names(cls)
+    bases = {qualified_name(base) for base in cls.__mro__}
+    if "transformers.modeling_utils.PreTrainedModel" in bases:
+        return name in assigned_names(cls)
+    if bases.isdisjoint(CONFIG_CLASSES) or name.startswith("__") or callable(value):
+        return True  # check_attributes has the rest
+    verdict = config_attribute(cls, name, value)
+    if verdict is Verdict.REFUSE:
+        raise RefusedFileError(f"a {qualified_name(cls)} has {shorten(name, 60)} {shorten(repr(value), 60)}")
+    return verdict is Verdict.KEEP
 
 
 def check_attributes(target: object, state: dict[str, Any], settled: set[int]) -> None:
@@ -4875,64 +4881,46 @@ DTYPE_VALUE = re.compile(r"auto|bool|half|float|double|(b?float|u?int|complex)\d
 CONFIG_ATTRIBUTES = words(
     """model_type name_or_path _name_or_path _commit_hash num_labels torch_dtype output_attentions _output_attentions
     rope_scaling rope_theta per_layer_config _heterogeneity_spec _post_init_done transformers_version
-    ignore_keys_at_rope_validation allow_global_per_layer_attribute_access use_cache"""
+    ignore_keys_at_rope_validation allow_global_per_layer_attribute_access use_cache bos_token_id eos_token_id
+    pad_token_id num_classes label_names _out_features _out_indices"""
 )
-MODEL_ATTRIBUTES = words(
-    """_parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks
-    _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called
-    _forward_pre_hooks _forward_pre_hooks_with_kwargs _state_dict_hooks _state_dict_pre_hooks
-    _load_state_dict_pre_hooks _load_state_dict_post_hooks training config name_or_path generation_config
-    loss_type all_tied_weights_keys _no_split_modules _skip_keys_device_placement
-    _keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing _keys_to_ignore_on_save
-    _keep_in_fp32_modules _keep_in_fp32_modules_strict model_tags vocab_size _is_hf_initialized
-    gradient_checkpointing warnings_issued _loss_function supports_gradient_checkpointing stage_names num_features
-    backbone_type _gradient_checkpointing_func _require_grads_hook _require_grads_hooks"""
+# The files of transformers, besides those of the model, whose code reads a configuration to compute with it.
+SHARED_READERS = (
+    "masking_utils.py",
+    "cache_utils.py",
+    "modeling_rope_utils.py",
+    "modeling_layers.py",
+    "pytorch_utils.py",
 )
-
-
-def stored_attributes(cls: type, bases: Collection[type]) -> set[str]:
-    """The names that methods of `cls` and of the classes it comes from, up to `bases`, assign to as self.NAME."""
-    import dis
-    import types
-
-    names: set[str] = set()
-    for owner in cls.__mro__:
-        if owner in bases or not owner.__module__.startswith("transformers."):
-            continue
-        functions = [value for value in vars(owner).values() if isinstance(value, types.FunctionType)]
-        for function in functions:
-            steps = dis.get_instructions(getattr(function, "__wrapped__", function))
-            names |= {step.argval for step in steps if step.opname == "STORE_ATTR"}
-    return names
+READ_NAME = re.compile(r"(?<=config\.)\w+|(?<=config, [\"'])\w+")  # config.name, getattr(config, "name", ...)
 
 
 @functools.cache
 def declared_attributes(cls: type) -> frozenset[str]:
-    """The attributes that objects of a class of transformers have by its own declaration, and no others."""
+    """The attributes that configurations of this class have by its declaration, or that its models' code reads."""
     import dataclasses
     import inspect
 
     transformers = import_library("transformers")
     if issubclass(cls, transformers.GenerationConfig):
         return frozenset(vars(transformers.GenerationConfig()))
-    if not issubclass(cls, transformers.PreTrainedConfig):
-        return MODEL_ATTRIBUTES | stored_attributes(cls, transformers.PreTrainedModel.__mro__)
-    names = CONFIG_ATTRIBUTES | {field.name for field in dataclasses.fields(cls)}
-    names |= stored_attributes(cls, transformers.PreTrainedConfig.__mro__)
+    names = CONFIG_ATTRIBUTES | assigned_names(cls) | {field.name for field in dataclasses.fields(cls)}
     for owner in cls.__mro__:
         names |= {*vars(owner).get("attribute_map", {}), *vars(owner).get("attribute_map", {}).values()}
         names |= {name for name, value in vars(owner).items() if isinstance(value, property) and value.fset}
         if "__init__" in vars(owner) and owner not in transformers.PreTrainedConfig.__mro__:
             names |= inspect.signature(owner).parameters.keys()
+    library, own = Path(transformers.__file__).parent, Path(inspect.getfile(cls)).parent
+    for file in (*own.glob("modeling_*.py"), *(library / name for name in SHARED_READERS)):
+        names |= frozenset(READ_NAME.findall(file.read_text(encoding="utf-8")))
     return frozenset(names)
 
 
 def config_attribute(cls: type, name: str, value: object) -> Verdict:
-    """Whether an object of `cls` (a PreTrainedConfig, GenerationConfig or PreTrainedModel) may have an attribute.
+    """Whether a configuration of `cls` (a PreTrainedConfig or GenerationConfig) may have an attribute from a file.
 
-    The same for the JSON of a folder and for an object in a pickle. Kept is what the class declares, and beside that
-    plain data, which some models read of their configuration although nothing declares it; but nothing that hides a
-    method or setting of the class, and nothing that transformers acts upon.
+    The same for the JSON of a folder and for an object in a pickle. Kept is what the class declares or its models read,
+    and of that nothing that hides a method, or that transformers acts upon.
     """
     if IMPLEMENTATION_KEY.fullmatch(name):
         known = not isinstance(value, (dict, list, set)) and value in IMPLEMENTATIONS
@@ -4943,23 +4931,10 @@ def config_attribute(cls: type, name: str, value: object) -> Verdict:
         return Verdict.DROP if value else Verdict.KEEP
     if DTYPE_ATTRIBUTE.fullmatch(name):
         return Verdict.KEEP if is_dtype(value) else Verdict.REFUSE
-    if isinstance(value, str) and PLACE_ATTRIBUTE.fullmatch(name) and name not in CONFIG_ATTRIBUTES | MODEL_ATTRIBUTES:
+    if isinstance(value, str) and PLACE_ATTRIBUTE.fullmatch(name) and name not in CONFIG_ATTRIBUTES:
         return Verdict.DROP
-    if name in declared_attributes(cls):
-        return Verdict.KEEP
-    hides = (
-        hasattr(library_base(cls), name)
-        or callable(getattr(cls, name, None))
-        or isinstance(getattr(cls, name, None), property)
-    )
-    return Verdict.KEEP if not hides and is_plain_data(value) else Verdict.DROP
-
-
-def library_base(cls: type) -> type:
-    """The base that an object of transformers has its behaviour from."""
-    transformers = import_library("transformers")
-    bases = (transformers.PreTrainedConfig, transformers.GenerationConfig, transformers.PreTrainedModel)
-    return next((base for base in bases if issubclass(cls, base)), cls)
+    hides = callable(getattr(cls, name, None)) and not isinstance(getattr(cls, name), type)
+    return Verdict.KEEP if name in declared_attributes(cls) and not hides else Verdict.DROP
 
 
 def is_dtype(value: object) -> bool:
@@ -4973,21 +4948,10 @@ def is_dtype(value: object) -> bool:
     )
 
 
-def is_plain_data(value: object, depth: int = 0) -> bool:
-    """Whether a value is numbers, names that are no paths, and lists and dictionaries of these."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return depth < 5 and all(is_plain_data(entry, depth + 1) for entry in value)
-    if isinstance(value, str):
-        return len(value) <= 1000 and "/" not in value and "\\" not in value
-    return value is None or type(value) in (bool, int, float)
-
-
 def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
-    """Take out of config.json what config_attribute drops, at every depth; raises RefusedFileError for what it refuses.
+    """Take out of config.json what config_attribute drops; raises RefusedFileError for what it refuses.
 
-    Parts without a class of their own (rotary embeddings' numbers, for one) are data of the class above them.
+    The same in the configurations of the model's parts. Other objects, such as labels by number, are data.
     """
     transformers = import_transformers()
     left: list[str] = []
@@ -5004,7 +4968,8 @@ def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
             elif isinstance(value, dict):
                 own = getattr(parts.get(key), "config_class", None)
                 is_config = isinstance(own, type) and issubclass(own, transformers.PreTrainedConfig)
-                fit(value, own if is_config else named_class(value) or owner)
+                if part := own if is_config else named_class(value):
+                    fit(value, part)
 
     def named_class(node: Mapping[str, Any]) -> Any:
         mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
@@ -5013,10 +4978,7 @@ def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
 
     fit(settings, cls)
     if left:
-        names = ", ".join(shorten(name, 40) for name in left[:8]) + (
-            f" and {len(left) - 8} more" if len(left) > 8 else ""
-        )
-        LOG.warn(f"config.json: left out, since no model of this kind has it: {names}")
+        LOG.info(f"config.json: left out, since models of this kind do not read it: {and_more(left, 8)}")
         rewrite_settings(file, settings)
 
 

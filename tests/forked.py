@@ -109,12 +109,16 @@ ACTS = ("open", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.g
         "os.remove", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime",
         "urllib.Request", "webbrowser.open", "sqlite3.connect", "ctypes.dlopen")  # fmt: skip
 # The functions of convert.py that may do so while an input is loaded, built or vetted, and where: nothing else may.
-NAMED = {
-    "open_input": "input", "silence_third_parties": "/dev/null", "read_architectures": "architectures.json.xz",
-    "memory_bound": "/proc/", "copy_without_code": "staging", "fit_config": "staging",
-    "read_config": "staging", "load_pretrained": "staging", "convert_huggingface_model": "staging",
-    "c_library": "None", "load_exported_program": ".py",  # torch.export notes the source lines of the code that runs
-}  # fmt: skip
+NAMED: dict[str, tuple[str, ...]] = {
+    "open_input": ("input", "staging"),
+    "copy_without_code": ("input", "staging"),  # links to the weights
+    **dict.fromkeys(("rewrite_settings", "read_config", "load_pretrained"), ("staging",)),
+    "silence_third_parties": ("/dev/null",),
+    "memory_bound": ("/proc/",),
+    "read_architectures": ("architectures.json.xz",),
+    "load_exported_program": (".py",),  # torch.export notes the source lines of the code that runs
+    "c_library": ("None",),
+}
 
 
 class Watch:
@@ -137,16 +141,19 @@ class Watch:
             if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
                 return  # an import: convert.py names the modules, and test_policy.py what may be imported
             frame = frame.f_back
-        path = os.path.realpath(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes, Path)) else "None"
+        given = arguments[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]
+        paths = [
+            os.path.realpath(os.fsdecode(path)) if isinstance(path, (str, bytes, Path)) else "None" for path in given
+        ]
         reads = event == "open" and not (
             isinstance(arguments[2], int) and arguments[2] & 0o3103
         )  # WRONLY, RDWR, CREAT..
-        if frame is None or (reads and path.startswith(self.libraries)):
+        if frame is None or (reads and paths[0].startswith(self.libraries)):
             return
-        place = NAMED.get(frame.f_code.co_name)
-        where = {"input": self.input, "staging": self.staging}.get(place or "", place)
-        if where is None or not (path.startswith(where) or path.endswith(where)):
-            self.found.append(f"{frame.f_code.co_name}: {event}({path})")
+        named = NAMED.get(frame.f_code.co_name, ())
+        places = tuple({"input": self.input, "staging": self.staging}.get(place, place) for place in named)
+        if not all(path.startswith(places) or path.endswith(places) for path in paths):
+            self.found.append(f"{frame.f_code.co_name}: {event}({', '.join(paths)})")
 
     def exit(self, leave: Callable[[int], None], code: int) -> None:
         """Leave the child; with 73 where something was found, and say what."""
