@@ -2952,8 +2952,7 @@ IMPLEMENTATIONS = frozenset(
     {None, True, False, "", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "batched_mm",
      "grouped_mm"}
 )  # fmt: skip
-# Where configurations name a model of timm, and hand arguments on to its builder.
-TIMM_MODEL_KEYS = ("architecture", "backbone")
+# Where configurations hand arguments on to timm's builder, and the names of its models.
 TIMM_ARGUMENT_KEYS = ("model_args", "backbone_kwargs", "timm_kwargs")
 TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?")  # no scheme: local-dir: and hf-hub: name places
 CODE_FILES = (".py", ".pkl", ".pickle", ".so", ".dll", ".pyc", ".joblib", "custom_generate")
@@ -3204,16 +3203,15 @@ def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
 
 
 def names_a_place(value: object) -> bool:
-    """Whether what stands for a model of timm is something else than its name, such as a hub's or a folder's."""
-    return value is not None and not (isinstance(value, str) and TIMM_NAME.fullmatch(value))
+    """Whether what stands for a model of timm is something else than its plain name, such as a hub's or a folder's."""
+    return isinstance(value, str) and not TIMM_NAME.fullmatch(value)
 
 
 def check_timm_setting(key: str, value: object, file: str) -> None:
     """Raise DamagedFileError for settings that would make timm's builder open something."""
     if key == "architecture" and names_a_place(value):
-        raise DamagedFileError(
-            f"{file}: architecture is {shown(value)}, which names no architecture of timm; repair it"
-        )
+        what = "which names no architecture of timm"
+        raise DamagedFileError(f"{file}: architecture is {shown(value)}, {what}; repair it")
     if key in TIMM_ARGUMENT_KEYS and value is not None:
         for name, entry in Settings(value, f"{file}: {key}").content.items():
             if not is_architecture_argument(name, entry):
@@ -4010,7 +4008,7 @@ def bounded_build(tensors: int, size: int) -> Iterator[None]:
         return count
 
     hooks = [
-        registry.register_module_parameter_registration_hook(counting("parameters", 4 * tensors + 1000)),
+        registry.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
         registry.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
     ]
     try:
@@ -4868,11 +4866,13 @@ class Verdict(IntEnum):
 # What code of transformers acts upon, whoever declares it: kernels, compilers, quantisers, devices, files and code.
 ACTING_ATTRIBUTES = re.compile(
     r"_?use_kernels|kernel_config|auto_map(ping)?|custom_(generate|pipelines)|trust_remote_code|transformers_weights"
-    r"|use_pretrained_backbone|compile_config|_compiled_call|_last_compile_config|cache_(config|implementation)"
+    r"|use_pretrained_backbone|compile_config|_compiled_call|_last_compile_config|cache_config"
     r"|distributed_config|(hf_)?device_map|hf_quantizer|is_quantized|quantization_method|extra_(config_)?files"
     r"|(base_model_)?_?(tp|pp|ep|fsdp)_(plan|size)|_auto_class|attribute_map|watermarking_config|is_assistant"
     r"|assistant_(confidence_threshold|lookbehind|early_exit|ensemble_weight)"
 )
+# Caches of transformers that neither quantise nor move what they hold.
+CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "hybrid_chunked", "sliding_window")
 # Attributes with a string of such a name would be a place; _name_or_path is only told in messages.
 PLACE_ATTRIBUTE = re.compile(r"(.*_)?(path|paths|file|files|filename|url|uri|repo|repo_id|dir|directory|folder)")
 DTYPE_ATTRIBUTE = re.compile(r"(.*_)?dtype")
@@ -4927,7 +4927,7 @@ def config_attribute(cls: type, name: str, value: object) -> Verdict:
         return Verdict.KEEP if known else Verdict.REFUSE
     if name == "quantization_config":
         return Verdict.REFUSE if value else Verdict.KEEP
-    if ACTING_ATTRIBUTES.fullmatch(name):
+    if ACTING_ATTRIBUTES.fullmatch(name) or (name == "cache_implementation" and value not in CACHES):
         return Verdict.DROP if value else Verdict.KEEP
     if DTYPE_ATTRIBUTE.fullmatch(name):
         return Verdict.KEEP if is_dtype(value) else Verdict.REFUSE
@@ -4949,36 +4949,26 @@ def is_dtype(value: object) -> bool:
 
 
 def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
-    """Take out of config.json what config_attribute drops; raises RefusedFileError for what it refuses.
+    """Take out of a file of settings what config_attribute drops; raises RefusedFileError for what it refuses.
 
-    The same in the configurations of the model's parts. Other objects, such as labels by number, are data.
+    The same in its parts that are configurations themselves. Other objects, such as labels by number, are data.
     """
-    transformers = import_transformers()
     left: list[str] = []
 
     def fit(node: dict[str, Any], owner: type) -> None:
-        parts = getattr(owner, "sub_configs_defaults", {})
         for key, value in list(node.items()):
             verdict = config_attribute(owner, key, value)
             if verdict is Verdict.REFUSE:
-                raise RefusedFileError(f"config.json: {shorten(key, 60)} is {shown(value)}, which is not known here")
+                raise RefusedFileError(f"{file.name}: {shorten(key, 60)} is {shown(value)}, which is not known here")
             if verdict is Verdict.DROP:
-                left.append(key)
+                left.append(shorten(key, 40))
                 del node[key]
-            elif isinstance(value, dict):
-                own = getattr(parts.get(key), "config_class", None)
-                is_config = isinstance(own, type) and issubclass(own, transformers.PreTrainedConfig)
-                if part := own if is_config else named_class(value):
-                    fit(value, part)
-
-    def named_class(node: Mapping[str, Any]) -> Any:
-        mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-        name = node.get("model_type")
-        return mapping[name] if isinstance(name, str) and name in mapping else None
+            elif isinstance(value, dict) and (part := part_class(owner, key, value)):
+                fit(value, part)
 
     fit(settings, cls)
     if left:
-        LOG.info(f"config.json: left out, since models of this kind do not read it: {and_more(left, 8)}")
+        LOG.info(f"{file.name}: left out, since models of this kind do not read it: {and_more(left, 8)}")
         rewrite_settings(file, settings)
 
 
@@ -4987,6 +4977,18 @@ def rewrite_settings(file: Path, settings: Mapping[str, Any]) -> None:
     file.unlink()
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     admit(file)  # it is the changed one that is read from now on
+
+
+def part_class(owner: type, key: str, value: Mapping[str, Any]) -> Any:
+    """The class of configuration that a part of `owner`'s settings becomes; None for data such as labels."""
+    transformers = import_library("transformers")
+    mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    spec = getattr(owner, "sub_configs_defaults", {}).get(key)
+    own = getattr(spec, "config_class", None)
+    if isinstance(own, type) and issubclass(own, transformers.PreTrainedConfig):
+        return own
+    name = value.get("model_type") or getattr(spec, "model_type", None)
+    return mapping[name] if isinstance(name, str) and name in mapping else None
 
 
 def read_config(folder: Path, weights: Mapping[str, Tensor], options: argparse.Namespace) -> Any:
@@ -5008,6 +5010,8 @@ def read_config(folder: Path, weights: Mapping[str, Tensor], options: argparse.N
         check_sizes(settings, weights)
         if not trust:
             fit_settings(folder / "config.json", settings, configurations.CONFIG_MAPPING[model_type])
+            if (file := folder / "generation_config.json").exists():
+                fit_settings(file, read_json(file), transformers.GenerationConfig)
         try:
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
         except Exception as error:  # validation raises a dozen kinds
@@ -5443,7 +5447,8 @@ def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Se
     def setting(patterns: str, otherwise: str) -> float:
         known = settings.content.get(patterns) or {}
         fitting = (value for key, value in known.items() if re.match(rf"(.*\.)?({key})$", name))
-        return next(fitting, settings.content.get(otherwise, 8))
+        usual = settings.content.get(otherwise)
+        return next(fitting, 8 if usual is None else usual)
 
     conv1d = import_library("transformers.pytorch_utils").Conv1D
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

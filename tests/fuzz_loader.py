@@ -3,8 +3,9 @@
 Takes the corpus and good files of every kind, changes them at random (bits, bytes, cuts, copies, numbers, names,
 opcodes, records of archives and their names, JSON) and loads each in a forked child; with --folders, Hugging Face
 folders whose JSON values, keys and file names are changed, each converted up to its export. Only two endings are right:
-something was loaded, or one ConversionError. Anything else (another exception, a crash, 10 s of processor time, much memory, the payload's
-marker, a file that was written) is a finding: it is kept and named, and becomes an item of the corpus.
+something was loaded, or one ConversionError. Anything else (another exception, a crash, 10 s of processor time, much
+memory, the payload's marker, a file that was written) is a finding: it is kept and named, and becomes an item of the
+corpus.
 
 Ran on two busy cores (torch 2.14.1):
   seed 0, until the fuzzer itself failed: an archive whose records begin before the file (OSError of zipfile in

@@ -103,7 +103,7 @@ def test_what_the_graph_says(tmp_path: Path) -> None:
     [
         ({"architecture": "resnet_of_mine"}, "knows no architecture 'resnet_of_mine'"),
         ({"architecture": "hf-hub:some/model"}, "'hf-hub:some/model', which names no architecture of timm"),
-        ({"architecture": ["x"]}, "architecture is a list of 1 entries, which names no architecture"),
+        ({"architecture": ["x"]}, "architecture is a list of 1 entries, not a string"),
         ({"architecture": "test_resnet", "num_classes": 9, "model_args": {}}, "fc.weight is 5x96, not 9x96"),
         ({"architecture": "test_vit"}, "do not fit test_vit"),
         ({"model_args": {"no_such": 1}}, "'no_such' with the value 1, which does not describe a network"),
