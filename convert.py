@@ -5361,8 +5361,9 @@ def inner_base(folder: Path, recorded: str) -> Path | None:
 
 def named_base(name: str, recorded: str, settings: Settings, options: argparse.Namespace) -> Path:
     """The folder, or the model of the hub, that --base names; that one in the revision which the adapter records."""
-    if Path(name).is_dir():
-        return Path(name).resolve()
+    if (base := Path(name)).is_dir():
+        admit(base)
+        return base.resolve()
     if not HUB_NAME.fullmatch(name):
         raise ConversionError(ExitStatus.USAGE, f"--base {name}: there is no such folder, nor can the hub have it")
     revision = settings.name("revision") if name == recorded else None

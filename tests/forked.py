@@ -76,22 +76,23 @@ def idle_memory() -> int:
 
 
 def convert_in_child(source: Path, folder: Path, *options: str, seconds: float = 10, export: bool = True) -> Outcome:
-    """Convert `source` with the product's own main(), as its worker process does, and watch what it opens.
+    """Convert `source` with the product's own main(), as its worker process does, and watch what that opens.
 
-    Without `export` it ends, with BUILT, when the model has been built and has answered.
+    Up to the export, where the model has been built and has answered; without `export` it ends there, with BUILT.
     """
+    watch, go_on = Watch(source, folder), product.export_and_verify
 
-    def stop(*_: Any) -> None:
-        os._exit(BUILT)
-
-    watch = Watch(source, folder)
+    def built(*arguments: Any) -> Any:
+        if not export:
+            os._exit(BUILT)
+        watch.ended = True
+        return go_on(*arguments)
 
     def action() -> int:
         product.LOG.stream = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
         os.environ[product.WORKER_VARIABLE] = "1"
         sys.argv = ["convert.py"]
-        if not export:
-            product.export_and_verify = stop
+        product.export_and_verify = built
         os._exit = functools.partial(watch.exit, os._exit)
         sys.addaudithook(watch.hear)
         return product.main(["-i", str(source), "-o", str(folder / "out" / "model.onnx"), *options])
@@ -128,13 +129,14 @@ class Watch:
         root = source if source.is_dir() else source.parent
         self.input, self.staging = str(root.resolve()), str((folder / "out").resolve())
         self.found: list[str] = []
+        self.ended = False
         names = ("stdlib", "platstdlib", "purelib", "platlib")
         libraries = {*map(sysconfig.get_path, names), *site.getsitepackages(), str(Path(torch.__file__).parents[1])}
         self.libraries = tuple(f"{form}/" for place in libraries for form in (place, os.path.realpath(place)))
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """The audit hook."""
-        if event not in ACTS or (event == "open" and isinstance(arguments[0], int)):
+        if self.ended or event not in ACTS or (event == "open" and isinstance(arguments[0], int)):
             return
         frame: Any = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename != product.__file__:
