@@ -4157,26 +4157,34 @@ def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
 
 # Words of which the names of architecture arguments are made. None of them names a place, weights, a device or code.
 NETWORK_WORDS = words(
-    """act activation affine attn attention aux avg base batch bias bidirectional block blocks bottleneck cardinality
-    causal chan channel channels chans class classes conv decoder dense depth depths dilation dilations dim dims
-    down drop dropout dynamic embed embedding embeddings encoder eps expand expansion feat feats feature features
-    feedforward ffn filter filters final first fixed global group groups head heads height hidden image img in
-    indices inference init inner input intermediate kernel kernels key kv last latent layer layers len length
-    levels logits loss max mid min mlp mode momentum multiplier n negative no norm num offset only out output
-    outputs overlap pad padding patch patches pool pooling pos position positions post pre proj projection qk qkv
-    query rank rate ratio ratios ref reg register repeats residual resolution rope scale se seq sequence shape
-    size sizes skip slope slices squeeze stage stages stem strict stride strides swiglu temporal time token tokens
-    transformer type up use value values vocab width widths window zero"""
+    """aa abs act activation affine align alpha ar attention attn attns aux avg band base basic batch beta bias
+    bidirectional blk block blocks bn bottle bottleneck branch branches cardinality causal cell chan channel
+    channels chans chs class classes conv coords counts cpe cross crpe decoder dense depth depths depthwise
+    dilation dilations dim dims div down downsample downsamples drop dropout dw dynamic emb embed embedding
+    embeddings encoder end ends eps exp expand expansion extra factor fc feat feats feature features feedforward
+    fewer ffn filter filters final first fixed focal fork fuse fused fusion gamma gate gated global grid group
+    groups grow growth gru half head heads height hidden image img in indices inference init inner inplace input
+    intermediate interp interpolation kernel kernels key kv last latent layer layers layerscale len length level
+    levels linear list local logits loss ls lstm main mask max merge meta mid min mix mixer mixers mlp mode
+    momentum mul mult multi multiplier n neck negative neurons no norm normalize noskip num offset only
+    orthonormal out outer output outputs overlap pad padding parallel partial partition patch patches per period
+    pool pooling pos position positions post pre preact prefix prob proj projection qk qkv query rank rate rates
+    ratio ratios reduce reduction ref reg register rel relu rep repeats res residual resolution rnn root rope rot
+    rotate scale se section separate seq sequence sequential shape shared shift shortcut size sizes skip slices
+    slope small spatial squeeze sr stage stages state std stem strict stride strides swap swiglu tail temperature
+    temporal theta time token tokens transformer transition type types union unit units up use value values vocab
+    width widths window zero"""
 )
-NETWORK_NAMES = frozenset({"d_model", "d_ff", "d_kv", "nhead", "ls_init_value", "drop_path_rate", "drop_path"})
+NETWORK_NAMES = frozenset({"d_model", "d_ff", "d_kv", "nhead"})
 MAX_ARGUMENT = 1 << 24  # of a number that describes a network: vocabularies have a million entries
 
 
 def is_architecture_argument(name: object, value: object, depth: int = 0) -> bool:
     """Whether an argument from a file says how wide, deep or shaped a network is, by its name and its plain value."""
     if depth == 0:
-        words = name.split("_") if isinstance(name, str) and len(name) <= 60 else [""]
-        if name not in NETWORK_NAMES and not all(word.strip("0123456789") in NETWORK_WORDS for word in words):
+        short = isinstance(name, str) and len(name) <= 60
+        parts = str(name).replace("drop_path", "drop").split("_") if short else [""]  # the only path that is none
+        if name not in NETWORK_NAMES and not all(part.strip("0123456789") in NETWORK_WORDS for part in parts):
             return False
     if isinstance(value, (list, tuple)):
         return depth < 3 and len(value) <= 1000 and all(is_architecture_argument("", v, depth + 1) for v in value)
