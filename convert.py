@@ -20,6 +20,7 @@ import contextlib
 import copy
 import ctypes
 import errno
+import fcntl
 import filecmp
 import functools
 import gc
@@ -110,7 +111,7 @@ EXIT_CODES = """exit codes:
   5  no exporter could express the model
   6  the exported model failed the checker or differs from PyTorch
   7  out of memory, disk or device
-  130/143  interrupted by Ctrl-C / SIGTERM: nothing is left behind"""
+  130/143  interrupted by Ctrl-C / SIGTERM before anything was written: what was there is as it was"""
 
 
 class ConversionError(Exception):
@@ -546,6 +547,7 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     """
     options = build_parser().parse_args(argv)
     options.run = run
+    check_encoding(argv, (options.input, options.cache_dir or options.input))
     options.input = Path(options.input)
     if options.output is None and not options.inspect:
         raise ConversionError(ExitStatus.USAGE, "the following arguments are required: -o/--output (or pass --inspect)")
@@ -575,6 +577,16 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     return options
 
 
+def check_encoding(argv: Sequence[str], paths: tuple[str, ...]) -> None:
+    """Raise ConversionError (USAGE) where `argv` has more than `paths` that is not UTF-8: all text in ONNX files is."""
+    for text in argv:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            if not text.endswith(paths):
+                raise ConversionError(ExitStatus.USAGE, f"{text} is not UTF-8, as names in ONNX files are") from None
+
+
 def cuda_devices() -> int:
     """The number of CUDA devices that the driver shows, asked of the driver itself: importing torch takes seconds."""
     count = ctypes.c_int(0)
@@ -589,6 +601,13 @@ def cuda_devices() -> int:
 def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
     """The folder and the .onnx file in it that -o means; raises ConversionError where they can never be written."""
     path = Path(text)
+    if ".." in path.parts and not path.parent.exists():  # nobody wants the folder `a` of a/../b
+        path = Path(os.path.realpath(path.parent), path.name)
+    broken = next((folder for folder in path.parents if folder.is_symlink() and not folder.exists()), None)
+    if broken:
+        raise ConversionError(
+            ExitStatus.USAGE, f"-o {text}: {broken} is a link to {broken.readlink()}, which is not there"
+        )
     if path.is_dir() or text.endswith(os.sep) or not path.suffix:
         path = path / ("onnx/model.onnx" if layout == "transformersjs" else "model.onnx")
     elif layout == "transformersjs":
@@ -9085,28 +9104,169 @@ class Converted(NamedTuple):
     result: Result
 
 
-def move_into_place(converted: Sequence[Converted], options: argparse.Namespace) -> list[Path]:
-    """Rename staged files to their final names, the graphs last; returns where they are.
+# ---------------------------------------------------------------------------------------------------------------------
+# put into place: all files of a model, or none
+#
+# A run works in a hidden staging folder beside its output, and at the end renames what it made. One rename is one step,
+# but several are not, and a process can be killed between any two. So a journal says beforehand what will be renamed,
+# and the files to be replaced are kept until all is done. Who comes after the worker (the supervisor, or the next run
+# where that was killed too) sees whether everything has arrived, and where it has not, puts the old files back.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOCK = "lock"  # held by the supervisor and the worker; a process id tells nothing, as every container counts its own
+JOURNAL = "moves.json"
+FINISHED_JOURNAL = "moved.json"  # its name once everything is in place
+
+
+class Place(NamedTuple):
+    """A staged file and its final name; `origin`: a file of the same content, where the target may have it already."""
+
+    file: Path
+    target: Path
+    origin: Path | None
+
+
+def choose_places(converted: Sequence[Converted], options: argparse.Namespace) -> list[Place]:
+    """Where the staged files belong: the graphs last, for they refer to the others."""
+    beside = options.staging / "beside"
+    side_files = sorted(beside.iterdir()) if beside.exists() else []
+    origins = {stand_in: origin for item in converted for stand_in, origin in item.result.links.items()}
+    files = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
+    files.sort(key=lambda file: file.suffix == ".onnx")
+    return [
+        *(Place(file, options.folder / file.name, file) for file in side_files),
+        *(Place(file, options.output.with_name(file.name), origins.get(file)) for file in files),
+    ]
+
+
+def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
+    """Rename staged files to their final names, in this order; `report` is what to say of them.
 
     Checkpoints and files beside the graph that are there already with the same content are left alone.
     """
-    beside = options.staging / "beside"
-    targets = {file: options.folder / file.name for file in (sorted(beside.iterdir()) if beside.exists() else ())}
-    origins = {file: file for file in targets}
-    graphs = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
-    for file in sorted(graphs, key=lambda file: file.suffix == ".onnx"):
-        targets[file] = options.output.with_name(file.name)
-    for item in converted:
-        origins |= item.result.links
-    for file, target in targets.items():
-        if file not in origins or not same_content(origins[file], target):
-            file.replace(target)
-    for parent in {target.parent for target in targets.values()}:
-        folder = os.open(parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    shutil.rmtree(options.staging)
-    return list(targets.values())
+    moved = [place for place in places if place.origin is None or not same_content(place.origin, place.target)]
+    write_journal(moved, report, staging)
+    if len(moved) > 1:
+        (staging / "old").mkdir()
+        for number, place in enumerate(moved):
+            keep_file(place.target, staging / "old" / str(number))
+    for place in moved:
+        place.file.replace(place.target)
+    with contextlib.suppress(OSError):  # everything is in place, whatever happens here
+        (staging / JOURNAL).replace(staging / FINISHED_JOURNAL)
+        for parent in {place.target.parent for place in moved}:
+            folder = os.open(parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+
+def write_journal(moved: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
+    """Note what will be moved where, told from the staging folder's parent, whose own path differs in containers."""
+    root = staging.parent.resolve()
+    moves = [
+        (os.path.relpath(place.target.parent.resolve() / place.target.name, root), file_mark(place.file))
+        for place in moved
+    ]
+    unfinished = staging / f"{JOURNAL}.new"
+    with unfinished.open("w", encoding="utf-8") as stream:
+        json.dump({"moves": moves, "report": report}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(staging / JOURNAL)
+
+
+def file_mark(path: Path) -> list[int] | None:
+    """What tells a file from another one and stays when it is renamed: size and time; None where there is no file."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def keep_file(file: Path, kept: Path) -> None:
+    """Give `file`, if it is there, a second name; on a file system without hard links, only the second one."""
+    if file.is_symlink() or file.is_file():
+        try:
+            os.link(file, kept, follow_symlinks=False)
+        except OSError:
+            file.replace(kept)
+
+
+def settle(staging: Path) -> dict[str, Any] | None:
+    """The report of a run whose files are all in place; otherwise what it moved is taken back, and there is None.
+
+    Nothing is done to a file that somebody else has put there since. May be repeated after having been killed itself.
+    """
+    journal = next((file for file in (staging / FINISHED_JOURNAL, staging / JOURNAL) if file.exists()), None)
+    if journal is None:
+        return None
+    content = json.loads(journal.read_bytes())
+    root = staging.parent.resolve()
+    moves = [(root / target, mark) for target, mark in content["moves"]]
+    if journal.name == FINISHED_JOURNAL or all(file_mark(target) == mark for target, mark in moves):
+        return dict(content["report"])
+    for number, (target, mark) in enumerate(moves):
+        kept = staging / "old" / str(number)
+        if file_mark(target) not in (None, mark):
+            continue
+        if os.path.lexists(kept):
+            kept.replace(target)
+        else:
+            target.unlink(missing_ok=True)
+    return None
+
+
+def claim(staging: Path) -> int:
+    """Make the staging folder and lock it until this process and its child have ended; returns the lock's descriptor.
+
+    Between the two steps another run may take the folder for an abandoned one and remove it: then once more.
+    """
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            if lock_file(lock) and os.path.samestat(os.fstat(lock), (staging / LOCK).stat()):
+                os.set_inheritable(lock, True)  # noqa: FBT003
+                return lock
+            os.close(lock)
+
+
+def lock_file(descriptor: int) -> bool:
+    """Lock a file unless another process has done so; on a file system without locks, nobody has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Settle and remove the staging folders of runs that were killed with their supervisors: their locks are free."""
+    for staging in folder.glob(".pt2onnx.*.partial"):
+        try:
+            if staging.is_symlink() or staging.stat().st_uid != os.getuid():
+                continue  # nobody else's journal is followed
+            lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            with os.fdopen(lock):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                settle(staging)
+                shutil.rmtree(staging)
+            LOG.info(f"removed {staging.name}, which a killed run had left")
+        except (BlockingIOError, FileNotFoundError):  # its run goes on, or another run was quicker
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            LOG.warn(f"{staging}, which a killed run left, cannot be removed: {first_line(error)}")
+
+
+def remove_debris(staging: Path, folders: Iterable[Path]) -> None:
+    """Remove the staging folder, and those of `folders`, which this run made, that are empty."""
+    shutil.rmtree(staging, ignore_errors=True)
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9643,21 +9803,24 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
             raise
         LOG.info(f"{error}")
         LOG.info("once more with all weights in memory, as with --no-stream")
-        shutil.rmtree(options.staging, ignore_errors=True)
+        for folder in options.staging.glob("*/"):  # the lock stays
+            shutil.rmtree(folder, ignore_errors=True)
         mode, converted = dispatch(source, argparse.Namespace(**{**vars(options), "no_stream": True}))
-    files = move_into_place(converted, options)
+    places = choose_places(converted, options)
     graphs = [describe_graph(item, options) for item in converted]
     linked = sorted({str(options.output.with_name(link.name)) for item in converted for link in item.result.links})
-    return {
+    report = {
         "status": "ok",
         **graphs[0],
-        "files": {str(file): file.stat().st_size for file in files},
+        "files": {str(place.target): place.file.stat().st_size for place in places},
         "steps": {kind: round(seconds, 2) for kind, seconds in LOG.seconds.items()},
         **({"linked": linked} if linked else {}),
         "mode": mode,
         **({"graphs": graphs} if len(graphs) > 1 else {}),
         "seconds": round(time.monotonic() - start, 2),
     }
+    move_into_place(places, report, options.staging)
+    return report
 
 
 def dispatch(source: Source, options: argparse.Namespace) -> tuple[str, list[Converted]]:
@@ -10022,7 +10185,8 @@ def memory_limit() -> str:
     return f"{'the container is limited to' if limited else 'this machine has'} {smallest / 1e9:.3g} GB"
 
 
-BAD_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+BAD_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+            errno.EISDIR, errno.EEXIST, errno.EBUSY)  # fmt: skip
 
 
 def as_conversion_error(error: BaseException) -> ConversionError | None:
@@ -10059,97 +10223,127 @@ def print_report(report: Mapping[str, Any], standard_output: int) -> None:
 
 
 def work(source: Source, options: argparse.Namespace) -> int:
-    """The worker's life: convert, report, and return the exit code."""
+    """The worker's life: convert or inspect, and return the exit code.
+
+    What was converted is reported by the supervisor, which alone knows in the end what lies in the output folder.
+    """
     standard_output = LOG.silence_third_parties(verbose=options.verbose)
     try:
         if source.kind is Kind.HUB_ID:
             advice = "or check -i, if a path was meant"
             source = download(str(source.path), options.revision, options, otherwise=advice)
-        if options.inspect:
-            with WALL.up(unless=options.trust_pickle):
-                report = inspect(source, options)
-        else:
-            report = convert(source, options)
+        if not options.inspect:
+            convert(source, options)
+            return ExitStatus.OK
+        with WALL.up(unless=options.trust_pickle):
+            facts = inspect(source, options)
     except Exception as error:  # the one place where errors become exit codes
         known = as_conversion_error(error)
         if known is None or options.verbose:
             traceback.print_exc(file=LOG.stream)
         bug = f"a bug in pt2onnx {__version__} ({first_line(error)}); please report it with the traceback above"
         return report_failure(known or ConversionError(ExitStatus.BUG, bug), standard_output, as_json=options.json)
-    if options.inspect:
-        report_inspection(report)
-    else:
-        LOG.line("SUCCESS", describe_success(report))
+    report_inspection(facts)
     if options.json:
-        print_report(report, standard_output)
+        print_report(facts, standard_output)
     return ExitStatus.OK
 
 
-def become_worker(arguments: Sequence[str], run: str) -> NoReturn:
-    """Replace this process by one that runs the same command as a worker."""
+def become_worker(arguments: Sequence[str], run: str, supervisor: int) -> NoReturn:
+    """Replace this process, a child of `supervisor`, by one that runs the same command as a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if sys.platform == "linux":
         c_library().prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the supervisor
+    if os.getppid() != supervisor:  # it died before that
+        os._exit(ExitStatus.BUG)
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
     environment = {**os.environ, WORKER_VARIABLE: run, "GLIBC_TUNABLES": tunables}
     os.execve(sys.executable, [sys.executable, "-P", __file__, *arguments], environment)  # noqa: S606
 
 
-def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
-    """Run the worker in a child process; whatever ends it, leave no debris and return the exit code."""
-    interrupted: list[int] = []
-    worker = 0
-    staging, missing_folders = None, []
-    if not options.inspect:
-        staging = options.staging
-        missing_folders = [folder for folder in options.output.absolute().parents if not folder.exists()]
+def run_worker(arguments: Sequence[str], run: str) -> int:
+    """Run the worker in a child process. Returns its exit code, or -N where signal N ended it or told us to end it.
 
-    def stop(number: int, _: object) -> None:
-        interrupted.append(number)
-        if worker:
-            os.kill(worker, signal.SIGKILL)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    STOP_SIGNALS are blocked before and after, so that nothing is left half done: they wait until there is a worker to
+    end, and change nothing any more once it has ended.
+    """
+    received: list[int] = []
+    supervisor = os.getpid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a parent ignores it, there would be nobody to wait for
     worker = os.fork()
     if worker == 0:
-        become_worker(arguments, options.run)
-    if interrupted:  # between the two lines above
+        become_worker(arguments, run, supervisor)
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
         os.kill(worker, signal.SIGKILL)
-    _, status = os.waitpid(worker, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if staging is not None and code != ExitStatus.OK:
-        remove_debris(staging, missing_folders)
-    if interrupted:
-        name = signal.Signals(interrupted[0]).name
-        error = ConversionError(128 + interrupted[0], f"interrupted by {name}: nothing was written; run it again")
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # not reaped yet: its id is nobody else's, so `stop` is safe
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    return -received[0] if received and code == -signal.SIGKILL else code
+
+
+def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
+    """What it means that signal `number` ended the worker before anything was written."""
+    name = signal.Signals(number).name
+    if number in STOP_SIGNALS:
+        return ConversionError(128 + number, f"interrupted by {name}: nothing was written; run it again")
+    killed = f"killed, most likely for using too much memory; {memory_limit()}: give it more"
+    changed = f"{options.input} changed while it was read; convert it once it is whole"
+    limit = f"{options.run_timeout:g} s" if options.run_timeout else "a model of its size should"
+    patience = f"if it is only slow, pass --run-timeout {10 * (options.run_timeout or 6):g}"
+    endless = f"{options.input}: running the model took longer than {limit}; {patience}"
+    crashed = f"a library crashed ({name}); run again with --verbose, and try another --exporter"
+    known = {
+        signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
+        signal.SIGBUS: ConversionError(ExitStatus.INPUT, changed),  # what a mapped file does that has lost its end
+        signal.SIGALRM: ConversionError(ExitStatus.INPUT, endless),  # time_limit
+    }
+    return known.get(signal.Signals(number)) or ConversionError(ExitStatus.BUG, crashed)
+
+
+def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
+    """Run the worker; whatever ends it, leave no debris, say what is true and return the exit code."""
+    if options.inspect:
+        return conclude(run_worker(arguments, options.run), None, options)
+    staging = options.staging
+    made = [folder for folder in staging.absolute().parents if not folder.exists()]
+    try:
+        claim(staging)
+        remove_abandoned(staging.parent)
+        code = run_worker(arguments, options.run)
+    except OSError:
+        remove_debris(staging, made)
+        raise
+    try:
+        report = settle(staging)
+    except (OSError, ValueError) as error:
+        what = f"{options.output} may be half replaced ({first_line(error)}): the older files are in {staging}/old"
+        error = ConversionError(ExitStatus.RESOURCES, f"{what}, and the next run puts them back")
         return report_failure(error, 1, as_json=options.json)
-    if code == -signal.SIGKILL:
-        error = ConversionError(
-            ExitStatus.RESOURCES, f"killed, most likely for using too much memory; {memory_limit()}: give it more"
-        )
-        return report_failure(error, 1, as_json=options.json)
-    if code == -signal.SIGBUS:  # what a mapped file does that has lost its end
-        error = ConversionError(
-            ExitStatus.INPUT, f"{options.input} changed while it was read; convert it once it is whole"
-        )
-        return report_failure(error, 1, as_json=options.json)
+    remove_debris(staging, made)
+    return conclude(code, report, options)
+
+
+def conclude(code: int, report: Mapping[str, Any] | None, options: argparse.Namespace) -> int:
+    """Say what the worker did not: that its files are in place, or which signal ended it; returns the exit code."""
+    if report is not None:  # whatever happened afterwards
+        LOG.line("SUCCESS", describe_success(report))
+        if options.json:
+            print_report(report, 1)
+        return ExitStatus.OK
     if code < 0:
-        error = ConversionError(
-            ExitStatus.BUG,
-            f"a library crashed ({signal.Signals(-code).name}); run again with --verbose, and try another --exporter",
-        )
-        return report_failure(error, 1, as_json=options.json)
+        return report_failure(worker_error(-code, options), 1, as_json=options.json)
+    if code == ExitStatus.OK and not options.inspect:
+        what = f"{options.output.parent} was removed while the model was converted; run it again"
+        return report_failure(ConversionError(ExitStatus.USAGE, what), 1, as_json=options.json)
     return code
-
-
-def remove_debris(staging: Path, folders: Iterable[Path]) -> None:
-    """Remove the staging folder, and those of `folders` that are empty: the ones that this run made."""
-    shutil.rmtree(staging, ignore_errors=True)
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -10161,6 +10355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.open(os.devnull, os.O_RDWR)
     arguments = sys.argv[1:] if argv is None else list(argv)
     run = os.environ.pop(WORKER_VARIABLE, None)
+    if run is None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until there is a worker to end
     as_json = "--json" in arguments
     try:
         options = parse_arguments(arguments, run or f"{os.getpid()}.{os.urandom(4).hex()}")
@@ -10175,9 +10371,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known is None:
             raise
         return report_failure(known, 1, as_json=as_json)
-    except KeyboardInterrupt:
-        error = ConversionError(128 + signal.SIGINT, "interrupted: nothing was written")
-        return report_failure(error, 1, as_json=as_json)
     os._exit(work(source, options))  # tearing down torch takes a second and frees what the kernel frees anyway
 
 
