@@ -758,12 +758,13 @@ class Wall:
         if event == "ctypes.dlopen" and (arguments[0] is None or os.sep not in str(arguments[0])):
             return True  # a library that the loader finds by its name
         if event in CHANGING_EVENTS:
-            return all(map(self.is_ours, arguments[: CHANGING_EVENTS[event]]))
+            return all(self.is_ours(path, links=False) for path in arguments[: CHANGING_EVENTS[event]])
         return not event.startswith(OUTSIDE_EVENTS)
 
-    def is_ours(self, path: Any) -> bool:
-        """Whether a path lies in a folder that we work in, or is nowhere."""
-        real = Path(os.path.realpath(os.fsdecode(path)))
+    def is_ours(self, path: Any, *, links: bool = True) -> bool:
+        """Whether a path lies in a folder that we work in, or is nowhere; `links`: a link is what it leads to."""
+        given = Path(os.fsdecode(path))
+        real = Path(os.path.realpath(given if links else given.parent), "" if links else given.name)
         return str(real) == os.devnull or any(place in (real, *real.parents) for place in self.workplaces)
 
     def is_readable(self, path: str | bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import resource
 import signal
@@ -80,7 +81,8 @@ def convert_in_child(source: Path, folder: Path, *options: str, seconds: float =
 
     Up to the export, where the model has been built and has answered; without `export` it ends there, with BUILT.
     """
-    watch, go_on = Watch(source, folder), product.export_and_verify
+    named = [Path(after) for option, after in itertools.pairwise(options) if option == "--base"]
+    watch, go_on = Watch([source, *named], folder), product.export_and_verify
 
     def built(*arguments: Any) -> Any:
         if not export:
@@ -122,12 +124,20 @@ NAMED: dict[str, tuple[str, ...]] = {
 }
 
 
+def final_path(path: Any, *, links: bool) -> str:
+    """Where a path of an event leads, its last part too where `links` are followed there."""
+    if not isinstance(path, (str, bytes, Path)):
+        return "None"
+    text = os.fsdecode(path)
+    return os.path.realpath(text) if links else os.path.join(os.path.realpath(os.path.dirname(text)), Path(text).name)  # noqa: PTH118, PTH120
+
+
 class Watch:
     """Hears what Python code in this process opens, starts and connects to, and keeps what no named function did."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
-        root = source if source.is_dir() else source.parent
-        self.input, self.staging = str(root.resolve()), str((folder / "out").resolve())
+    def __init__(self, inputs: Sequence[Path], folder: Path) -> None:
+        roots = [path if path.is_dir() else path.parent for path in inputs]
+        self.places = {"input": tuple(str(root.resolve()) for root in roots), "staging": (str(folder / "out"),)}
         self.found: list[str] = []
         self.ended = False
         names = ("stdlib", "platstdlib", "purelib", "platlib")
@@ -144,16 +154,14 @@ class Watch:
                 return  # an import: convert.py names the modules, and test_policy.py what may be imported
             frame = frame.f_back
         given = arguments[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]
-        paths = [
-            os.path.realpath(os.fsdecode(path)) if isinstance(path, (str, bytes, Path)) else "None" for path in given
-        ]
+        paths = [final_path(path, links=event == "open" or path is not given[-1]) for path in given]
         reads = event == "open" and not (
             isinstance(arguments[2], int) and arguments[2] & 0o3103
         )  # WRONLY, RDWR, CREAT..
         if frame is None or (reads and paths[0].startswith(self.libraries)):
             return
         named = NAMED.get(frame.f_code.co_name, ())
-        places = tuple({"input": self.input, "staging": self.staging}.get(place, place) for place in named)
+        places = tuple(itertools.chain.from_iterable(self.places.get(place, (place,)) for place in named))
         if not all(path.startswith(places) or path.endswith(places) for path in paths):
             self.found.append(f"{frame.f_code.co_name}: {event}({', '.join(paths)})")
 
