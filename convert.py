@@ -2961,6 +2961,7 @@ def load(source: Source, *, trust: bool) -> Loaded:
 # copied beside the graph, whatever they hold.
 READ_JSON = re.compile(r".*config\.json|modules\.json|.*\.index\.json")
 MAX_JSON_BYTES = 16 << 20  # of one settings file: the largest known ones, with 20,000 labels, have 1 MB
+MAX_JSON_DEPTH = 20  # of objects and lists in each other: configurations of several parts have 6
 MAX_JSON_VALUES = 1_000_000  # of all of a folder's settings together: an index has one for each tensor
 # What settings may ask for, at any depth, that runs code which comes with the folder or is fetched from the hub;
 # transformers would follow some of it although its caller said trust_remote_code=False.
@@ -2975,6 +2976,7 @@ IMPLEMENTATIONS = frozenset(
 # Where configurations hand arguments on to timm's builder, and the names of its models.
 TIMM_ARGUMENT_KEYS = ("model_args", "backbone_kwargs", "timm_kwargs")
 TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?")  # no scheme: local-dir: and hf-hub: name places
+MAX_MODULES = 20  # of sentence-transformers: known models have four
 CODE_FILES = (".py", ".pkl", ".pickle", ".so", ".dll", ".pyc", ".joblib", "custom_generate")
 
 
@@ -3093,9 +3095,11 @@ class VettedFolder(NamedTuple):
         """The parts of a model of sentence-transformers in their order; none where there is no modules.json."""
         if "modules.json" not in self.files:
             return []
-        return Settings({"modules": parse_json(self.files["modules.json"], "modules.json")}, "modules.json").sections(
-            "modules"
-        )
+        settings = Settings({"modules": parse_json(self.files["modules.json"], "modules.json")}, "modules.json")
+        modules = settings.sections("modules")
+        if len(modules) > MAX_MODULES:
+            raise settings.misfit("modules", f"a list of {MAX_MODULES} modules at most")
+        return modules
 
 
 def vet_folder(path: Path, *, trust: bool) -> VettedFolder:
@@ -3185,9 +3189,22 @@ def parse_json(data: bytes, file: str) -> Any:
 
     check_values(count_values(data), file)
     try:
-        return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=constant)
+        content = json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{file} is damaged ({first_line(error)}); download it again") from None
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            entry
+            for node in level
+            if isinstance(node, (dict, list))
+            for entry in (node.values() if isinstance(node, dict) else node)
+        ]
+    if level:
+        raise DamagedFileError(
+            f"{file} is nested more than {MAX_JSON_DEPTH} levels deep, as no known one is; repair it"
+        )
+    return content
 
 
 def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
@@ -3209,10 +3226,10 @@ def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
                 findings.refused.append(f"{where} is the only thing that says what the model is: its own Python code")
             elif key == "quantization_config" and value:
                 method = value.get("quant_method") if isinstance(value, dict) else value
-                findings.refused.append(f"{where} needs the code of the quantiser {shorten(str(method), 40)!r}")
+                findings.refused.append(f"{where} needs the code of the quantiser {shown(method)}")
             elif IMPLEMENTATION_KEY.fullmatch(key):
                 if isinstance(value, (dict, list)) or value not in IMPLEMENTATIONS:
-                    findings.refused.append(f"{where} names the kernel {shorten(str(value), 60)!r}")
+                    findings.refused.append(f"{where} names the kernel {shown(value)}")
             elif key in OWN_CODE_KEYS or (key == "backbone" and names_a_place(value)):
                 if value:
                     findings.ignored.append(where)
@@ -4976,14 +4993,20 @@ def is_dtype(value: object) -> bool:
     )
 
 
+MAX_PARTS = 40  # configurations in each other: the largest known model has 12
+
+
 def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
     """Take out of a file of settings what config_attribute drops; raises RefusedFileError for what it refuses.
 
     The same in its parts that are configurations themselves. Other objects, such as labels by number, are data.
     """
     left: list[str] = []
+    parts = itertools.count(1)
 
     def fit(node: dict[str, Any], owner: type) -> None:
+        if next(parts) > MAX_PARTS:
+            raise DamagedFileError(f"{file.name} describes more than {MAX_PARTS} models in each other; repair it")
         for key, value in list(node.items()):
             verdict = config_attribute(owner, key, value)
             if verdict is Verdict.REFUSE:
@@ -5270,6 +5293,7 @@ PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 LORA_TENSOR = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<part>A|B|magnitude_vector)(\.(?P<kind>weight|bias))?")
 # A key of rank_pattern or alpha_pattern, a regular expression: of two repetitions at most, more may take for ever.
 LAYER_PATTERN = re.compile(r"(?!(.*[*+]){3})[^(){}?]+")
+MAX_PATTERNS = 2000  # each is tried for each layer: one for each of 80 blocks' seven layers are 560
 HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)  # the oldest models have no owner there
 REVISION = re.compile(r"[\w.-]{1,100}", re.ASCII)
 MERGE_IT = "merge it where it was trained (merge_and_unload of peft), and pass the saved result"
@@ -5304,11 +5328,19 @@ def check_adapter(settings: Settings) -> None:
         settings.flag(flag)
     for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
         patterns = settings.section(key) or Settings({}, key)
+        if len(patterns.content) > MAX_PATTERNS:
+            raise settings.misfit(key, f"one of {MAX_PATTERNS} patterns at most")
         for pattern in patterns.content:
             patterns.integer(pattern, 1, MAX_ARGUMENT) if whole else patterns.number(
                 pattern, -MAX_ARGUMENT, MAX_ARGUMENT
             )
             check_layer_pattern(pattern, patterns.where)
+
+
+@functools.cache
+def layer_pattern(key: str) -> re.Pattern[str]:
+    """What finds the layers that a key of rank_pattern or alpha_pattern is for, compiled once for all layers."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def check_layer_pattern(pattern: str, where: str) -> None:
@@ -5475,7 +5507,7 @@ def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Se
 
     def setting(patterns: str, otherwise: str) -> float:
         known = settings.content.get(patterns) or {}
-        fitting = (value for key, value in known.items() if re.match(rf"(.*\.)?({key})$", name))
+        fitting = (value for key, value in known.items() if layer_pattern(key).match(name))
         usual = settings.content.get(otherwise)
         return next(fitting, 8 if usual is None else usual)
 
@@ -5641,7 +5673,7 @@ def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:
     return next((item for enum in enums for item in enum if item.meta.get("num_params") == parameters), None)
 
 
-MAX_IMAGE_EDGE = 4096  # pixels: the largest known processors make 2560
+MAX_IMAGE_EDGE = 2560  # pixels, or channels: the widest that a known processor makes
 MAX_STATISTIC = 1e6  # of a mean or a deviation
 
 
@@ -6563,6 +6595,8 @@ def pooling_modes(settings: Settings) -> list[str]:
     flags = [key for key in settings.content if key.startswith("pooling_mode_") and settings.flag(key)]
     modes = modes or [POOLING.get(key, key) for key in flags]
     unknown = [mode for mode in modes if mode not in POOLING.values()]
+    if len(set(modes)) < len(modes):
+        raise settings.misfit("pooling_mode", "a list of different names")
     if unknown or not modes:
         what = f"the pooling mode {shown(unknown[0])}, which is not known here" if unknown else "no pooling mode"
         raise DamagedFileError(f"{settings.where} names {what}; it can be {', '.join(POOLING.values())}")

@@ -1096,6 +1096,16 @@ def module_of(kind: Any, path: Any) -> dict[str, Any]:
     return {"idx": 1, "name": "1", "path": path, "type": kind}
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """Objects in each other."""
+    return functools.reduce(lambda inner, _: {"a": inner}, range(depth), {})
+
+
+def parts_of_parts(depth: int) -> dict[str, Any]:
+    """A configuration whose text model has a text model."""
+    return functools.reduce(lambda inner, _: {"model_type": "llava", "text_config": inner}, range(depth), BERT)
+
+
 def setting_items() -> list[Item]:
     """Wrong types and sizes, one at a time; each is told by its name."""
     pool, dense = "sentence_transformers.models.Pooling", "sentence_transformers.models.Dense"
@@ -1187,6 +1197,9 @@ def setting_items() -> list[Item]:
         *(altered(f"bert-{name}", bert_files, changes, words, code=4) for name, changes, words in refused),
         *(altered(f"timm-{name}", timm_files, changes, words) for name, changes, words in timm),
         *(altered(f"image-{name}", vit_files, {"preprocessor_config.json": c}, words) for name, c, words in images),
+        altered(
+            "bert-many-parts", bert_files, {f"part{n}_config": {} for n in range(50)}, "more than 40 models in each"
+        ),
         altered("image-channels", vit_files, {"num_channels": 10**6}, ""),
         altered("image-edge", vit_files, {"image_size": [10**5, 10**5]}, ""),
         altered("modules-number", bert_files, {"modules.json": 5}, "modules.json"),
@@ -1229,6 +1242,33 @@ def setting_items() -> list[Item]:
         folder("adapter-type", {"adapter_config.json": {**LORA, "peft_type": {}}}, 3, "peft_type is an object"),
         folder("json-utf16", {"config.json": json.dumps(BERT).encode("utf-16")}, 3, "config.json is damaged"),
         folder("json-mark", {"config.json": b"\xef\xbb\xbf" + json.dumps(BERT).encode()}, 3, "config.json is damaged"),
+        altered("bert-deep", bert_files, {"use_kernels": True, "a": nested(800)}, "nested more than 20 levels deep"),
+        altered(
+            "bert-quantiser-deep",
+            bert_files,
+            {"quantization_config": {"quant_method": nested(15)}},
+            "an object",
+            code=4,
+        ),
+        altered(
+            "bert-parts-of-parts",
+            bert_files,
+            {"model_type": "llava", "text_config": parts_of_parts(15)},
+            "does not fit",
+            code=2,
+        ),
+        sentence(
+            "many",
+            "modules is a list of 5001 entries",
+            *[module_of("sentence_transformers.models.Normalize", "")] * 5000,
+        ),
+        sentence("pooling-twice", "different names", module_of(pool, "1"), **{"1": {"pooling_mode": ["mean", "mean"]}}),
+        folder(
+            "adapter-many-patterns",
+            {"adapter_config.json": {**LORA, "rank_pattern": {f"layer{place}": 4 for place in range(5000)}}},
+            3,
+            "rank_pattern is an object of 5000 entries",
+        ),
         folder("json-nan", {"config.json": b'{"model_type": "bert", "a": NaN}'}, 3, "NaN is no number"),
         folder(
             "json-values", {"config.json": many[: 12 << 20] + b"0]"}, 3, "values, more than those of any known model"

@@ -65,6 +65,44 @@ def test_inspection_of_settings(item: Item, tmp_path: Path) -> None:
     assert all(line.startswith(("[INFO] ", "[WARN] ")) for line in outcome.err.splitlines()), outcome
 
 
+TENSORS = (*corpus.GRAPH, "tensor_values")
+SPECS = ("graph_module", "signature", "input_specs")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("graph_module",), 5),
+        (corpus.GRAPH, []),
+        (TENSORS, {}),
+        (TENSORS, [1]),
+        ((*TENSORS, "input"), 5),
+        ((*TENSORS, "input", "sizes"), "x"),
+        ((*TENSORS, "input", "sizes", 0), {"as_int": "x"}),
+        ((*TENSORS, "input", "sizes", 0), {"as_expr": {"expr_str": {}}}),
+        ((*TENSORS, "input", "sizes", 0), {"as_int": -5}),
+        ((*TENSORS, "input", "sizes", 0), {}),
+        ((*TENSORS, "input", "dtype"), 99),
+        ((*TENSORS, "input", "dtype"), -1),
+        ((*TENSORS, "input", "dtype"), "x"),
+        (SPECS, {}),
+        (SPECS, {"a": 1}),
+        (SPECS, [5]),
+        ((*SPECS, 0), {"parameter": {"arg": {"name": []}}}),
+        ((*SPECS, 0), {"parameter": 5}),
+        ((*SPECS, 0), {"user_input": None}),
+    ],
+    ids=str,
+)
+def test_inspection_of_programs(path: tuple[Any, ...], value: Any, tmp_path: Path) -> None:
+    """--inspect of an exported program whose JSON has the wrong types: what is wrong, and no traceback."""
+    source = tmp_path / "input.pt2"
+    source.write_bytes(corpus.edit_program(corpus.set_path(*path, to=value)))
+    outcome = forked.convert_in_child(source, tmp_path, "--inspect")
+    assert outcome.code == 0, outcome
+    assert all(line.startswith(("[INFO] ", "[WARN] ")) for line in outcome.err.splitlines()), outcome
+
+
 OPENERS = {
     "load": lambda path: torch.load(path, weights_only=False),
     "jit": lambda path: torch.jit.load(path)(torch.ones(2)),

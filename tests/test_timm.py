@@ -111,7 +111,7 @@ def test_what_the_graph_says(tmp_path: Path) -> None:
         ({"model_args": {"features_only": True}}, "features_only"),
         ({"model_args": 7}, "model_args holds 7, not an object"),
         ({"pretrained_cfg": {"input_size": "large"}}, "input_size is 'large', not 3 whole numbers"),
-        ({"pretrained_cfg": {"input_size": [3, -5, 160]}}, "not 3 whole numbers from 1 to 4096"),
+        ({"pretrained_cfg": {"input_size": [3, -5, 160]}}, "not 3 whole numbers from 1 to 2560"),
     ],
 )
 def test_bad_folders(tmp_path: Path, changes: Settings, words: str) -> None:
