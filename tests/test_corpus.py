@@ -145,6 +145,11 @@ def test_the_corpus_is_large() -> None:
     assert min(len(corpus.HOSTILE), len(corpus.MALFORMED)) >= 80
 
 
+def test_every_refusal_has_its_reason() -> None:
+    """Each item says which words must refuse it, so that another rule that does is noticed."""
+    assert not [item.name for item in corpus.HOSTILE + corpus.MALFORMED if not item.words.strip()]
+
+
 def test_good_files_open(tmp_path: Path) -> None:
     """What the corpus is made of is sound: the same files unharmed load."""
     for name, data in corpus.good_files().items():
