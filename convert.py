@@ -802,7 +802,10 @@ CODE_SECONDS = 5  # for the code of an archive
 RUN_SECONDS = 30  # for that of a library, which ends
 BYTES_PER_SECOND = 10_000_000
 SHAPE_FACTOR = 20  # times as long, where --input-shape says what is to be run
-LATER_RUNS = 40  # times as long as the first run: batches of 5, and longer axes
+LATER_RUNS = 40  # times as long as the first run: batches of 5, and longer axes; ...
+MOST_LATER = 3  # ... but no more than so many times what the first one may
+REFERENCE_RUNS = 5  # what all runs for PyTorch's answers may take together
+CONVERSION_RUNS = 40  # what an archive's conversion may take: its code runs again in the exporters and ONNX Runtime
 GRAPH_RUNS = 10  # runs that a Hugging Face model's graphs take beside the cases: caches, generated tokens
 RUN_BYTES = 1 << 30  # of memory beyond the file's size, for an archive's code at shapes that nobody gave
 LATER_BYTES = 4 << 30
@@ -5993,7 +5996,7 @@ class Reference:
         self.model, self.specs, self.device = model, list(specs), options.device
         self.names = [spec.name for spec in specs]
         self.bytes = archive_bytes(model, options)
-        self.seconds = run_seconds(options, own_code=is_archive(model))
+        self.seconds, self.later = run_seconds(options, own_code=is_archive(model)), 0.0
         self.examples = examples or functools.partial(make_inputs, self.specs, highest_index(model))
 
     def tensors(self, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
@@ -6005,9 +6008,9 @@ class Reference:
         inputs = self.tensors(sizes, seed)
         given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
         start = time.monotonic()
-        with time_limit(self.seconds), memory_bound(self.bytes):
+        with time_limit(max(self.seconds, self.later)), memory_bound(self.bytes):
             outputs = call_model(self.model, inputs, self.names)
-        self.seconds = max(self.seconds, LATER_RUNS * (time.monotonic() - start))
+        self.later = max(self.later, min(LATER_RUNS * (time.monotonic() - start), MOST_LATER * self.seconds))
         self.bytes = self.bytes and max(self.bytes, LATER_BYTES)
         few = list(given.items())[:MAX_LABELLED]  # not the keys and values of every layer
         label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few)
@@ -9731,7 +9734,9 @@ def convert_module(
     facts = {**metadata, **({"task": options.task} if options.task else {})}
     if known.source:
         facts["preprocessing"] = known.metadata()
-    return [Converted(plan, export_and_verify(plan, facts, options))]
+    seconds = CONVERSION_RUNS * run_seconds(options, own_code=True)
+    with time_limit(seconds) if is_archive(model) else contextlib.nullcontext():
+        return [Converted(plan, export_and_verify(plan, facts, options))]
 
 
 def has_own_code(options: argparse.Namespace) -> bool:
@@ -9747,8 +9752,9 @@ def stored_plan(model: nn.Module, loaded: Loaded, options: argparse.Namespace) -
     Its attributes may be anything: they come from a file.
     """
     try:
-        known = preprocessing(model, options.model_class)
-        return known, make_plan(model, loaded, known, options)
+        with time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model))):
+            known = preprocessing(model, options.model_class)
+            return known, make_plan(model, loaded, known, options)
     except (ConversionError, OSError):
         raise
     except Exception as error:
