@@ -7,9 +7,10 @@ In:   a complete model (torch.save(model)), TorchScript (torch.jit.save), an exp
 Out:  one .onnx file (plus NAME.onnx.data from 2 GB on) that ONNX Runtime computes as PyTorch does, at shapes it was
       not traced with, at the opset that was asked for; or one [ERROR] line, an exit code and nothing written.
 
-The file is laid out in the order in which a model travels through it: arguments - detect - load - recognise -
-model from weights - inputs - export - verify - write - the converters - main. Nothing named by an input file is
-executed (see "load").
+The file is laid out in the order in which a model travels through it: arguments - opening - detect - load - recognise -
+model from weights - stored weights - Hugging Face folders - adapters - inputs - the reference - graphs of Hugging Face
+models - export - finish - verify - put into place - the converters - inspect - main. Nothing named by an input file is
+executed (see "load"), and nothing but the input is opened while it is loaded (see "opening").
 """
 
 from __future__ import annotations
