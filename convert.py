@@ -689,15 +689,15 @@ def open_input(path: Path, name: str = "") -> io.BufferedReader:
     """
     real, name = real_input(path, name), name or path.name
     # The last part of a real path is no link unless it just became one; a pipe does not make us wait.
-    file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        file.close()
-        raise DamagedFileError(f"{name} is not a regular file")
+    descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    problem = "" if stat.S_ISREG(status.st_mode) else f"{name} is not a regular file"
     if SEEN_FILES.setdefault(real, fingerprint(status)) != fingerprint(status):
-        file.close()
-        raise DamagedFileError(f"{name} changed while it was read; convert it once it is whole")
-    return file
+        problem = problem or f"{name} changed while it was read; convert it once it is whole"
+    if problem:
+        os.close(descriptor)
+        raise DamagedFileError(problem)
+    return os.fdopen(descriptor, "rb")
 
 
 # Events of the audit hook (https://docs.python.org/3/library/audit_events.html) that act on more than this process.

@@ -1358,6 +1358,12 @@ def parts_of_parts(depth: int) -> dict[str, Any]:
     return functools.reduce(lambda inner, _: {"model_type": "llava", "text_config": inner}, range(depth), BERT)
 
 
+def nested_models(depth: int) -> dict[str, Any]:
+    """The settings of a model of two models, each of which is one of two models, and so on."""
+    inner = {"model_type": "bert"} if depth == 0 else nested_models(depth - 1)
+    return {"model_type": "llava", "text_config": inner, "vision_config": inner}
+
+
 def setting_items() -> list[Item]:
     """Wrong types and sizes, one at a time; each is told by its name."""
     pool, dense = "sentence_transformers.models.Pooling", "sentence_transformers.models.Dense"
@@ -1462,7 +1468,7 @@ def setting_items() -> list[Item]:
         *(altered(f"timm-{name}", timm_files, changes, words) for name, changes, words in timm),
         *(altered(f"image-{name}", vit_files, {"preprocessor_config.json": c}, words) for name, c, words in images),
         altered(
-            "bert-many-parts", bert_files, {f"part{n}_config": {} for n in range(50)}, "more than 40 models in each"
+            "bert-many-parts", bert_files, {"architectures": None, **nested_models(6)}, "more than 40 models in each"
         ),
         altered("image-channels", vit_files, {"num_channels": 10**6}, "of memory beside its weights"),
         altered("image-edge", vit_files, {"image_size": [10**5, 10**5]}, "of memory beside its weights"),

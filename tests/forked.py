@@ -82,15 +82,17 @@ def convert_in_child(source: Path, folder: Path, *options: str, seconds: float =
     Up to the export, where the model has been built and has answered; without `export` it ends there, with BUILT.
     """
     named = [Path(after) for option, after in itertools.pairwise(options) if option == "--base"]
-    watch, go_on = Watch([source, *named], folder), product.export_and_verify
-
-    def built(*arguments: Any) -> Any:
-        if not export:
-            os._exit(BUILT)
-        watch.ended = True
-        return go_on(*arguments)
+    go_on = product.export_and_verify
 
     def action() -> int:
+        watch = Watch([source, *named], folder)
+
+        def built(*arguments: Any) -> Any:
+            if not export:
+                os._exit(BUILT)
+            watch.ended = True
+            return go_on(*arguments)
+
         product.LOG.stream = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
         os.environ[product.WORKER_VARIABLE] = "1"
         sys.argv = ["convert.py"]
@@ -121,6 +123,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "read_architectures": ("architectures.json.xz",),
     "load_exported_program": (".py",),  # torch.export notes the source lines of the code that runs
     "c_library": ("None",),
+    "vet_torchscript": ("<unknown>",),  # where Python looks for the line of a syntax error
 }
 
 
@@ -136,8 +139,10 @@ class Watch:
     """Hears what Python code in this process opens, starts and connects to, and keeps what no named function did."""
 
     def __init__(self, inputs: Sequence[Path], folder: Path) -> None:
-        roots = [path if path.is_dir() else path.parent for path in inputs]
-        self.places = {"input": tuple(str(root.resolve()) for root in roots), "staging": (str(folder / "out"),)}
+        roots = [os.path.realpath(path if os.path.isdir(path) else path.parent) for path in inputs]  # noqa: PTH112
+        # The hub's cache has links from its snapshots into its blobs.
+        roots += [os.path.realpath(path.parent.parent / "blobs") for path in inputs if path.parent.name == "snapshots"]
+        self.places = {"input": tuple(roots), "staging": (str(folder / "out"),)}
         self.found: list[str] = []
         self.ended = False
         names = ("stdlib", "platstdlib", "purelib", "platlib")
