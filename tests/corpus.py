@@ -443,7 +443,7 @@ def structure_items() -> list[Item]:
             4, refers("torch.nn.modules.lazy.LazyModuleMixin"), ""),
         "auto-class": (
             program(glob("transformers.models.auto.modeling_auto", "AutoModel"), b")\x81"),
-            (3, 4), refers("transformers.models.auto.modeling_auto.AutoModel"), ""),
+            4, refers("transformers.models.auto.modeling_auto.AutoModel"), ""),
         "script-module": (
             program(glob("torch.jit._script", "RecursiveScriptModule"), b")\x81"),
             4, refers("torch.jit._script.RecursiveScriptModule"), ""),
@@ -2017,7 +2017,7 @@ def archive_items() -> list[Item]:
         "backslashes": (lambda: entry_named("a/..\\x"), 3, "a record outside itself (..\\x)"),
         "name-with-escapes": (lambda: entry_named("a/\x1b[31m\n"), 4, r"no record called '\x1b[31m\n'"),
         "big-endian": (lambda: archive(program(b"}"), {"byteorder": b"big"}), 3, "saved on a big-endian machine"),
-        "odd-byte-order": (lambda: archive(program(b"}"), {"byteorder": b"\x1b[31m"}), 3, "-endian"),
+        "odd-byte-order": (lambda: archive(program(b"}"), {"byteorder": b"\x1b[31m"}), 3, "on a big-endian machine"),
         "no-data": (lambda: plain_zip([("a/version", b"3")]), 3, "has an old .pt2 layout"),
         "no-entries": (
             lambda: b"PK\x03\x04" + bytes(30) + b"PK\x05\x06" + bytes(18),
