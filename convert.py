@@ -1770,8 +1770,9 @@ def is_installed(package: str) -> bool:
 
 # What files that were made to do harm call; models have nothing of them.
 HARMFUL_MODULES = frozenset(
-    {"builtins", "code", "commands", "ctypes", "importlib", "nt", "os", "pip", "posix", "pty", "runpy", "shutil",
-     "socket", "subprocess", "sys", "webbrowser"}
+    {"__builtin__", "_pickle", "builtins", "cloudpickle", "code", "commands", "ctypes", "dill", "importlib", "io",
+     "jsonpickle", "marshal", "multiprocessing", "nt", "os", "pdb", "pickle", "pip", "posix", "profile", "pty", "runpy",
+     "shutil", "socket", "subprocess", "sys", "timeit", "types", "urllib", "webbrowser"}
 )  # fmt: skip
 
 
@@ -1796,7 +1797,8 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
         what = f"it refers to {listed}: classes that were defined in the script that saved it, so opening it needs that"
         way = "save a state dict there (torch.save(model.state_dict(), PATH)) and pass it with --model-class"
         return RefusedFileError(f"{what}; {way}, {trust}")
-    if missing and all(package in missing for package in packages):
+    harmful = not HARMFUL_MODULES.isdisjoint(packages)
+    if missing and not harmful and all(package in missing for package in packages):
         what = f"it refers to {listed}, but the Python package {', '.join(missing)} is not installed here"
         way = "install it, or put the folder of its maker's code on PYTHONPATH, and pass --allow-class with these names"
         return DamagedFileError(f"{what}; {way}, or save a state dict")
@@ -1804,7 +1806,7 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
     if found:
         way = f"if these are classes of a package that you installed, pass --allow-class {' '.join(found)}"
         return RefusedFileError(f"{what}; {way}; else save a state dict, {trust}")
-    if HARMFUL_MODULES.intersection(packages):
+    if harmful:
         what += "; models do not need them, so it may well be made to do harm"
     return RefusedFileError(f"{what}; get the weights as safetensors or a state dict, {trust}")
 
@@ -2055,7 +2057,8 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         if self.refused or isinstance(target, Ignored):
             return
         if not isinstance(target, dict):
-            raise RefusedFileError(f"the pickle sets items of a {type(target).__name__}")
+            what = target.name if isinstance(target, Token) else f"a {type(target).__name__}"
+            raise RefusedFileError(f"the pickle sets items of {what}")
         self.count_keys(items[::2])
         self.spend(*(value for value in items[1::2] if type(value) is tuple))  # which plain() looks through
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -2869,8 +2872,11 @@ def vet_payloads(reader: Any, records: Collection[str], kind: str) -> Iterator[s
     entries = json.loads(read_record(reader, config))["config"] if config in records else {}
     for key, entry in entries.items():
         name = entry["path_name"]
-        if entry.get("use_pickle") or not re.fullmatch(r"(weight|tensor)_\d{1,9}", name):
+        if entry.get("use_pickle"):
             yield f"a pickled {kind[:-1]} ({shorten(key, 60)})"
+            continue
+        if not re.fullmatch(r"(weight|tensor)_\d{1,9}", name):
+            yield f"a {kind[:-1]} called {shorten(name, 60)!r}"
             continue
         record = f"data/{kind}/{name}"
         sizes = [size["as_int"] for size in entry["tensor_meta"]["sizes"]]
@@ -3288,7 +3294,7 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
         return Loaded(content, f"a complete model ({qualified_name(type(content))})")
     if isinstance(content, Mapping):
         return Loaded(content, "weights without a model (a state dict)")
-    raise DamagedFileError(f"it holds a {type(content).__name__}, neither a model nor a state dict")
+    raise DamagedFileError(f"it holds {type(content).__name__}, neither a model nor a state dict")
 
 
 # Bits of a number, and torch's name for it where it has one (safetensors 0.7's Dtype).
@@ -3915,7 +3921,7 @@ def find_weights(content: Any, key: str | None) -> Weights:
     if key is not None:
         return entry_at(found, key, content)
     if not found:
-        raise ConversionError(ExitStatus.INPUT, f"no weights found in the checkpoint; it has {keys_of(content)}")
+        raise DamagedFileError(f"no weights found in the checkpoint; it has {keys_of(content)}")
     first, *others = found
     names = ", ".join(item.key for item in others[:4])
     if others and first.key.partition(".")[0] not in WEIGHT_KEYS:
@@ -5058,9 +5064,7 @@ def read_config(folder: Path, weights: Mapping[str, Tensor], options: argparse.N
     model_type = settings["model_type"]
     if model_type not in configurations.CONFIG_MAPPING_NAMES and not trust:
         known = f"transformers {transformers.__version__} knows no model_type {shorten(repr(model_type), 60)}"
-        raise ConversionError(
-            ExitStatus.INPUT, f"{known}; check config.json, or pass the model as a file (torch.export.save)"
-        )
+        raise DamagedFileError(f"{known}; check config.json, or pass the model as a file (torch.export.save)")
     with naming(options.input), bounded_build(len(weights), sum(tensor.nbytes for tensor in weights.values())):
         check_sizes(settings, weights)
         if not trust:

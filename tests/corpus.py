@@ -216,9 +216,7 @@ RUN = frozenset(
 
 
 # Packages that are not there on every machine: exit 3 names the missing package.
-PERHAPS_MISSING = frozenset(
-    {"cffi", "requests", "aiohttp", "dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "pandas", "models", "pip"}
-)
+PERHAPS_MISSING = frozenset({"cffi", "requests", "aiohttp", "joblib", "yaml", "pandas", "models"})
 
 
 def called_words(module: str, name: str) -> str:
@@ -355,7 +353,7 @@ def structure_items() -> list[Item]:
             4, "the pickle sets attributes of torch.nn.modules.linear.Linear", ""),
         "SETITEM-on-a-class": (
             program(glob("torch.nn.modules.linear", "Linear"), value("a"), value(1), b"s"),
-            4, "the pickle sets items of a", ""),
+            4, "the pickle sets items of torch.nn.modules.linear.Linear", ""),
         "APPEND-on-a-class": (program(glob("posix", "environ"), value("a"), b"a"), 4, refers("posix.environ"), ""),
         "persistent-id-text": (program(b"Psystem\n"), 3, "refers to something that is not a storage", ""),
         "persistent-id-of-a-function": (
@@ -877,7 +875,8 @@ def program_items() -> list[Item]:
         "pickled-weight": (
             set_path(*first, "use_pickle", to=True), config, 4, "it holds a pickled weight (0.weight)", ""),
         "weight-path": (
-            set_path(*first, "path_name", to="../../../etc/hostname"), config, 4, "weight (0.weight), which", ""),
+            set_path(*first, "path_name", to="../../../etc/hostname"), config, 4,
+            "a weight called '../../../etc/hostname'", ""),
         "weight-sizes": (
             set_path(*first, "tensor_meta", "sizes", to=[{"as_int": 2**40}]),
             config, 3, "its weight 0.weight is larger than its data", ""),
@@ -1799,9 +1798,9 @@ def pickle_items() -> list[Item]:
         "no-utf-8": (lambda: archive(program(b"X\x02\0\0\0\xff\xfe")), 3, "can't decode byte 0xff in position 0"),
         "nested-a-million": (
             lambda: archive(program(b"(" * 1_000_000 + b"]" + b"t" * 1_000_000)),
-            3, "it holds a tuple, neither a model"),
+            3, "it holds tuple, neither a model"),
         "nested-lists": (
-            lambda: archive(program(b"]" * 300_000 + b"a" * 299_999)), 3, "it holds a list, neither a model"),
+            lambda: archive(program(b"]" * 300_000 + b"a" * 299_999)), 3, "it holds list, neither a model"),
         "thirty-million-opcodes": (
             lambda: archive(program(b"N0" * 15_000_000)), 3, "longer than that of any known model"),
         "a-million-lists": (lambda: archive(program(b"]" * 12_000_000)), 3, "longer than that of any known model"),
@@ -1848,7 +1847,7 @@ def pickle_items() -> list[Item]:
             lambda: numpy_array((1,), numpy_dtype("O8"), bytes(8)), 4, "a numpy array of Python objects"),
         "array-of-records": (
             lambda: numpy_array((1,), numpy_dtype("V8"), bytes(8)), 4, "the file holds a numpy array of"),
-        "not-a-model": (lambda: archive(program(value([1, 2]))), 3, "it holds a list, neither a model"),
+        "not-a-model": (lambda: archive(program(value([1, 2]))), 3, "it holds list, neither a model"),
         "a-number": (lambda: archive(program(b"K\x01")), 3, "int, neither a model nor a state dict"),
         "no-weights": (
             lambda: archive(program(value({"a": 1}))), 3, "no weights found in the checkpoint; it has the keys a"),
