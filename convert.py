@@ -7,9 +7,10 @@ In:   a complete model (torch.save(model)), TorchScript (torch.jit.save), an exp
 Out:  one .onnx file (plus NAME.onnx.data from 2 GB on) that ONNX Runtime computes as PyTorch does, at shapes it was
       not traced with, at the opset that was asked for; or one [ERROR] line, an exit code and nothing written.
 
-The file is laid out in the order in which a model travels through it: arguments - detect - load - recognise -
-model from weights - inputs - export - verify - write - the converters - main. Nothing named by an input file is
-executed (see "load").
+The file is laid out in the order in which a model travels through it: arguments - opening - detect - load - recognise -
+model from weights - stored weights - Hugging Face folders - adapters - inputs - the reference - graphs of Hugging Face
+models - export - finish - verify - put into place - the converters - inspect - main. Nothing named by an input file is
+executed (see "load"), and nothing but the input is opened while it is loaded (see "opening").
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import contextlib
 import copy
 import ctypes
 import errno
+import fcntl
 import filecmp
 import functools
 import gc
@@ -107,7 +109,7 @@ EXIT_CODES = """exit codes:
   5  no exporter could express the model
   6  the exported model failed the checker or differs from PyTorch
   7  out of memory, disk or device
-  130/143  interrupted by Ctrl-C / SIGTERM: nothing is left behind"""
+  130/143  interrupted by Ctrl-C / SIGTERM before anything was written: what was there is as it was"""
 
 
 class ConversionError(Exception):
@@ -537,6 +539,7 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     """
     options = build_parser().parse_args(argv)
     options.run = run
+    check_encoding(argv, (options.input, options.cache_dir or options.input))
     options.input = Path(options.input)
     if options.output is None and not options.inspect:
         raise ConversionError(ExitStatus.USAGE, "the following arguments are required: -o/--output (or pass --inspect)")
@@ -555,6 +558,16 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     return options
 
 
+def check_encoding(argv: Sequence[str], paths: tuple[str, ...]) -> None:
+    """Raise ConversionError (USAGE) where `argv` has more than `paths` that is not UTF-8: all text in ONNX files is."""
+    for text in argv:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            if not text.endswith(paths):
+                raise ConversionError(ExitStatus.USAGE, f"{text} is not UTF-8, as names in ONNX files are") from None
+
+
 def cuda_devices() -> int:
     """The number of CUDA devices that the driver shows, asked of the driver itself: importing torch takes seconds."""
     count = ctypes.c_int(0)
@@ -569,6 +582,13 @@ def cuda_devices() -> int:
 def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
     """The folder and the .onnx file in it that -o means; raises ConversionError where they can never be written."""
     path = Path(text)
+    if ".." in path.parts and not path.parent.exists():  # nobody wants the folder `a` of a/../b
+        path = Path(os.path.realpath(path.parent), path.name)
+    broken = next((folder for folder in path.parents if folder.is_symlink() and not folder.exists()), None)
+    if broken:
+        raise ConversionError(
+            ExitStatus.USAGE, f"-o {text}: {broken} is a link to {broken.readlink()}, which is not there"
+        )
     if path.is_dir() or text.endswith(os.sep) or not path.suffix:
         path = path / ("onnx/model.onnx" if layout == "transformersjs" else "model.onnx")
     elif layout == "transformersjs":
@@ -649,15 +669,15 @@ def open_input(path: Path, name: str = "") -> io.BufferedReader:
     """
     real, name = real_input(path, name), name or path.name
     # The last part of a real path is no link unless it just became one; a pipe does not make us wait.
-    file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        file.close()
-        raise DamagedFileError(f"{name} is not a regular file")
+    descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    problem = "" if stat.S_ISREG(status.st_mode) else f"{name} is not a regular file"
     if SEEN_FILES.setdefault(real, fingerprint(status)) != fingerprint(status):
-        file.close()
-        raise DamagedFileError(f"{name} changed while it was read; convert it once it is whole")
-    return file
+        problem = problem or f"{name} changed while it was read; convert it once it is whole"
+    if problem:
+        os.close(descriptor)
+        raise DamagedFileError(problem)
+    return os.fdopen(descriptor, "rb")
 
 
 # Events of the audit hook (https://docs.python.org/3/library/audit_events.html) that act on more than this process.
@@ -719,12 +739,13 @@ class Wall:
         if event == "ctypes.dlopen" and (arguments[0] is None or os.sep not in str(arguments[0])):
             return True  # a library that the loader finds by its name
         if event in CHANGING_EVENTS:
-            return all(map(self.is_ours, arguments[: CHANGING_EVENTS[event]]))
+            return all(self.is_ours(path, links=False) for path in arguments[: CHANGING_EVENTS[event]])
         return not event.startswith(OUTSIDE_EVENTS)
 
-    def is_ours(self, path: Any) -> bool:
-        """Whether a path lies in a folder that we work in, or is nowhere."""
-        real = Path(os.path.realpath(os.fsdecode(path)))
+    def is_ours(self, path: Any, *, links: bool = True) -> bool:
+        """Whether a path lies in a folder that we work in, or is nowhere; `links`: a link is what it leads to."""
+        given = Path(os.fsdecode(path))
+        real = Path(os.path.realpath(given if links else given.parent), "" if links else given.name)
         return str(real) == os.devnull or any(place in (real, *real.parents) for place in self.workplaces)
 
     def is_readable(self, path: str | bytes) -> bool:
@@ -762,7 +783,10 @@ CODE_SECONDS = 5  # for the code of an archive
 RUN_SECONDS = 30  # for that of a library, which ends
 BYTES_PER_SECOND = 10_000_000
 SHAPE_FACTOR = 20  # times as long, where --input-shape says what is to be run
-LATER_RUNS = 40  # times as long as the first run: batches of 5, and longer axes
+LATER_RUNS = 40  # times as long as the first run: batches of 5, and longer axes; ...
+MOST_LATER = 3  # ... but no more than so many times what the first one may
+REFERENCE_RUNS = 5  # what all runs for PyTorch's answers may take together
+CONVERSION_RUNS = 40  # what an archive's conversion may take: its code runs again in the exporters and ONNX Runtime
 GRAPH_RUNS = 10  # runs that a Hugging Face model's graphs take beside the cases: caches, generated tokens
 RUN_BYTES = 1 << 30  # of memory beyond the file's size, for an archive's code at shapes that nobody gave
 LATER_BYTES = 4 << 30
@@ -1725,8 +1749,9 @@ def is_installed(package: str) -> bool:
 
 # What files that were made to do harm call; models have nothing of them.
 HARMFUL_MODULES = frozenset(
-    {"builtins", "code", "commands", "ctypes", "importlib", "nt", "os", "pip", "posix", "pty", "runpy", "shutil",
-     "socket", "subprocess", "sys", "webbrowser"}
+    {"__builtin__", "_pickle", "builtins", "cloudpickle", "code", "commands", "ctypes", "dill", "importlib", "io",
+     "jsonpickle", "marshal", "multiprocessing", "nt", "os", "pdb", "pickle", "pip", "posix", "profile", "pty", "runpy",
+     "shutil", "socket", "subprocess", "sys", "timeit", "types", "urllib", "webbrowser"}
 )  # fmt: skip
 
 
@@ -1750,7 +1775,8 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
         what = f"it refers to {listed}: classes that were defined in the script that saved it, so opening it needs that"
         way = "save a state dict there (torch.save(model.state_dict(), PATH)) and pass it with --model-class"
         return RefusedFileError(f"{what}; {way}, {trust}")
-    if missing and all(package in missing for package in packages):
+    harmful = not HARMFUL_MODULES.isdisjoint(packages)
+    if missing and not harmful and all(package in missing for package in packages):
         what = f"it refers to {listed}, but the Python package {', '.join(missing)} is not installed here"
         way = "install it, or put the folder of its maker's code on PYTHONPATH, and pass --allow-class with these names"
         return DamagedFileError(f"{what}; {way}, or save a state dict")
@@ -1758,7 +1784,7 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
     if found:
         way = f"if these are classes of a package that you installed, pass --allow-class {' '.join(found)}"
         return RefusedFileError(f"{what}; {way}; else save a state dict, {trust}")
-    if HARMFUL_MODULES.intersection(packages):
+    if harmful:
         what += "; models do not need them, so it may well be made to do harm"
     return RefusedFileError(f"{what}; get the weights as safetensors or a state dict, {trust}")
 
@@ -1981,7 +2007,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         """The attributes that `target` gets of `state`, by check_attributes; what is left out is noted."""
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise DamagedFileError(f"the state of a {qualified_name(type(target))} is damaged")
-        kept = {key: plain(value) for key, value in state.items() if sets_attribute(type(target), key)}
+        kept = {key: plain(value) for key, value in state.items() if keeps_attribute(type(target), key, value)}
         self.left_out |= dict.fromkeys(
             f"{key} of {type(target).__name__}" for key in state if key not in kept and state[key] is not None
         )
@@ -2009,7 +2035,8 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         if self.refused or isinstance(target, Ignored):
             return
         if not isinstance(target, dict):
-            raise RefusedFileError(f"the pickle sets items of a {type(target).__name__}")
+            what = target.name if isinstance(target, Token) else f"a {type(target).__name__}"
+            raise RefusedFileError(f"the pickle sets items of {what}")
         self.count_keys(items[::2])
         self.spend(*(value for value in items[1::2] if type(value) is tuple))  # which plain() looks through
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -2102,15 +2129,21 @@ def assigned_names(cls: type) -> frozenset[str]:
     return frozenset(names)
 
 
-def sets_attribute(cls: type, name: str) -> bool:
-    """Whether an instance of `cls` has the attribute `name` by itself.
+def keeps_attribute(cls: type, name: str, value: object) -> bool:
+    """Whether an instance of `cls` gets the attribute `name` of a pickle; raises RefusedFileError where it may not.
 
-    Asked of transformers' models, whose library reads switches off them that fetch kernels, compile and the like: what
-    their own code does not set when they are made is left out. Others have no such machinery.
+    Asked of transformers' models and configurations, whose library reads switches off them that fetch kernels, compile
+    and the like: what their own code does not set or read is left out. Others have no such machinery.
     """
-    if not any(qualified_name(base) == "transformers.modeling_utils.PreTrainedModel" for base in cls.__mro__):
-        return True
-    return name in assigned_names(cls)
+    bases = {qualified_name(base) for base in cls.__mro__}
+    if "transformers.modeling_utils.PreTrainedModel" in bases:
+        return name in assigned_names(cls)
+    if bases.isdisjoint(CONFIG_CLASSES) or name.startswith("__") or callable(value):
+        return True  # check_attributes has the rest
+    verdict = config_attribute(cls, name, value)
+    if verdict is Verdict.REFUSE:
+        raise RefusedFileError(f"a {qualified_name(cls)} has {shorten(name, 60)} {shorten(repr(value), 60)}")
+    return verdict is Verdict.KEEP
 
 
 def check_attributes(target: object, state: dict[str, Any], settled: set[int]) -> None:
@@ -2817,8 +2850,11 @@ def vet_payloads(reader: Any, records: Collection[str], kind: str) -> Iterator[s
     entries = json.loads(read_record(reader, config))["config"] if config in records else {}
     for key, entry in entries.items():
         name = entry["path_name"]
-        if entry.get("use_pickle") or not re.fullmatch(r"(weight|tensor)_\d{1,9}", name):
+        if entry.get("use_pickle"):
             yield f"a pickled {kind[:-1]} ({shorten(key, 60)})"
+            continue
+        if not re.fullmatch(r"(weight|tensor)_\d{1,9}", name):
+            yield f"a {kind[:-1]} called {shorten(name, 60)!r}"
             continue
         record = f"data/{kind}/{name}"
         sizes = [size["as_int"] for size in entry["tensor_meta"]["sizes"]]
@@ -2913,6 +2949,7 @@ def load(source: Source, *, trust: bool) -> Loaded:
 # copied beside the graph, whatever they hold.
 READ_JSON = re.compile(r".*config\.json|modules\.json|.*\.index\.json")
 MAX_JSON_BYTES = 16 << 20  # of one settings file: the largest known ones, with 20,000 labels, have 1 MB
+MAX_JSON_DEPTH = 20  # of objects and lists in each other: configurations of several parts have 6
 MAX_JSON_VALUES = 1_000_000  # of all of a folder's settings together: an index has one for each tensor
 # What settings may ask for, at any depth, that runs code which comes with the folder or is fetched from the hub;
 # transformers would follow some of it although its caller said trust_remote_code=False.
@@ -2924,10 +2961,10 @@ IMPLEMENTATIONS = frozenset(
     {None, True, False, "", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "batched_mm",
      "grouped_mm"}
 )  # fmt: skip
-# Where configurations name a model of timm, and hand arguments on to its builder.
-TIMM_MODEL_KEYS = ("architecture", "backbone")
+# Where configurations hand arguments on to timm's builder, and the names of its models.
 TIMM_ARGUMENT_KEYS = ("model_args", "backbone_kwargs", "timm_kwargs")
 TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?")  # no scheme: local-dir: and hf-hub: name places
+MAX_MODULES = 20  # of sentence-transformers: known models have four
 CODE_FILES = (".py", ".pkl", ".pickle", ".so", ".dll", ".pyc", ".joblib", "custom_generate")
 
 
@@ -3046,9 +3083,11 @@ class VettedFolder(NamedTuple):
         """The parts of a model of sentence-transformers in their order; none where there is no modules.json."""
         if "modules.json" not in self.files:
             return []
-        return Settings({"modules": parse_json(self.files["modules.json"], "modules.json")}, "modules.json").sections(
-            "modules"
-        )
+        settings = Settings({"modules": parse_json(self.files["modules.json"], "modules.json")}, "modules.json")
+        modules = settings.sections("modules")
+        if len(modules) > MAX_MODULES:
+            raise settings.misfit("modules", f"a list of {MAX_MODULES} modules at most")
+        return modules
 
 
 def vet_folder(path: Path, *, trust: bool) -> VettedFolder:
@@ -3138,9 +3177,22 @@ def parse_json(data: bytes, file: str) -> Any:
 
     check_values(count_values(data), file)
     try:
-        return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=constant)
+        content = json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{file} is damaged ({first_line(error)}); download it again") from None
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            entry
+            for node in level
+            if isinstance(node, (dict, list))
+            for entry in (node.values() if isinstance(node, dict) else node)
+        ]
+    if level:
+        raise DamagedFileError(
+            f"{file} is nested more than {MAX_JSON_DEPTH} levels deep, as no known one is; repair it"
+        )
+    return content
 
 
 def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
@@ -3162,10 +3214,10 @@ def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
                 findings.refused.append(f"{where} is the only thing that says what the model is: its own Python code")
             elif key == "quantization_config" and value:
                 method = value.get("quant_method") if isinstance(value, dict) else value
-                findings.refused.append(f"{where} needs the code of the quantiser {shorten(str(method), 40)!r}")
+                findings.refused.append(f"{where} needs the code of the quantiser {shown(method)}")
             elif IMPLEMENTATION_KEY.fullmatch(key):
                 if isinstance(value, (dict, list)) or value not in IMPLEMENTATIONS:
-                    findings.refused.append(f"{where} names the kernel {shorten(str(value), 60)!r}")
+                    findings.refused.append(f"{where} names the kernel {shown(value)}")
             elif key in OWN_CODE_KEYS or (key == "backbone" and names_a_place(value)):
                 if value:
                     findings.ignored.append(where)
@@ -3176,16 +3228,15 @@ def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
 
 
 def names_a_place(value: object) -> bool:
-    """Whether what stands for a model of timm is something else than its name, such as a hub's or a folder's."""
-    return value is not None and not (isinstance(value, str) and TIMM_NAME.fullmatch(value))
+    """Whether what stands for a model of timm is something else than its plain name, such as a hub's or a folder's."""
+    return isinstance(value, str) and not TIMM_NAME.fullmatch(value)
 
 
 def check_timm_setting(key: str, value: object, file: str) -> None:
     """Raise DamagedFileError for settings that would make timm's builder open something."""
     if key == "architecture" and names_a_place(value):
-        raise DamagedFileError(
-            f"{file}: architecture is {shown(value)}, which names no architecture of timm; repair it"
-        )
+        what = "which names no architecture of timm"
+        raise DamagedFileError(f"{file}: architecture is {shown(value)}, {what}; repair it")
     if key in TIMM_ARGUMENT_KEYS and value is not None:
         for name, entry in Settings(value, f"{file}: {key}").content.items():
             if not is_architecture_argument(name, entry):
@@ -3221,7 +3272,7 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
         return Loaded(content, f"a complete model ({qualified_name(type(content))})")
     if isinstance(content, Mapping):
         return Loaded(content, "weights without a model (a state dict)")
-    raise DamagedFileError(f"it holds a {type(content).__name__}, neither a model nor a state dict")
+    raise DamagedFileError(f"it holds {type(content).__name__}, neither a model nor a state dict")
 
 
 # Bits of a number, and torch's name for it where it has one (safetensors 0.7's Dtype).
@@ -3332,6 +3383,13 @@ def data_size(header: Mapping[str, Any]) -> int:
     return max((entry["data_offsets"][1] for entry in header.values()), default=0)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether text from a file names something in a folder, and not the folder itself or what lies elsewhere."""
+    if os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
+        return False
+    return "\0" not in name and len(name.encode(errors="replace")) < 256  # what file systems take
+
+
 def shard_files(index: Path) -> dict[str, set[str]]:
     """The tensors that each shard should hold, by the shard's name, which must be plain: a file beside the index."""
     return check_shards(read_json(index), index)
@@ -3346,9 +3404,9 @@ def check_shards(content: Any, index: Path) -> dict[str, set[str]]:
         raise DamagedFileError(f"{what}; download it again") from None
     shards: dict[str, set[str]] = {}
     for tensor, name in entries:
-        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
+        if not isinstance(name, str) or not is_file_name(name):
             raise RefusedFileError(
-                f"{index.name} points at {name!r}, outside its own folder; copy the shard there and name it alone"
+                f"{index.name} points at {shown(name)}, outside its own folder; copy the shard there and name it alone"
             )
         if not os.path.lexists(index.parent / name):
             raise DamagedFileError(f"the shard {name} is missing; copy or download it too")
@@ -3840,7 +3898,7 @@ def find_weights(content: Any, key: str | None) -> Weights:
     if key is not None:
         return entry_at(found, key, content)
     if not found:
-        raise ConversionError(ExitStatus.INPUT, f"no weights found in the checkpoint; it has {keys_of(content)}")
+        raise DamagedFileError(f"no weights found in the checkpoint; it has {keys_of(content)}")
     first, *others = found
     names = ", ".join(item.key for item in others[:4])
     if others and first.key.partition(".")[0] not in WEIGHT_KEYS:
@@ -3974,7 +4032,7 @@ def bounded_build(tensors: int, size: int) -> Iterator[None]:
         return count
 
     hooks = [
-        registry.register_module_parameter_registration_hook(counting("parameters", 4 * tensors + 1000)),
+        registry.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
         registry.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
     ]
     try:
@@ -4123,26 +4181,34 @@ def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
 
 # Words of which the names of architecture arguments are made. None of them names a place, weights, a device or code.
 NETWORK_WORDS = words(
-    """act activation affine attn attention aux avg base batch bias bidirectional block blocks bottleneck cardinality
-    causal chan channel channels chans class classes conv decoder dense depth depths dilation dilations dim dims
-    down drop dropout dynamic embed embedding embeddings encoder eps expand expansion feat feats feature features
-    feedforward ffn filter filters final first fixed global group groups head heads height hidden image img in
-    indices inference init inner input intermediate kernel kernels key kv last latent layer layers len length
-    levels logits loss max mid min mlp mode momentum multiplier n negative no norm num offset only out output
-    outputs overlap pad padding patch patches pool pooling pos position positions post pre proj projection qk qkv
-    query rank rate ratio ratios ref reg register repeats residual resolution rope scale se seq sequence shape
-    size sizes skip slope slices squeeze stage stages stem strict stride strides swiglu temporal time token tokens
-    transformer type up use value values vocab width widths window zero"""
+    """aa abs act activation affine align alpha ar attention attn attns aux avg band base basic batch beta bias
+    bidirectional blk block blocks bn bottle bottleneck branch branches cardinality causal cell chan channel
+    channels chans chs class classes conv coords counts cpe cross crpe decoder dense depth depths depthwise
+    dilation dilations dim dims div down downsample downsamples drop dropout dw dynamic emb embed embedding
+    embeddings encoder end ends eps exp expand expansion extra factor fc feat feats feature features feedforward
+    fewer ffn filter filters final first fixed focal fork fuse fused fusion gamma gate gated global grid group
+    groups grow growth gru half head heads height hidden image img in indices inference init inner inplace input
+    intermediate interp interpolation kernel kernels key kv last latent layer layers layerscale len length level
+    levels linear list local logits loss ls lstm main mask max merge meta mid min mix mixer mixers mlp mode
+    momentum mul mult multi multiplier n neck negative neurons no norm normalize noskip num offset only
+    orthonormal out outer output outputs overlap pad padding parallel partial partition patch patches per period
+    pool pooling pos position positions post pre preact prefix prob proj projection qk qkv query rank rate rates
+    ratio ratios reduce reduction ref reg register rel relu rep repeats res residual resolution rnn root rope rot
+    rotate scale se section separate seq sequence sequential shape shared shift shortcut size sizes skip slices
+    slope small spatial squeeze sr stage stages state std stem strict stride strides swap swiglu tail temperature
+    temporal theta time token tokens transformer transition type types union unit units up use value values vocab
+    width widths window zero"""
 )
-NETWORK_NAMES = frozenset({"d_model", "d_ff", "d_kv", "nhead", "ls_init_value", "drop_path_rate", "drop_path"})
+NETWORK_NAMES = frozenset({"d_model", "d_ff", "d_kv", "nhead"})
 MAX_ARGUMENT = 1 << 24  # of a number that describes a network: vocabularies have a million entries
 
 
 def is_architecture_argument(name: object, value: object, depth: int = 0) -> bool:
     """Whether an argument from a file says how wide, deep or shaped a network is, by its name and its plain value."""
     if depth == 0:
-        words = name.split("_") if isinstance(name, str) and len(name) <= 60 else [""]
-        if name not in NETWORK_NAMES and not all(word.strip("0123456789") in NETWORK_WORDS for word in words):
+        short = isinstance(name, str) and len(name) <= 60
+        parts = str(name).replace("drop_path", "drop").split("_") if short else [""]  # the only path that is none
+        if name not in NETWORK_NAMES and not all(part.strip("0123456789") in NETWORK_WORDS for part in parts):
             return False
     if isinstance(value, (list, tuple)):
         return depth < 3 and len(value) <= 1000 and all(is_architecture_argument("", v, depth + 1) for v in value)
@@ -4820,11 +4886,13 @@ class Verdict(IntEnum):
 # What code of transformers acts upon, whoever declares it: kernels, compilers, quantisers, devices, files and code.
 ACTING_ATTRIBUTES = re.compile(
     r"_?use_kernels|kernel_config|auto_map(ping)?|custom_(generate|pipelines)|trust_remote_code|transformers_weights"
-    r"|use_pretrained_backbone|compile_config|_compiled_call|_last_compile_config|cache_(config|implementation)"
+    r"|use_pretrained_backbone|compile_config|_compiled_call|_last_compile_config|cache_config"
     r"|distributed_config|(hf_)?device_map|hf_quantizer|is_quantized|quantization_method|extra_(config_)?files"
     r"|(base_model_)?_?(tp|pp|ep|fsdp)_(plan|size)|_auto_class|attribute_map|watermarking_config|is_assistant"
     r"|assistant_(confidence_threshold|lookbehind|early_exit|ensemble_weight)"
 )
+# Caches of transformers that neither quantise nor move what they hold.
+CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "hybrid_chunked", "sliding_window")
 # Attributes with a string of such a name would be a place; _name_or_path is only told in messages.
 PLACE_ATTRIBUTE = re.compile(r"(.*_)?(path|paths|file|files|filename|url|uri|repo|repo_id|dir|directory|folder)")
 DTYPE_ATTRIBUTE = re.compile(r"(.*_)?dtype")
@@ -4833,91 +4901,60 @@ DTYPE_VALUE = re.compile(r"auto|bool|half|float|double|(b?float|u?int|complex)\d
 CONFIG_ATTRIBUTES = words(
     """model_type name_or_path _name_or_path _commit_hash num_labels torch_dtype output_attentions _output_attentions
     rope_scaling rope_theta per_layer_config _heterogeneity_spec _post_init_done transformers_version
-    ignore_keys_at_rope_validation allow_global_per_layer_attribute_access use_cache"""
+    ignore_keys_at_rope_validation allow_global_per_layer_attribute_access use_cache bos_token_id eos_token_id
+    pad_token_id num_classes label_names _out_features _out_indices"""
 )
-MODEL_ATTRIBUTES = words(
-    """_parameters _buffers _modules _non_persistent_buffers_set _backward_pre_hooks _backward_hooks
-    _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called
-    _forward_pre_hooks _forward_pre_hooks_with_kwargs _state_dict_hooks _state_dict_pre_hooks
-    _load_state_dict_pre_hooks _load_state_dict_post_hooks training config name_or_path generation_config
-    loss_type all_tied_weights_keys _no_split_modules _skip_keys_device_placement
-    _keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing _keys_to_ignore_on_save
-    _keep_in_fp32_modules _keep_in_fp32_modules_strict model_tags vocab_size _is_hf_initialized
-    gradient_checkpointing warnings_issued _loss_function supports_gradient_checkpointing stage_names num_features
-    backbone_type _gradient_checkpointing_func _require_grads_hook _require_grads_hooks"""
+# The files of transformers, besides those of the model, whose code reads a configuration to compute with it.
+SHARED_READERS = (
+    "masking_utils.py",
+    "cache_utils.py",
+    "modeling_rope_utils.py",
+    "modeling_layers.py",
+    "pytorch_utils.py",
 )
-
-
-def stored_attributes(cls: type, bases: Collection[type]) -> set[str]:
-    """The names that methods of `cls` and of the classes it comes from, up to `bases`, assign to as self.NAME."""
-    import dis
-    import types
-
-    names: set[str] = set()
-    for owner in cls.__mro__:
-        if owner in bases or not owner.__module__.startswith("transformers."):
-            continue
-        functions = [value for value in vars(owner).values() if isinstance(value, types.FunctionType)]
-        for function in functions:
-            steps = dis.get_instructions(getattr(function, "__wrapped__", function))
-            names |= {step.argval for step in steps if step.opname == "STORE_ATTR"}
-    return names
+READ_NAME = re.compile(r"(?<=config\.)\w+|(?<=config, [\"'])\w+")  # config.name, getattr(config, "name", ...)
 
 
 @functools.cache
 def declared_attributes(cls: type) -> frozenset[str]:
-    """The attributes that objects of a class of transformers have by its own declaration, and no others."""
+    """The attributes that configurations of this class have by its declaration, or that its models' code reads."""
     import dataclasses
     import inspect
 
     transformers = import_library("transformers")
     if issubclass(cls, transformers.GenerationConfig):
         return frozenset(vars(transformers.GenerationConfig()))
-    if not issubclass(cls, transformers.PreTrainedConfig):
-        return MODEL_ATTRIBUTES | stored_attributes(cls, transformers.PreTrainedModel.__mro__)
-    names = CONFIG_ATTRIBUTES | {field.name for field in dataclasses.fields(cls)}
-    names |= stored_attributes(cls, transformers.PreTrainedConfig.__mro__)
+    names = CONFIG_ATTRIBUTES | assigned_names(cls) | {field.name for field in dataclasses.fields(cls)}
     for owner in cls.__mro__:
         names |= {*vars(owner).get("attribute_map", {}), *vars(owner).get("attribute_map", {}).values()}
         names |= {name for name, value in vars(owner).items() if isinstance(value, property) and value.fset}
         if "__init__" in vars(owner) and owner not in transformers.PreTrainedConfig.__mro__:
             names |= inspect.signature(owner).parameters.keys()
+    library, own = Path(transformers.__file__).parent, Path(inspect.getfile(cls)).parent
+    for file in (*own.glob("modeling_*.py"), *(library / name for name in SHARED_READERS)):
+        names |= frozenset(READ_NAME.findall(file.read_text(encoding="utf-8")))
     return frozenset(names)
 
 
 def config_attribute(cls: type, name: str, value: object) -> Verdict:
-    """Whether an object of `cls` (a PreTrainedConfig, GenerationConfig or PreTrainedModel) may have an attribute.
+    """Whether a configuration of `cls` (a PreTrainedConfig or GenerationConfig) may have an attribute from a file.
 
-    The same for the JSON of a folder and for an object in a pickle. Kept is what the class declares, and beside that
-    plain data, which some models read of their configuration although nothing declares it; but nothing that hides a
-    method or setting of the class, and nothing that transformers acts upon.
+    The same for the JSON of a folder and for an object in a pickle. Kept is what the class declares or its models read,
+    and of that nothing that hides a method, or that transformers acts upon.
     """
     if IMPLEMENTATION_KEY.fullmatch(name):
         known = not isinstance(value, (dict, list, set)) and value in IMPLEMENTATIONS
         return Verdict.KEEP if known else Verdict.REFUSE
     if name == "quantization_config":
         return Verdict.REFUSE if value else Verdict.KEEP
-    if ACTING_ATTRIBUTES.fullmatch(name):
+    if ACTING_ATTRIBUTES.fullmatch(name) or (name == "cache_implementation" and value not in CACHES):
         return Verdict.DROP if value else Verdict.KEEP
     if DTYPE_ATTRIBUTE.fullmatch(name):
         return Verdict.KEEP if is_dtype(value) else Verdict.REFUSE
-    if isinstance(value, str) and PLACE_ATTRIBUTE.fullmatch(name) and name not in CONFIG_ATTRIBUTES | MODEL_ATTRIBUTES:
+    if isinstance(value, str) and PLACE_ATTRIBUTE.fullmatch(name) and name not in CONFIG_ATTRIBUTES:
         return Verdict.DROP
-    if name in declared_attributes(cls):
-        return Verdict.KEEP
-    hides = (
-        hasattr(library_base(cls), name)
-        or callable(getattr(cls, name, None))
-        or isinstance(getattr(cls, name, None), property)
-    )
-    return Verdict.KEEP if not hides and is_plain_data(value) else Verdict.DROP
-
-
-def library_base(cls: type) -> type:
-    """The base that an object of transformers has its behaviour from."""
-    transformers = import_library("transformers")
-    bases = (transformers.PreTrainedConfig, transformers.GenerationConfig, transformers.PreTrainedModel)
-    return next((base for base in bases if issubclass(cls, base)), cls)
+    hides = callable(getattr(cls, name, None)) and not isinstance(getattr(cls, name), type)
+    return Verdict.KEEP if name in declared_attributes(cls) and not hides else Verdict.DROP
 
 
 def is_dtype(value: object) -> bool:
@@ -4931,47 +4968,33 @@ def is_dtype(value: object) -> bool:
     )
 
 
-def is_plain_data(value: object, depth: int = 0) -> bool:
-    """Whether a value is numbers, names that are no paths, and lists and dictionaries of these."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return depth < 5 and all(is_plain_data(entry, depth + 1) for entry in value)
-    if isinstance(value, str):
-        return len(value) <= 1000 and "/" not in value and "\\" not in value
-    return value is None or type(value) in (bool, int, float)
+MAX_PARTS = 40  # configurations in each other: the largest known model has 12
 
 
 def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
-    """Take out of config.json what config_attribute drops, at every depth; raises RefusedFileError for what it refuses.
+    """Take out of a file of settings what config_attribute drops; raises RefusedFileError for what it refuses.
 
-    Parts without a class of their own (rotary embeddings' numbers, for one) are data of the class above them.
+    The same in its parts that are configurations themselves. Other objects, such as labels by number, are data.
     """
-    transformers = import_transformers()
     left: list[str] = []
+    parts = itertools.count(1)
 
     def fit(node: dict[str, Any], owner: type) -> None:
-        parts = getattr(owner, "sub_configs_defaults", {})
+        if next(parts) > MAX_PARTS:
+            raise DamagedFileError(f"{file.name} describes more than {MAX_PARTS} models in each other; repair it")
         for key, value in list(node.items()):
             verdict = config_attribute(owner, key, value)
             if verdict is Verdict.REFUSE:
-                raise RefusedFileError(f"config.json: {shorten(key, 60)} is {shown(value)}, which is not known here")
+                raise RefusedFileError(f"{file.name}: {shorten(key, 60)} is {shown(value)}, which is not known here")
             if verdict is Verdict.DROP:
-                left.append(key)
+                left.append(shorten(key, 40))
                 del node[key]
-            elif isinstance(value, dict):
-                own = getattr(parts.get(key), "config_class", None)
-                is_config = isinstance(own, type) and issubclass(own, transformers.PreTrainedConfig)
-                fit(value, own if is_config else named_class(value) or owner)
-
-    def named_class(node: Mapping[str, Any]) -> Any:
-        mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-        name = node.get("model_type")
-        return mapping[name] if isinstance(name, str) and name in mapping else None
+            elif isinstance(value, dict) and (part := part_class(owner, key, value)):
+                fit(value, part)
 
     fit(settings, cls)
     if left:
-        LOG.warn(f"config.json: left out, since no model of this kind has it: {and_more(left, 8, 40)}")
+        LOG.info(f"{file.name}: left out, since models of this kind do not read it: {and_more(left, 8)}")
         rewrite_settings(file, settings)
 
 
@@ -4980,6 +5003,18 @@ def rewrite_settings(file: Path, settings: Mapping[str, Any]) -> None:
     file.unlink()
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     admit(file)  # it is the changed one that is read from now on
+
+
+def part_class(owner: type, key: str, value: Mapping[str, Any]) -> Any:
+    """The class of configuration that a part of `owner`'s settings becomes; None for data such as labels."""
+    transformers = import_library("transformers")
+    mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    spec = getattr(owner, "sub_configs_defaults", {}).get(key)
+    own = getattr(spec, "config_class", None)
+    if isinstance(own, type) and issubclass(own, transformers.PreTrainedConfig):
+        return own
+    name = value.get("model_type") or getattr(spec, "model_type", None)
+    return mapping[name] if isinstance(name, str) and name in mapping else None
 
 
 def read_config(folder: Path, weights: Mapping[str, Tensor], options: argparse.Namespace) -> Any:
@@ -4994,13 +5029,13 @@ def read_config(folder: Path, weights: Mapping[str, Tensor], options: argparse.N
     model_type = settings["model_type"]
     if model_type not in configurations.CONFIG_MAPPING_NAMES and not trust:
         known = f"transformers {transformers.__version__} knows no model_type {shorten(repr(model_type), 60)}"
-        raise ConversionError(
-            ExitStatus.INPUT, f"{known}; check config.json, or pass the model as a file (torch.export.save)"
-        )
+        raise DamagedFileError(f"{known}; check config.json, or pass the model as a file (torch.export.save)")
     with naming(options.input), bounded_build(len(weights), sum(tensor.nbytes for tensor in weights.values())):
         check_sizes(settings, weights)
         if not trust:
             fit_settings(folder / "config.json", settings, configurations.CONFIG_MAPPING[model_type])
+            if (file := folder / "generation_config.json").exists():
+                fit_settings(file, read_json(file), transformers.GenerationConfig)
         try:
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
         except Exception as error:  # validation raises a dozen kinds
@@ -5228,6 +5263,7 @@ PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 LORA_TENSOR = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<part>A|B|magnitude_vector)(\.(?P<kind>weight|bias))?")
 # A key of rank_pattern or alpha_pattern, a regular expression: of two repetitions at most, more may take for ever.
 LAYER_PATTERN = re.compile(r"(?!(.*[*+]){3})[^(){}?]+")
+MAX_PATTERNS = 2000  # each is tried for each layer: one for each of 80 blocks' seven layers are 560
 HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)  # the oldest models have no owner there
 REVISION = re.compile(r"[\w.-]{1,100}", re.ASCII)
 MERGE_IT = "merge it where it was trained (merge_and_unload of peft), and pass the saved result"
@@ -5262,11 +5298,19 @@ def check_adapter(settings: Settings) -> None:
         settings.flag(flag)
     for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
         patterns = settings.section(key) or Settings({}, key)
+        if len(patterns.content) > MAX_PATTERNS:
+            raise settings.misfit(key, f"one of {MAX_PATTERNS} patterns at most")
         for pattern in patterns.content:
             patterns.integer(pattern, 1, MAX_ARGUMENT) if whole else patterns.number(
                 pattern, -MAX_ARGUMENT, MAX_ARGUMENT
             )
             check_layer_pattern(pattern, patterns.where)
+
+
+@functools.cache
+def layer_pattern(key: str) -> re.Pattern[str]:
+    """What finds the layers that a key of rank_pattern or alpha_pattern is for, compiled once for all layers."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def check_layer_pattern(pattern: str, where: str) -> None:
@@ -5339,7 +5383,7 @@ def base_folder(folder: Path, settings: Settings, options: argparse.Namespace) -
 def inner_base(folder: Path, recorded: str) -> Path | None:
     """The folder inside an adapter's own that its settings name; None where they name another place."""
     place = Path(os.path.normpath(recorded))
-    if "\0" in recorded or place.is_absolute() or ".." in place.parts or not (folder / place).is_dir():
+    if not all(map(is_file_name, place.parts)) or not (folder / place).is_dir():
         return None
     base, root = (folder / place).resolve(), folder.resolve()
     return base if base == root or root in base.parents else None
@@ -5347,8 +5391,9 @@ def inner_base(folder: Path, recorded: str) -> Path | None:
 
 def named_base(name: str, recorded: str, settings: Settings, options: argparse.Namespace) -> Path:
     """The folder, or the model of the hub, that --base names; that one in the revision which the adapter records."""
-    if Path(name).is_dir():
-        return Path(name).resolve()
+    if (base := Path(name)).is_dir():
+        admit(base)
+        return base.resolve()
     if not HUB_NAME.fullmatch(name):
         raise ConversionError(ExitStatus.USAGE, f"--base {name}: there is no such folder, nor can the hub have it")
     revision = settings.name("revision") if name == recorded else None
@@ -5363,7 +5408,7 @@ def base_advice(folder: Path, recorded: str) -> str:
     import shlex
 
     usual = "pass --base FOLDER, or --base OWNER/MODEL to download it"
-    if not recorded.isprintable() or len(recorded) > 200 or recorded.startswith("-"):
+    if not recorded.isprintable() or len(recorded.encode(errors="replace")) > 200 or recorded.startswith("-"):
         return usual
     beside = Path(os.path.normpath(folder / recorded))
     if beside.is_dir():
@@ -5432,8 +5477,9 @@ def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Se
 
     def setting(patterns: str, otherwise: str) -> float:
         known = settings.content.get(patterns) or {}
-        fitting = (value for key, value in known.items() if re.match(rf"(.*\.)?({key})$", name))
-        return next(fitting, settings.content.get(otherwise, 8))
+        fitting = (value for key, value in known.items() if layer_pattern(key).match(name))
+        usual = settings.content.get(otherwise)
+        return next(fitting, 8 if usual is None else usual)
 
     conv1d = import_library("transformers.pytorch_utils").Conv1D
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -5597,7 +5643,7 @@ def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:
     return next((item for enum in enums for item in enum if item.meta.get("num_params") == parameters), None)
 
 
-MAX_IMAGE_EDGE = 4096  # pixels: the largest known processors make 2560
+MAX_IMAGE_EDGE = 2560  # pixels, or channels: the widest that a known processor makes
 MAX_STATISTIC = 1e6  # of a mean or a deviation
 
 
@@ -5916,7 +5962,7 @@ class Reference:
         self.model, self.specs, self.device = model, list(specs), options.device
         self.names = [spec.name for spec in specs]
         self.bytes = archive_bytes(model, options)
-        self.seconds = run_seconds(options, own_code=is_archive(model))
+        self.seconds, self.later = run_seconds(options, own_code=is_archive(model)), 0.0
         self.examples = examples or functools.partial(make_inputs, self.specs, highest_index(model))
 
     def tensors(self, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
@@ -5928,9 +5974,9 @@ class Reference:
         inputs = self.tensors(sizes, seed)
         given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
         start = time.monotonic()
-        with time_limit(self.seconds), memory_bound(self.bytes):
+        with time_limit(max(self.seconds, self.later)), memory_bound(self.bytes):
             outputs = call_model(self.model, inputs, self.names)
-        self.seconds = max(self.seconds, LATER_RUNS * (time.monotonic() - start))
+        self.later = max(self.later, min(LATER_RUNS * (time.monotonic() - start), MOST_LATER * self.seconds))
         self.bytes = self.bytes and max(self.bytes, LATER_BYTES)
         few = list(given.items())[:MAX_LABELLED]  # not the keys and values of every layer
         label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few)
@@ -6474,7 +6520,7 @@ SentenceStep = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 def module_folder(module: Settings) -> str:
     """The folder of a module of sentence-transformers, beside modules.json or "" for that folder itself."""
     name = module.name("path") or ""
-    if os.path.basename(name) != name or name in (".", ".."):  # noqa: PTH119  (text)
+    if name and not is_file_name(name):
         raise module.misfit("path", "the name of a folder beside it")
     return name
 
@@ -6518,6 +6564,8 @@ def pooling_modes(settings: Settings) -> list[str]:
     flags = [key for key in settings.content if key.startswith("pooling_mode_") and settings.flag(key)]
     modes = modes or [POOLING.get(key, key) for key in flags]
     unknown = [mode for mode in modes if mode not in POOLING.values()]
+    if len(set(modes)) < len(modes):
+        raise settings.misfit("pooling_mode", "a list of different names")
     if unknown or not modes:
         what = f"the pooling mode {shown(unknown[0])}, which is not known here" if unknown else "no pooling mode"
         raise DamagedFileError(f"{settings.where} names {what}; it can be {', '.join(POOLING.values())}")
@@ -8933,25 +8981,168 @@ class Converted(NamedTuple):
     result: Result
 
 
-def move_into_place(converted: Sequence[Converted], options: argparse.Namespace) -> list[Path]:
-    """Rename staged files to their final names, the graphs last; returns where they are.
+# ---------------------------------------------------------------------------------------------------------------------
+# put into place: all files of a model, or none
+#
+# A run works in a hidden staging folder beside its output, and at the end renames what it made. One rename is one step,
+# but several are not, and a process can be killed between any two. So a journal says beforehand what will be renamed,
+# and the files to be replaced are kept until all is done. Who comes after the worker (the supervisor, or the next run
+# where that was killed too) sees whether everything has arrived, and where it has not, puts the old files back.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOCK = "lock"  # held by the supervisor and the worker; a process id tells nothing, as every container counts its own
+JOURNAL = "moves.json"
+FINISHED_JOURNAL = "moved.json"  # its name once everything is in place
+
+
+class Place(NamedTuple):
+    """A staged file and its final name; `spare`: not needed where that has the same content already."""
+
+    file: Path
+    target: Path
+    spare: bool
+
+
+def choose_places(converted: Sequence[Converted], options: argparse.Namespace) -> list[Place]:
+    """Where the staged files belong: the graphs last, for they refer to the others."""
+    beside = options.staging / "beside"
+    side_files = sorted(beside.iterdir()) if beside.exists() else []
+    files = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
+    files.sort(key=lambda file: file.suffix == ".onnx")
+    return [
+        *(Place(file, options.folder / file.name, spare=True) for file in side_files),
+        *(Place(file, options.output.with_name(file.name), spare=False) for file in files),
+    ]
+
+
+def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
+    """Rename staged files to their final names, in this order; `report` is what to say of them.
 
     Files beside the graph that are there already with the same content are left alone.
     """
-    beside = options.staging / "beside"
-    targets = {file: options.folder / file.name for file in (sorted(beside.iterdir()) if beside.exists() else ())}
-    graphs = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
-    for file in sorted(graphs, key=lambda file: file.suffix == ".onnx"):
-        targets[file] = options.output.with_name(file.name)
-    for file, target in targets.items():
-        if file.parent != beside or not same_content(file, target):
-            file.replace(target)
-    for parent in {target.parent for target in targets.values()}:
-        folder = os.open(parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    shutil.rmtree(options.staging)
-    return list(targets.values())
+    moved = [place for place in places if not (place.spare and same_content(place.file, place.target))]
+    write_journal(moved, report, staging)
+    if len(moved) > 1:
+        (staging / "old").mkdir()
+        for number, place in enumerate(moved):
+            keep_file(place.target, staging / "old" / str(number))
+    for place in moved:
+        place.file.replace(place.target)
+    with contextlib.suppress(OSError):  # everything is in place, whatever happens here
+        (staging / JOURNAL).replace(staging / FINISHED_JOURNAL)
+        for parent in {place.target.parent for place in moved}:
+            folder = os.open(parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+
+def write_journal(moved: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
+    """Note what will be moved where, told from the staging folder's parent, whose own path differs in containers."""
+    root = staging.parent.resolve()
+    moves = [
+        (os.path.relpath(place.target.parent.resolve() / place.target.name, root), file_mark(place.file))
+        for place in moved
+    ]
+    unfinished = staging / f"{JOURNAL}.new"
+    with unfinished.open("w", encoding="utf-8") as stream:
+        json.dump({"moves": moves, "report": report}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(staging / JOURNAL)
+
+
+def file_mark(path: Path) -> list[int] | None:
+    """What tells a file from another one and stays when it is renamed: size and time; None where there is no file."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def keep_file(file: Path, kept: Path) -> None:
+    """Give `file`, if it is there, a second name; on a file system without hard links, only the second one."""
+    if file.is_symlink() or file.is_file():
+        try:
+            os.link(file, kept, follow_symlinks=False)
+        except OSError:
+            file.replace(kept)
+
+
+def settle(staging: Path) -> dict[str, Any] | None:
+    """The report of a run whose files are all in place; otherwise what it moved is taken back, and there is None.
+
+    Nothing is done to a file that somebody else has put there since. May be repeated after having been killed itself.
+    """
+    journal = next((file for file in (staging / FINISHED_JOURNAL, staging / JOURNAL) if file.exists()), None)
+    if journal is None:
+        return None
+    content = json.loads(journal.read_bytes())
+    root = staging.parent.resolve()
+    moves = [(root / target, mark) for target, mark in content["moves"]]
+    if journal.name == FINISHED_JOURNAL or all(file_mark(target) == mark for target, mark in moves):
+        return dict(content["report"])
+    for number, (target, mark) in enumerate(moves):
+        kept = staging / "old" / str(number)
+        if file_mark(target) not in (None, mark):
+            continue
+        if os.path.lexists(kept):
+            kept.replace(target)
+        else:
+            target.unlink(missing_ok=True)
+    return None
+
+
+def claim(staging: Path) -> int:
+    """Make the staging folder and lock it until this process and its child have ended; returns the lock's descriptor.
+
+    Between the two steps another run may take the folder for an abandoned one and remove it: then once more.
+    """
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            if lock_file(lock) and os.path.samestat(os.fstat(lock), (staging / LOCK).stat()):
+                os.set_inheritable(lock, True)  # noqa: FBT003
+                return lock
+            os.close(lock)
+
+
+def lock_file(descriptor: int) -> bool:
+    """Lock a file unless another process has done so; on a file system without locks, nobody has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Settle and remove the staging folders of runs that were killed with their supervisors: their locks are free."""
+    for staging in folder.glob(".pt2onnx.*.partial"):
+        try:
+            if staging.is_symlink() or staging.stat().st_uid != os.getuid():
+                continue  # nobody else's journal is followed
+            lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            with os.fdopen(lock):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                settle(staging)
+                shutil.rmtree(staging)
+            LOG.info(f"removed {staging.name}, which a killed run had left")
+        except (BlockingIOError, FileNotFoundError):  # its run goes on, or another run was quicker
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            LOG.warn(f"{staging}, which a killed run left, cannot be removed: {first_line(error)}")
+
+
+def remove_debris(staging: Path, folders: Iterable[Path]) -> None:
+    """Remove the staging folder, and those of `folders`, which this run made, that are empty."""
+    shutil.rmtree(staging, ignore_errors=True)
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9371,7 +9562,9 @@ def convert_module(
     facts = {**metadata, **({"task": options.task} if options.task else {})}
     if known.source:
         facts["preprocessing"] = known.metadata()
-    return [Converted(plan, export_and_verify(plan, facts, options))]
+    seconds = CONVERSION_RUNS * run_seconds(options, own_code=True)
+    with time_limit(seconds) if is_archive(model) else contextlib.nullcontext():
+        return [Converted(plan, export_and_verify(plan, facts, options))]
 
 
 def has_own_code(options: argparse.Namespace) -> bool:
@@ -9387,8 +9580,9 @@ def stored_plan(model: nn.Module, loaded: Loaded, options: argparse.Namespace) -
     Its attributes may be anything: they come from a file.
     """
     try:
-        known = preprocessing(model, options.model_class)
-        return known, make_plan(model, loaded, known, options)
+        with time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model))):
+            known = preprocessing(model, options.model_class)
+            return known, make_plan(model, loaded, known, options)
     except (ConversionError, OSError):
         raise
     except Exception as error:
@@ -9478,19 +9672,22 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
             raise
         LOG.info(f"{error}")
         LOG.info("once more with all weights in memory, as with --no-stream")
-        shutil.rmtree(options.staging, ignore_errors=True)
+        for folder in options.staging.glob("*/"):  # the lock stays
+            shutil.rmtree(folder, ignore_errors=True)
         mode, converted = dispatch(source, argparse.Namespace(**{**vars(options), "no_stream": True}))
-    files = move_into_place(converted, options)
+    places = choose_places(converted, options)
     graphs = [describe_graph(item, options) for item in converted]
-    return {
+    report = {
         "status": "ok",
         **graphs[0],
-        "files": {str(file): file.stat().st_size for file in files},
+        "files": {str(place.target): place.file.stat().st_size for place in places},
         "steps": {kind: round(seconds, 2) for kind, seconds in LOG.seconds.items()},
         "mode": mode,
         **({"graphs": graphs} if len(graphs) > 1 else {}),
         "seconds": round(time.monotonic() - start, 2),
     }
+    move_into_place(places, report, options.staging)
+    return report
 
 
 def dispatch(source: Source, options: argparse.Namespace) -> tuple[str, list[Converted]]:
@@ -9847,7 +10044,8 @@ def memory_limit() -> str:
     return f"{'the container is limited to' if limited else 'this machine has'} {smallest / 1e9:.3g} GB"
 
 
-BAD_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+BAD_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+            errno.EISDIR, errno.EEXIST, errno.EBUSY)  # fmt: skip
 
 
 def as_conversion_error(error: BaseException) -> ConversionError | None:
@@ -9884,97 +10082,127 @@ def print_report(report: Mapping[str, Any], standard_output: int) -> None:
 
 
 def work(source: Source, options: argparse.Namespace) -> int:
-    """The worker's life: convert, report, and return the exit code."""
+    """The worker's life: convert or inspect, and return the exit code.
+
+    What was converted is reported by the supervisor, which alone knows in the end what lies in the output folder.
+    """
     standard_output = LOG.silence_third_parties(verbose=options.verbose)
     try:
         if source.kind is Kind.HUB_ID:
             advice = "or check -i, if a path was meant"
             source = download(str(source.path), options.revision, options, otherwise=advice)
-        if options.inspect:
-            with WALL.up(unless=options.trust_pickle):
-                report = inspect(source, options)
-        else:
-            report = convert(source, options)
+        if not options.inspect:
+            convert(source, options)
+            return ExitStatus.OK
+        with WALL.up(unless=options.trust_pickle):
+            facts = inspect(source, options)
     except Exception as error:  # the one place where errors become exit codes
         known = as_conversion_error(error)
         if known is None or options.verbose:
             traceback.print_exc(file=LOG.stream)
         bug = f"a bug in pt2onnx {__version__} ({first_line(error)}); please report it with the traceback above"
         return report_failure(known or ConversionError(ExitStatus.BUG, bug), standard_output, as_json=options.json)
-    if options.inspect:
-        report_inspection(report)
-    else:
-        LOG.line("SUCCESS", describe_success(report))
+    report_inspection(facts)
     if options.json:
-        print_report(report, standard_output)
+        print_report(facts, standard_output)
     return ExitStatus.OK
 
 
-def become_worker(arguments: Sequence[str], run: str) -> NoReturn:
-    """Replace this process by one that runs the same command as a worker."""
+def become_worker(arguments: Sequence[str], run: str, supervisor: int) -> NoReturn:
+    """Replace this process, a child of `supervisor`, by one that runs the same command as a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if sys.platform == "linux":
         c_library().prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the supervisor
+    if os.getppid() != supervisor:  # it died before that
+        os._exit(ExitStatus.BUG)
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
     environment = {**os.environ, WORKER_VARIABLE: run, "GLIBC_TUNABLES": tunables}
     os.execve(sys.executable, [sys.executable, "-P", __file__, *arguments], environment)  # noqa: S606
 
 
-def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
-    """Run the worker in a child process; whatever ends it, leave no debris and return the exit code."""
-    interrupted: list[int] = []
-    worker = 0
-    staging, missing_folders = None, []
-    if not options.inspect:
-        staging = options.staging
-        missing_folders = [folder for folder in options.output.absolute().parents if not folder.exists()]
+def run_worker(arguments: Sequence[str], run: str) -> int:
+    """Run the worker in a child process. Returns its exit code, or -N where signal N ended it or told us to end it.
 
-    def stop(number: int, _: object) -> None:
-        interrupted.append(number)
-        if worker:
-            os.kill(worker, signal.SIGKILL)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    STOP_SIGNALS are blocked before and after, so that nothing is left half done: they wait until there is a worker to
+    end, and change nothing any more once it has ended.
+    """
+    received: list[int] = []
+    supervisor = os.getpid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a parent ignores it, there would be nobody to wait for
     worker = os.fork()
     if worker == 0:
-        become_worker(arguments, options.run)
-    if interrupted:  # between the two lines above
+        become_worker(arguments, run, supervisor)
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
         os.kill(worker, signal.SIGKILL)
-    _, status = os.waitpid(worker, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if staging is not None and code != ExitStatus.OK:
-        remove_debris(staging, missing_folders)
-    if interrupted:
-        name = signal.Signals(interrupted[0]).name
-        error = ConversionError(128 + interrupted[0], f"interrupted by {name}: nothing was written; run it again")
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # not reaped yet: its id is nobody else's, so `stop` is safe
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    return -received[0] if received and code == -signal.SIGKILL else code
+
+
+def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
+    """What it means that signal `number` ended the worker before anything was written."""
+    name = signal.Signals(number).name
+    if number in STOP_SIGNALS:
+        return ConversionError(128 + number, f"interrupted by {name}: nothing was written; run it again")
+    killed = f"killed, most likely for using too much memory; {memory_limit()}: give it more"
+    changed = f"{options.input} changed while it was read; convert it once it is whole"
+    limit = f"{options.run_timeout:g} s" if options.run_timeout else "a model of its size should"
+    patience = f"if it is only slow, pass --run-timeout {10 * (options.run_timeout or 6):g}"
+    endless = f"{options.input}: running the model took longer than {limit}; {patience}"
+    crashed = f"a library crashed ({name}); run again with --verbose, and try another --exporter"
+    known = {
+        signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
+        signal.SIGBUS: ConversionError(ExitStatus.INPUT, changed),  # what a mapped file does that has lost its end
+        signal.SIGALRM: ConversionError(ExitStatus.INPUT, endless),  # time_limit
+    }
+    return known.get(signal.Signals(number)) or ConversionError(ExitStatus.BUG, crashed)
+
+
+def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
+    """Run the worker; whatever ends it, leave no debris, say what is true and return the exit code."""
+    if options.inspect:
+        return conclude(run_worker(arguments, options.run), None, options)
+    staging = options.staging
+    made = [folder for folder in staging.absolute().parents if not folder.exists()]
+    try:
+        claim(staging)
+        remove_abandoned(staging.parent)
+        code = run_worker(arguments, options.run)
+    except OSError:
+        remove_debris(staging, made)
+        raise
+    try:
+        report = settle(staging)
+    except (OSError, ValueError) as error:
+        what = f"{options.output} may be half replaced ({first_line(error)}): the older files are in {staging}/old"
+        error = ConversionError(ExitStatus.RESOURCES, f"{what}, and the next run puts them back")
         return report_failure(error, 1, as_json=options.json)
-    if code == -signal.SIGKILL:
-        error = ConversionError(
-            ExitStatus.RESOURCES, f"killed, most likely for using too much memory; {memory_limit()}: give it more"
-        )
-        return report_failure(error, 1, as_json=options.json)
-    if code == -signal.SIGBUS:  # what a mapped file does that has lost its end
-        error = ConversionError(
-            ExitStatus.INPUT, f"{options.input} changed while it was read; convert it once it is whole"
-        )
-        return report_failure(error, 1, as_json=options.json)
+    remove_debris(staging, made)
+    return conclude(code, report, options)
+
+
+def conclude(code: int, report: Mapping[str, Any] | None, options: argparse.Namespace) -> int:
+    """Say what the worker did not: that its files are in place, or which signal ended it; returns the exit code."""
+    if report is not None:  # whatever happened afterwards
+        LOG.line("SUCCESS", describe_success(report))
+        if options.json:
+            print_report(report, 1)
+        return ExitStatus.OK
     if code < 0:
-        error = ConversionError(
-            ExitStatus.BUG,
-            f"a library crashed ({signal.Signals(-code).name}); run again with --verbose, and try another --exporter",
-        )
-        return report_failure(error, 1, as_json=options.json)
+        return report_failure(worker_error(-code, options), 1, as_json=options.json)
+    if code == ExitStatus.OK and not options.inspect:
+        what = f"{options.output.parent} was removed while the model was converted; run it again"
+        return report_failure(ConversionError(ExitStatus.USAGE, what), 1, as_json=options.json)
     return code
-
-
-def remove_debris(staging: Path, folders: Iterable[Path]) -> None:
-    """Remove the staging folder, and those of `folders` that are empty: the ones that this run made."""
-    shutil.rmtree(staging, ignore_errors=True)
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -9986,6 +10214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.open(os.devnull, os.O_RDWR)
     arguments = sys.argv[1:] if argv is None else list(argv)
     run = os.environ.pop(WORKER_VARIABLE, None)
+    if run is None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until there is a worker to end
     as_json = "--json" in arguments
     try:
         options = parse_arguments(arguments, run or f"{os.getpid()}.{os.urandom(4).hex()}")
@@ -10000,9 +10230,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known is None:
             raise
         return report_failure(known, 1, as_json=as_json)
-    except KeyboardInterrupt:
-        error = ConversionError(128 + signal.SIGINT, "interrupted: nothing was written")
-        return report_failure(error, 1, as_json=as_json)
     os._exit(work(source, options))  # tearing down torch takes a second and frees what the kernel frees anyway
 
 

@@ -36,7 +36,7 @@ class Item(NamedTuple):
     name: str
     make: Callable[[Path], Path]
     code: int | tuple[int, ...]
-    words: str = ""  # what the message has
+    words: str = ""  # what the message has: the words of the rule that must refuse it
     runs: str = ""  # how PyTorch would open it, in which case the payload runs: "load", "jit" or "export"
 
 
@@ -117,6 +117,14 @@ def legacy_stream(body: bytes) -> bytes:
     return b"".join(pickle.dumps(item, protocol=2) for item in head) + body + pickle.dumps([], protocol=2)
 
 
+def refers(name: str) -> str:
+    """What is said of a pickle that refers to a function or class which it must not call."""
+    return f"it refers to {name}, outside the known model libraries"
+
+
+REFERS_TO_SYSTEM = refers("posix.system")
+ODD_OPCODE = "an opcode that PyTorch never writes"
+TOO_EARLY = "it ends too early or declares more than the file holds"
 SYSTEM = call("posix", "system", COMMAND)
 
 # Functions that run, fetch, read, write or import something when a pickle calls them; those in RUN fire as written.
@@ -207,11 +215,20 @@ RUN = frozenset(
 )  # fmt: skip
 
 
-# Packages that are not there on every machine: exit 3 names the missing package. torch.compile's objects are ignored,
-# whatever they are called with: what is left is no model.
-PERHAPS_MISSING = frozenset(
-    {"cffi", "requests", "aiohttp", "dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "pandas", "models", "pip"}
-)
+# Packages that are not there on every machine: exit 3 names the missing package.
+PERHAPS_MISSING = frozenset({"cffi", "requests", "aiohttp", "joblib", "yaml", "pandas", "models"})
+
+
+def called_words(module: str, name: str) -> str:
+    """What is said of a file that calls this function."""
+    if module == "__main__":
+        return f"it refers to __main__.{name}: classes that were defined in the script that saved it"
+    if module == "models.yolo":
+        return f"a YOLOv5 or YOLOv7 repository (models.yolo.{name})"
+    if module.startswith("torch._dynamo"):  # torch.compile's objects are ignored: what is left is no model
+        return "neither a model nor a state dict"
+    full = f"{module}.{name}".replace("__builtin__", "builtins")  # as Python 2 called it
+    return f"it refers to {full}, " if module.partition(".")[0] in PERHAPS_MISSING else refers(full)
 
 
 def called_items() -> list[Item]:
@@ -220,8 +237,11 @@ def called_items() -> list[Item]:
     for module, name, arguments in CALLED:
         full = f"{module}.{name}"
         content = functools.partial(calls, module, name, *arguments)
-        code = (3, 4) if module.partition(".")[0] in PERHAPS_MISSING or module.startswith("torch._dynamo") else 4
-        items.append(file(f"call-{full}", content, code, runs="load" if full in RUN else ""))
+        code: int | tuple[int, ...] = 3 if module.startswith("torch._dynamo") else 4
+        if module.partition(".")[0] in PERHAPS_MISSING:
+            code = (3, 4)
+        words, runs = called_words(module, name), "load" if full in RUN else ""
+        items.append(file(f"call-{full}", content, code, words, runs))
     return items
 
 
@@ -250,7 +270,7 @@ def module_with(**attributes: Any) -> bytes:
 def hooked(name: str) -> bytes:
     """A layer with a hook that calls a function."""
     layer = nn.Linear(2, 2)
-    getattr(layer, name)[0] = print
+    getattr(layer, name)[0] = nn.functional.relu  # a function that may be called: it is the place that is refused
     return saved(layer)
 
 
@@ -313,46 +333,42 @@ def structure_items() -> list[Item]:
     """Tricks with opcodes, containers and objects."""
     odict = glob("collections", "OrderedDict") + b")R"
     pairs = {
-        "INST": (program(b"(", text(COMMAND), b"iposix\nsystem\n"), 4, "load"),
-        "OBJ": (program(b"(", glob("posix", "system"), text(COMMAND), b"o"), 4, "load"),
-        "EXT1": (program(b"\x82\x01"), 4, ""),
-        "EXT4": (program(b"\x84\x01\x00\x00\x00"), 4, ""),
-        "NEXT_BUFFER": (program(b"\x97", protocol=5), 4, ""),
-        "BYTEARRAY8": (program(b"\x96" + struct.pack("<Q", 1) + b"x", protocol=5), 4, ""),
-        "NEWOBJ-Popen": (program(glob("subprocess", "Popen"), value((["touch", MARKER],)), b"\x81"), 4, ""),
+        "INST": (program(b"(", text(COMMAND), b"iposix\nsystem\n"), 4, ODD_OPCODE, "load"),
+        "OBJ": (program(b"(", glob("posix", "system"), text(COMMAND), b"o"), 4, REFERS_TO_SYSTEM, "load"),
+        "EXT1": (program(b"\x82\x01"), 4, ODD_OPCODE, ""),
+        "EXT4": (program(b"\x84\x01\x00\x00\x00"), 4, ODD_OPCODE, ""),
+        "NEXT_BUFFER": (program(b"\x97", protocol=5), 4, ODD_OPCODE, ""),
+        "BYTEARRAY8": (program(b"\x96" + struct.pack("<Q", 1) + b"x", protocol=5), 4, ODD_OPCODE, ""),
+        "NEWOBJ-Popen": (
+            program(glob("subprocess", "Popen"), value((["touch", MARKER],)), b"\x81"),
+            4, refers("subprocess.Popen"), ""),
         "NEWOBJ_EX": (
             program(glob("subprocess", "Popen"), value(()), value({"args": ["touch", MARKER]}), b"\x92", protocol=4),
-            4,
-            "",
-        ),
-        "computed-names": (computed_name(), 4, "load"),
-        "name-of-a-number": (program(b"K\x01K\x02\x93", protocol=4), 3, ""),
-        "BUILD-on-a-function": (program(glob("posix", "system"), value({"a": 1}), b"b"), 4, ""),
-        "BUILD-on-a-class": (program(glob("torch.nn.modules.linear", "Linear"), value({"forward": 1}), b"b"), 4, ""),
-        "SETITEM-on-a-class": (program(glob("torch.nn.modules.linear", "Linear"), value("a"), value(1), b"s"), 4, ""),
-        "APPEND-on-a-class": (program(glob("posix", "environ"), value("a"), b"a"), 4, ""),
-        "persistent-id-text": (program(b"Psystem\n"), 3, ""),
+            4, refers("subprocess.Popen"), ""),
+        "computed-names": (computed_name(), 4, REFERS_TO_SYSTEM, "load"),
+        "name-of-a-number": (program(b"K\x01K\x02\x93", protocol=4), 3, "STACK_GLOBAL requires str", ""),
+        "BUILD-on-a-function": (program(glob("posix", "system"), value({"a": 1}), b"b"), 4, REFERS_TO_SYSTEM, ""),
+        "BUILD-on-a-class": (
+            program(glob("torch.nn.modules.linear", "Linear"), value({"forward": 1}), b"b"),
+            4, "the pickle sets attributes of torch.nn.modules.linear.Linear", ""),
+        "SETITEM-on-a-class": (
+            program(glob("torch.nn.modules.linear", "Linear"), value("a"), value(1), b"s"),
+            4, "the pickle sets items of torch.nn.modules.linear.Linear", ""),
+        "APPEND-on-a-class": (program(glob("posix", "environ"), value("a"), b"a"), 4, refers("posix.environ"), ""),
+        "persistent-id-text": (program(b"Psystem\n"), 3, "refers to something that is not a storage", ""),
         "persistent-id-of-a-function": (
             program(b"(", text("storage"), glob("posix", "system"), text("0"), text("cpu"), b"K\x01tQ"),
-            4,
-            "",
-        ),
-        "reduce-a-string": (program(text("system"), value((COMMAND,)), b"R"), 4, ""),
+            4, REFERS_TO_SYSTEM, ""),
+        "reduce-a-string": (program(text("system"), value((COMMAND,)), b"R"), 4, "the pickle calls a str", ""),
         "reduce-a-module-object": (
             program(glob("torch.nn.modules.activation", "ReLU"), b")\x81", value((1,)), b"R"),
-            4,
-            "",
-        ),
+            4, "the pickle calls a ReLU", ""),
         "getattr-of-a-module": (
             program(glob("builtins", "getattr"), glob("torch", "_utils"), text("os"), b"\x86R"),
-            4,
-            "",
-        ),
+            4, refers("torch._utils"), ""),
         "getattr-init": (
             program(glob("builtins", "getattr"), glob("torch.nn.modules.linear", "Linear"), text("__init__"), b"\x86R"),
-            4,
-            "",
-        ),
+            4, "asks for the attribute '__init__' of an object", ""),
         "getattr-dunder-of-an-object": (
             program(
                 glob("builtins", "getattr"),
@@ -361,17 +377,14 @@ def structure_items() -> list[Item]:
                 text("__class__"),
                 b"\x86R",
             ),
-            4,
-            "",
-        ),
+            4, "asks for the attribute '__class__' of an object", ""),
         "reconstructor": (
             program(
                 glob("copyreg", "_reconstructor"), glob("subprocess", "Popen"), glob("builtins", "object"), b"N\x87R"
             ),
-            4,
-            "",
-        ),
-        "partial-of-system": (program(glob("functools", "partial"), glob("posix", "system"), b"\x85R"), 4, ""),
+            4, refers("subprocess.Popen"), ""),
+        "partial-of-system": (
+            program(glob("functools", "partial"), glob("posix", "system"), b"\x85R"), 4, REFERS_TO_SYSTEM, ""),
         "partial-of-eval-by-state": (
             program(
                 glob("functools", "partial"),
@@ -380,14 +393,9 @@ def structure_items() -> list[Item]:
                 glob("builtins", "eval"),
                 b"(t}Ntb",
             ),
-            4,
-            "",
-        ),
+            4, refers("builtins.eval"), ""),
         "defaultdict-of-system": (
-            program(glob("collections", "defaultdict"), glob("posix", "system"), b"\x85R"),
-            4,
-            "",
-        ),
+            program(glob("collections", "defaultdict"), glob("posix", "system"), b"\x85R"), 4, REFERS_TO_SYSTEM, ""),
         "rebuild-from-type": (
             program(
                 glob("torch._tensor", "_rebuild_from_type_v2"),
@@ -397,9 +405,7 @@ def structure_items() -> list[Item]:
                 value((COMMAND,)),
                 b"NtR",
             ),
-            4,
-            "load",
-        ),
+            4, REFERS_TO_SYSTEM, "load"),
         "rebuild-from-type-class": (
             program(
                 glob("torch._tensor", "_rebuild_from_type_v2"),
@@ -408,21 +414,19 @@ def structure_items() -> list[Item]:
                 glob("subprocess", "Popen"),
                 b")NtR",
             ),
-            4,
-            "",
-        ),
+            4, refers("subprocess.Popen"), ""),
         "restore-type-tag": (
             program(glob("torch.jit._pickle", "restore_type_tag"), SYSTEM, text("int"), b"\x86R"),
-            4,
-            "load",
-        ),
+            4, REFERS_TO_SYSTEM, "load"),
         "enum-of-a-class": (
             program(glob("torchvision.transforms.functional", "InterpolationMode"), SYSTEM, b"\x85R"),
-            4,
-            "load",
-        ),
-        "codec": (program(glob("_codecs", "encode"), text("x"), text("rot13"), b"\x86R"), 4, ""),
-        "key-that-is-an-object": (program(b"}", glob("torch.nn.modules.activation", "ReLU"), b")\x81K\x01s"), 4, ""),
+            4, REFERS_TO_SYSTEM, "load"),
+        "codec": (
+            program(glob("_codecs", "encode"), text("x"), text("rot13"), b"\x86R"),
+            4, "a codec that pickles of bytes do not use", ""),
+        "key-that-is-an-object": (
+            program(b"}", glob("torch.nn.modules.activation", "ReLU"), b")\x81K\x01s"),
+            4, "uses a ReLU as a dictionary key", ""),
         "own-compiled-call": (
             program(
                 glob("torch.nn.modules.activation", "ReLU"),
@@ -431,66 +435,101 @@ def structure_items() -> list[Item]:
                 glob("torch.nn.functional", "relu"),
                 b"sb",
             ),
-            4,
-            "",
-        ),
-        "lazy-global": (program(glob("torch.nn.modules.lazy", "LazyModuleMixin"), b")\x81"), 4, ""),
-        "auto-class": (program(glob("transformers.models.auto.modeling_auto", "AutoModel"), b")\x81"), (3, 4), ""),
-        "script-module": (program(glob("torch.jit._script", "RecursiveScriptModule"), b")\x81"), 4, ""),
-        "re-exported": (program(glob("torch.nn.modules.module", "OrderedDict"), b")R"), 4, ""),
-        "a-module's-import": (program(glob("torch.nn.modules.module", "warnings"), value({}), b"b"), 4, ""),
-        "dunder-name": (program(glob("torch.nn.modules.linear", "__builtins__")), 4, ""),
-        "nested-name": (program(stack_global("torch.nn.modules.linear", "Linear.__init__"), b")R", protocol=4), 4, ""),
-        "storage-like-name": (program(glob("torch", "load_Storage"), b")R"), 4, ""),
-        "attribute-of-a-dict": (program(odict, value({"__class__": 1}), b"b", SYSTEM, b"s"), (3, 4), ""),
-        "protocol-0": (b"\x80\x02" + b"cposix\nsystem\n(S'" + COMMAND.encode() + b"'\ntR.", 4, "load"),
-        "frames": (pickle.dumps(touch(), protocol=4), 4, "load"),
-        "behind-20000-numbers": (program(b"(" + b"K\x01" * 20_000 + b"l", b"0", SYSTEM), 4, "load"),
-        "popped-before-the-end": (program(SYSTEM, b"0", value({"a": 1})), 4, "load"),
-        "in-the-memo-only": (program(SYSTEM, b"q\x000", value({"a": 1})), 4, "load"),
-        "newline-in-a-name": (program(stack_global("posix\nx\x1b[31m", "sys\ntem"), b")R", protocol=4), 4, ""),
-        "escape-codes-in-a-name": (program(stack_global("a\x1b]0;title\x07", "\u202ebad"), b")R", protocol=4), 4, ""),
-        "a-name-of-a-megabyte": (program(stack_global("a" * 1_000_000, "b"), b")R", protocol=4), 4, ""),
-    }
-    items = [file(f"pickle-{name}", lambda data=data: archive(data), code, runs=runs)
-             for name, (data, code, runs) in pairs.items()]  # fmt: skip
-    wholes: dict[str, tuple[Callable[[], bytes], Any, str]] = {
-        "state-dict": (lambda: saved({"weight": TENSOR, "extra": touch()}), 4, "load"),
-        "legacy": (lambda: saved({"weight": TENSOR, "extra": touch()}, legacy=True), 4, "load"),
-        "legacy-class-record": (persistent_module, 4, "load"),
-        "legacy-system-info": (lambda: pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + program(SYSTEM), 4, "load"),
-        "plain-pickle": (lambda: pickle.dumps({"é": touch()}, protocol=2), 4, ""),
-        "plain-pickle-protocol-5": (lambda: pickle.dumps({"é": touch()}, protocol=5), 4, ""),
-        "behind-STOP": (double_pickle, 3, ""),
-        "zip-behind-a-pickle": (zip_and_pickle, 4, ""),
-        "nested-legacy-file": (lambda: nested_torch_file(saved(touch(), legacy=True)), 4, "load"),
-        "nested-zip-file": (lambda: nested_torch_file(saved(touch())), (3, 4), "load"),
-        "nested-state-dict": (lambda: nested_torch_file(saved({"a": TENSOR}, legacy=True)), 4, ""),
-        "object-array": (lambda: saved({"a": np.array([touch()], dtype=object)}), 4, "load"),
-        "lazy-module": (lambda: saved(nn.LazyLinear(3)), 4, ""),
-        "graph-module": (lambda: saved(torch.fx.symbolic_trace(nn.Linear(2, 2))), 4, ""),
-        "dunder-attribute": (lambda: module_with(__del__=print), 4, ""),
-        "class-attribute": (lambda: module_with(__class__=nn.ReLU), 4, ""),
-        "own-forward": (lambda: module_with(forward=print), 4, ""),
-        "own-call": (lambda: module_with(_call_impl=print), 4, ""),
-        "own-eval": (lambda: module_with(eval=print), 4, ""),
-        "own-extra-repr": (lambda: module_with(extra_repr=nn.functional.relu), 4, ""),
-        "forward-hook": (lambda: hooked("_forward_hooks"), 4, ""),
-        "pre-hook": (lambda: hooked("_forward_pre_hooks"), 4, ""),
-        "backward-hook": (lambda: hooked("_backward_hooks"), 4, ""),
-        "encrypted-flag": (lambda: bad_zip(flag=1), (3, 4), ""),
-        "wrong-crc": (lambda: bad_zip(crc=1234), (3, 4), ""),
-        "wrong-size": (lambda: bad_zip(size=3), (3, 4), ""),
-        "unknown-method": (lambda: bad_zip(method=99), (3, 4), ""),
-        "mismatched-names": (mismatched_names, (3, 4), ""),
-        "two-data-pkl": (lambda: plain_zip([("a/data.pkl", program(SYSTEM)), ("a/version", b"3"),
-                                            ("a/data.pkl", program(b"}"))]), 3, ""),
-        "two-roots": (lambda: plain_zip([("a/data.pkl", program(b"}")), ("b/data.pkl", program(SYSTEM)),
-                                         ("a/version", b"3")]), 3, ""),
-        "package": (lambda: plain_zip([("a/.data/extern_modules", b"os"), ("a/m.py", PYTHON.encode())]), 4, ""),
-        "package-of-version-2": (lambda: plain_zip([("a/.data/python_version", b"3"), ("a/data.pkl", b"N.")]), 4, ""),
+            4, "a torch.nn.modules.activation.ReLU carries its own _compiled_call_impl", ""),
+        "lazy-global": (
+            program(glob("torch.nn.modules.lazy", "LazyModuleMixin"), b")\x81"),
+            4, refers("torch.nn.modules.lazy.LazyModuleMixin"), ""),
+        "auto-class": (
+            program(glob("transformers.models.auto.modeling_auto", "AutoModel"), b")\x81"),
+            4, refers("transformers.models.auto.modeling_auto.AutoModel"), ""),
+        "script-module": (
+            program(glob("torch.jit._script", "RecursiveScriptModule"), b")\x81"),
+            4, refers("torch.jit._script.RecursiveScriptModule"), ""),
+        "re-exported": (
+            program(glob("torch.nn.modules.module", "OrderedDict"), b")R"),
+            4, refers("torch.nn.modules.module.OrderedDict"), ""),
+        "a-module's-import": (
+            program(glob("torch.nn.modules.module", "warnings"), value({}), b"b"),
+            4, refers("torch.nn.modules.module.warnings"), ""),
+        "dunder-name": (
+            program(glob("torch.nn.modules.linear", "__builtins__")),
+            4, refers("torch.nn.modules.linear.__builtins__"), ""),
+        "nested-name": (
+            program(stack_global("torch.nn.modules.linear", "Linear.__init__"), b")R", protocol=4),
+            4, refers("torch.nn.modules.linear.Linear.__init__"), ""),
+        "storage-like-name": (
+            program(glob("torch", "load_Storage"), b")R"), 4, "the pickle calls torch.load_Storage", ""),
+        "attribute-of-a-dict": (program(odict, value({"__class__": 1}), b"b", SYSTEM, b"s"), 4, REFERS_TO_SYSTEM, ""),
+        "protocol-0": (
+            b"\x80\x02" + b"cposix\nsystem\n(S'" + COMMAND.encode() + b"'\ntR.", 4, REFERS_TO_SYSTEM, "load"),
+        "frames": (pickle.dumps(touch(), protocol=4), 4, REFERS_TO_SYSTEM, "load"),
+        "behind-20000-numbers": (program(b"(" + b"K\x01" * 20_000 + b"l", b"0", SYSTEM), 4, REFERS_TO_SYSTEM, "load"),
+        "popped-before-the-end": (program(SYSTEM, b"0", value({"a": 1})), 4, REFERS_TO_SYSTEM, "load"),
+        "in-the-memo-only": (program(SYSTEM, b"q\x000", value({"a": 1})), 4, REFERS_TO_SYSTEM, "load"),
+        "newline-in-a-name": (
+            program(stack_global("posix\nx\x1b[31m", "sys\ntem"), b")R", protocol=4),
+            4, refers(r"posix\nx\x1b[31m.sys\ntem"), ""),
+        "escape-codes-in-a-name": (
+            program(stack_global("a\x1b]0;title\x07", "\u202ebad"), b")R", protocol=4),
+            4, refers(r"a\x1b]0;title\x07.\u202ebad"), ""),
+        "a-name-of-a-megabyte": (
+            program(stack_global("a" * 1_000_000, "b"), b")R", protocol=4), 4, "it refers to aaaaaaaaaaaaaaaaaaaa", ""),
     }  # fmt: skip
-    items += [file(f"file-{name}", make, code, runs=runs) for name, (make, code, runs) in wholes.items()]
+    items = [file(f"pickle-{name}", lambda data=data: archive(data), code, words, runs)
+             for name, (data, code, words, runs) in pairs.items()]  # fmt: skip
+    wholes: dict[str, tuple[Callable[[], bytes], int, str, str]] = {
+        "state-dict": (lambda: saved({"weight": TENSOR, "extra": touch()}), 4, REFERS_TO_SYSTEM, "load"),
+        "legacy": (lambda: saved({"weight": TENSOR, "extra": touch()}, legacy=True), 4, REFERS_TO_SYSTEM, "load"),
+        "legacy-class-record": (persistent_module, 4, REFERS_TO_SYSTEM, "load"),
+        "legacy-system-info": (
+            lambda: pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + program(SYSTEM),
+            4, REFERS_TO_SYSTEM, "load"),
+        "plain-pickle": (lambda: pickle.dumps({"é": touch()}, protocol=2), 4, REFERS_TO_SYSTEM, ""),
+        "plain-pickle-protocol-5": (lambda: pickle.dumps({"é": touch()}, protocol=5), 4, REFERS_TO_SYSTEM, ""),
+        "behind-STOP": (double_pickle, 3, "no weights found in the checkpoint; it has the keys é", ""),
+        "zip-behind-a-pickle": (zip_and_pickle, 4, REFERS_TO_SYSTEM, ""),
+        "nested-legacy-file": (
+            lambda: nested_torch_file(saved(touch(), legacy=True)), 4, REFERS_TO_SYSTEM, "load"),
+        "nested-zip-file": (
+            lambda: nested_torch_file(saved(touch())), 3, "the pickle is damaged (persistent IDs", "load"),
+        "nested-state-dict": (
+            lambda: nested_torch_file(saved({"a": TENSOR}, legacy=True)),
+            4, "_load_from_bytes does not hold a storage", ""),
+        "object-array": (
+            lambda: saved({"a": np.array([touch()], dtype=object)}), 4, "a numpy array of Python objects", "load"),
+        "lazy-module": (lambda: saved(nn.LazyLinear(3)), 4, "it refers to torch.nn.modules.linear.LazyLinear, ", ""),
+        "graph-module": (
+            lambda: saved(torch.fx.symbolic_trace(nn.Linear(2, 2))),
+            4, "it refers to torch.fx.graph_module.reduce_graph_module, ", ""),
+        "dunder-attribute": (lambda: module_with(__del__=nn.functional.relu), 4, "Linear carries its own __del__", ""),
+        "class-attribute": (lambda: module_with(__class__=nn.ReLU), 4, "Linear carries its own __class__", ""),
+        "own-forward": (lambda: module_with(forward=nn.functional.relu), 4, "Linear carries its own forward", ""),
+        "own-call": (lambda: module_with(_call_impl=nn.functional.relu), 4, "Linear carries its own _call_impl", ""),
+        "own-eval": (lambda: module_with(eval=nn.functional.relu), 4, "Linear carries its own eval", ""),
+        "own-extra-repr": (
+            lambda: module_with(extra_repr=nn.functional.relu),
+            4, "its own extra_repr, in place of the class's method", ""),
+        "forward-hook": (lambda: hooked("_forward_hooks"), 4, "Linear carries a hook that would run", ""),
+        "pre-hook": (lambda: hooked("_forward_pre_hooks"), 4, "Linear carries a hook that would run", ""),
+        "backward-hook": (lambda: hooked("_backward_hooks"), 4, "Linear carries a hook that would run", ""),
+        "encrypted-flag": (lambda: bad_zip(flag=1), 3, "unsupported encryption", ""),
+        "wrong-crc": (lambda: bad_zip(crc=1234), 4, REFERS_TO_SYSTEM, ""),
+        "wrong-size": (lambda: bad_zip(size=3), 3, "invalid header or archive is corrupted", ""),
+        "unknown-method": (lambda: bad_zip(method=99), 3, "unsupported method", ""),
+        "mismatched-names": (mismatched_names, 4, REFERS_TO_SYSTEM, ""),
+        "two-data-pkl": (lambda: plain_zip([("a/data.pkl", program(SYSTEM)), ("a/version", b"3"),
+                                            ("a/data.pkl", program(b"}"))]),
+                         3, "the archive has two records of one name", ""),
+        "two-roots": (lambda: plain_zip([("a/data.pkl", program(b"}")), ("b/data.pkl", program(SYSTEM)),
+                                         ("a/version", b"3")]), 3, "is not in a subdirectory a/: b/data.pkl", ""),
+        "package": (
+            lambda: plain_zip([("a/.data/extern_modules", b"os"), ("a/m.py", PYTHON.encode())]),
+            4, "is a torch.package archive", ""),
+        "package-of-version-2": (
+            lambda: plain_zip([("a/.data/python_version", b"3"), ("a/data.pkl", b"N.")]),
+            4, "is a torch.package archive", ""),
+    }  # fmt: skip
+    items += [file(f"file-{name}", make, code, words, runs) for name, (make, code, words, runs) in wholes.items()]
     return items
 
 
@@ -581,71 +620,75 @@ def script_setstate(line: str, more: str = "") -> bytes:
 def script_items() -> list[Item]:
     """Hostile TorchScript."""
     lines = {
-        "save": (f"torch.save(x, {MARKER!r})", "jit"),
-        "ops-save": (f"ops.aten.save(x, {MARKER!r})", "jit"),
-        "ops-alias": (f"o = ops\n    o.aten.save(x, {MARKER!r})", "jit"),
-        "ops-aten-alias": (f"o = ops.aten\n    o.save(x, {MARKER!r})", "jit"),
-        "torch-alias": (f"t = torch\n    t.save(x, {MARKER!r})", "jit"),
-        "function-alias": (f"f = torch.save\n    f(x, {MARKER!r})", "jit"),
-        "autograd": (f"torch.autograd.save(x, {MARKER!r})", "jit"),
-        "getattr": (f"getattr(torch, 'save')(x, {MARKER!r})", "jit"),
-        "getattr-ops": (f"getattr(getattr(ops, 'aten'), 'save')(x, {MARKER!r})", ""),
-        "from-file": ("x = torch.from_file('/etc/hostname', False, 1)", ""),
-        "ops-from-file": ("x = ops.aten.from_file('/etc/hostname', False, 1)", ""),
-        "write-file": (f"ops.image.write_file({MARKER!r}, x)", ""),
-        "read-file": ("x = ops.image.read_file('/etc/hostname')", ""),
-        "custom-namespace": ("x = ops.mylib.run(x)", ""),
-        "c10d": ("ops.c10d.send([x], x, 0, 0)", ""),
-        "rpc-sync": ("ops.prim.rpc_sync('a', x)", ""),
-        "rpc-remote": ("ops.prim.rpc_remote('a', x)", ""),
-        "profiler": ("ops.profiler._record_function_enter('a')", ""),
-        "python-op": ("ops.prim.PythonOp(x)", ""),
-        "statistics": ("ops.prim.AddStatValue('a', 1.0)", ""),
-        "set-data": ("torch.set_data(x, x)", ""),
-        "file-store": ("s = __torch__.torch.classes.dist_c10d.FileStore('a', 1)", ""),
-        "class-namespace-alias": ("c = __torch__.torch.classes\n    s = c.dist_c10d.FileStore('a', 1)", ""),
-        "torch-namespace-alias": ("c = __torch__.torch\n    s = c.classes.dist_c10d.FileStore('a', 1)", ""),
-        "carriage-return": ("y = 1 #\r; torch.save(x, 'a')", ""),
-        "form-feed": ("y = 1\f", ""),
-    }
+        "save": (f"torch.save(x, {MARKER!r})", "torch.save", "jit"),
+        "ops-save": (f"ops.aten.save(x, {MARKER!r})", "ops.aten.save", "jit"),
+        "ops-alias": (f"o = ops\n    o.aten.save(x, {MARKER!r})", "o.aten.save, ops", "jit"),
+        "ops-aten-alias": (f"o = ops.aten\n    o.save(x, {MARKER!r})", "o.save, ops.aten", "jit"),
+        "torch-alias": (f"t = torch\n    t.save(x, {MARKER!r})", "t.save", "jit"),
+        "function-alias": (f"f = torch.save\n    f(x, {MARKER!r})", "torch.save", "jit"),
+        "autograd": (f"torch.autograd.save(x, {MARKER!r})", "torch.autograd.save", "jit"),
+        "getattr": (f"getattr(torch, 'save')(x, {MARKER!r})", "getattr of save", "jit"),
+        "getattr-ops": (f"getattr(getattr(ops, 'aten'), 'save')(x, {MARKER!r})", "getattr of save, ops", ""),
+        "from-file": ("x = torch.from_file('/etc/hostname', False, 1)", "torch.from_file", ""),
+        "ops-from-file": ("x = ops.aten.from_file('/etc/hostname', False, 1)", "ops.aten.from_file", ""),
+        "write-file": (f"ops.image.write_file({MARKER!r}, x)", "ops.image.write_file", ""),
+        "read-file": ("x = ops.image.read_file('/etc/hostname')", "ops.image.read_file", ""),
+        "custom-namespace": ("x = ops.mylib.run(x)", "ops.mylib.run", ""),
+        "c10d": ("ops.c10d.send([x], x, 0, 0)", "ops.c10d.send", ""),
+        "rpc-sync": ("ops.prim.rpc_sync('a', x)", "ops.prim.rpc_sync", ""),
+        "rpc-remote": ("ops.prim.rpc_remote('a', x)", "ops.prim.rpc_remote", ""),
+        "profiler": ("ops.profiler._record_function_enter('a')", "ops.profiler._record_function_enter", ""),
+        "python-op": ("ops.prim.PythonOp(x)", "ops.prim.PythonOp", ""),
+        "statistics": ("ops.prim.AddStatValue('a', 1.0)", "ops.prim.AddStatValue", ""),
+        "set-data": ("torch.set_data(x, x)", "torch.set_data", ""),
+        "file-store": (
+            "s = __torch__.torch.classes.dist_c10d.FileStore('a', 1)",
+            "__torch__.torch.classes.dist_c10d.FileStore", ""),
+        "class-namespace-alias": (
+            "c = __torch__.torch.classes\n    s = c.dist_c10d.FileStore('a', 1)", "__torch__.torch.classes", ""),
+        "torch-namespace-alias": (
+            "c = __torch__.torch\n    s = c.classes.dist_c10d.FileStore('a', 1)", "__torch__.torch", ""),
+    }  # fmt: skip
     items = [
-        file(
-            f"script-{name}",
-            functools.partial(script_with, line),
-            3 if name in ("carriage-return", "form-feed") else 4,
-            runs=runs,
-        )
-        for name, (line, runs) in lines.items()
+        file(f"script-{name}", functools.partial(script_with, line), 4, f"TorchScript code uses {names}; ", runs)
+        for name, (line, names, runs) in lines.items()
     ]
+    not_code = "code/__torch__/corpus.py is not TorchScript code"
     bad_global = program(glob("posix", "system"), value((COMMAND,)), b"R")
-    archives: dict[str, tuple[Callable[[], bytes], Any]] = {
-        "setstate-save": (lambda: script_setstate(f"torch.save(state, {MARKER!r})"), 4),
-        "setstate-allocates": (lambda: script_setstate("y = torch.ones([100000, 100000])"), 4),
-        "setstate-loops": (lambda: script_setstate("while True:\n      self.weight = state"), 4),
+    archives: dict[str, tuple[Callable[[], bytes], int, str]] = {
+        "carriage-return": (lambda: script_with("y = 1 #\r; torch.save(x, 'a')"), 3, not_code),
+        "form-feed": (lambda: script_with("y = 1\f"), 3, not_code),
+        "setstate-save": (lambda: script_setstate(f"torch.save(state, {MARKER!r})"), 4, "torch.save in __setstate__; "),
+        "setstate-allocates": (
+            lambda: script_setstate("y = torch.ones([100000, 100000])"), 4, "uses torch.ones in __setstate__; "),
+        "setstate-loops": (
+            lambda: script_setstate("while True:\n      self.weight = state"), 4, "uses a loop in __setstate__; "),
         "setstate-by-method": (
             lambda: script_setstate(
                 "y = (self).more(state, )",
                 f"  def more(self, x: Tensor) -> int:\n    torch.save(x, {MARKER!r})\n    return 1\n",
             ),
-            4,
-        ),
+            4, "torch.save in __setstate__; "),
         "setstate-by-looping-method": (
             lambda: script_setstate(
                 "y = (self).more(state, )",
                 "  def more(self, x: Tensor) -> int:\n    while True:\n      pass\n    return 1\n",
             ),
-            4,
-        ),
-        "setstate-by-function": (lambda: script_setstate("y = __torch__.other(state, )"), 4),
+            4, "uses a loop in __setstate__; "),
+        "setstate-by-function": (
+            lambda: script_setstate("y = __torch__.other(state, )"), 4, "uses __torch__.other in __setstate__; "),
         "default-argument": (
             lambda: script_with(tail="  def g(self, y: Tensor=torch.ones([9])) -> Tensor:\n    return y\n"),
-            4,
-        ),
-        "class-body": (lambda: script_with(body="k : Final[Tensor] = torch.ones([9])"), 4),
-        "class-of-c++": (lambda: script_with(body="s : __torch__.torch.classes.dist_c10d.FileStore"), 4),
-        "global-in-data": (lambda: changed(script_archive(), {"data.pkl": bad_global}), 4),
-        "global-in-constants": (lambda: changed(script_archive(), {"constants.pkl": bad_global}), 4),
-        "global-in-bytecode": (lambda: changed(script_archive(), {"bytecode.pkl": bad_global}), 4),
+            4, "uses torch.ones in a default argument; "),
+        "class-body": (
+            lambda: script_with(body="k : Final[Tensor] = torch.ones([9])"),
+            4, "uses torch.ones in the body of a class; "),
+        "class-of-c++": (
+            lambda: script_with(body="s : __torch__.torch.classes.dist_c10d.FileStore"),
+            4, "uses __torch__.torch.classes.dist_c10d.FileStore; "),
+        "global-in-data": (lambda: changed(script_archive(), {"data.pkl": bad_global}), 4, REFERS_TO_SYSTEM),
+        "global-in-constants": (lambda: changed(script_archive(), {"constants.pkl": bad_global}), 4, REFERS_TO_SYSTEM),
+        "global-in-bytecode": (lambda: changed(script_archive(), {"bytecode.pkl": bad_global}), 4, REFERS_TO_SYSTEM),
         "class-of-c++-in-data": (
             lambda: changed(
                 script_archive(),
@@ -655,19 +698,23 @@ def script_items() -> list[Item]:
                     )
                 },
             ),
-            4,
-        ),
-        "INST-in-data": (lambda: changed(script_archive(), {"data.pkl": program(b"(iposix\nsystem\n")}), 4),
-        "layout-of-1.0": (lambda: changed(script_archive(), {"model.json": b"{}"}), 4),
-        "no-python": (lambda: script_with("^f(x)"), 3),
-        "code-of-another-encoding": (lambda: changed(script_archive(), {"code/*": b"\xff\xfe"}), 3),
-        "deep-code": (lambda: script_with("y = " + "(" * 5000 + "1" + ")" * 5000), 3),
-        "deep-expression": (lambda: script_with("y = " + "-" * 50_000 + "1"), 3),
-        "tensor-beyond-its-storage": (lambda: changed(script_archive(), {"data.pkl": far_tensor}), 3),
-        "tensor-without-its-record": (lambda: changed(script_archive(), {"data/0": None}), 3),
-        "tensor-cut": (lambda: changed(script_archive(), {"data/0": b"\0"}), 3),
-    }
-    return items + [file(f"script-{name}", make, code) for name, (make, code) in archives.items()]
+            4, refers("__torch__.torch.classes.dist_c10d.FileStore")),
+        "INST-in-data": (lambda: changed(script_archive(), {"data.pkl": program(b"(iposix\nsystem\n")}), 4, ODD_OPCODE),
+        "layout-of-1.0": (
+            lambda: changed(script_archive(), {"model.json": b"{}"}), 4, "the layout of PyTorch 1.0 to 1.3"),
+        "no-python": (lambda: script_with("^f(x)"), 3, not_code),
+        "code-of-another-encoding": (lambda: changed(script_archive(), {"code/*": b"\xff\xfe"}), 3, not_code),
+        "deep-code": (lambda: script_with("y = " + "(" * 5000 + "1" + ")" * 5000), 3, not_code),
+        "deep-expression": (lambda: script_with("y = " + "-" * 50_000 + "1"), 3, not_code),
+        "tensor-beyond-its-storage": (
+            lambda: changed(script_archive(), {"data.pkl": far_tensor}),
+            3, "a tensor of size (1099511627776,) does not fit"),
+        "tensor-without-its-record": (
+            lambda: changed(script_archive(), {"data/0": None}), 3, "tensor data data/0 is missing or too short"),
+        "tensor-cut": (
+            lambda: changed(script_archive(), {"data/0": b"\0"}), 3, "tensor data data/0 is missing or too short"),
+    }  # fmt: skip
+    return items + [file(f"script-{name}", make, code, words) for name, (make, code, words) in archives.items()]
 
 
 def far_tensor(data: bytes) -> bytes:
@@ -738,85 +785,140 @@ def program_items() -> list[Item]:
     enum = json.dumps([{"__enum__": True, "fqn": "antigravity:X", "name": "y"}])
     config = "data/weights/model_weights_config.json"
     first = ("config", "0.weight")
-    edits: dict[str, tuple[Callable[[Any], None], str, Any, str]] = {
-        "target": (set_path(*NODE, "target", to="os.system"), "", 4, ""),
-        "target-torch": (set_path(*NODE, "target", to="torch.hub.load"), "", 4, ""),
-        "target-builtins": (set_path(*NODE, "target", to="torch.ops.os.system"), "", 4, ""),
-        "target-custom": (set_path(*NODE, "target", to="torch.ops.mylib.run.default"), "", 4, ""),
-        "target-from-file": (set_path(*NODE, "target", to="torch.ops.aten.from_file.default"), "", 4, ""),
-        "target-compiled": (set_path(*NODE, "target", to="torch.ops.higher_order.aoti_call_delegate"), "", 4, ""),
-        "target-torchbind": (set_path(*NODE, "target", to="torch.ops.higher_order.call_torchbind"), "", 4, ""),
-        "target-assembly": (set_path(*NODE, "target", to="torch.ops.higher_order.inline_asm_elementwise"), "", 4, ""),
-        "target-extension": (set_path(*NODE, "target", to="#x:y"), "", 4, ""),
-        "target-operator": (set_path(*NODE, "target", to="_operator.attrgetter"), "", 4, ""),
-        "target-list": (set_path(*NODE, "target", to=["os.system"]), "", 4, ""),
-        "operator-argument": (set_path(*NODE, "inputs", 0, "arg", to={"as_operator": "torch.hub.load"}), "", 4, ""),
-        "expression": (expression(IMPORT), "", 4, "export"),
-        "expression-or": (expression(f"{EXPRESSION.format(1)} or {IMPORT}"), "", 4, ""),
-        "expression-attribute": (expression("Symbol('s1').__class__"), "", 4, ""),
-        "expression-lambda": (expression("(lambda: 1)()"), "", 4, ""),
-        "expression-subscript": (expression("[1][0]"), "", 4, ""),
-        "expression-string": (expression(f"Symbol('s1') + '{IMPORT[:20]}'"), "", 4, ""),
-        "expression-power": (expression("9**9**9**9"), "", 4, ""),
-        "expression-power-call": (expression("Pow(9, Pow(9, Pow(9, 9)))"), "", 4, ""),
-        "expression-powers": (expression("((9**60)**60)**60"), "", 4, ""),
-        "expression-shift": (expression("1 << 99999999999"), "", 4, ""),
-        "expression-factorial": (expression("factorial(99999999)"), "", 4, ""),
-        "expression-unicode": (expression("\u017f1 + \uff53ystem"), "", 4, ""),
-        "expression-long": (expression("+".join(["Symbol('s1')"] * 1000)), "", 4, ""),
-        "expression-deep": (expression("(" * 1500 + "1" + ")" * 1500), "", 4, ""),
-        "range": (set_path("range_constraints", to={IMPORT: {"min_val": 0, "max_val": 1}}), "", 4, ""),
-        "range-counter": (set_path("range_constraints", to={"u99999999999": {"min_val": 0, "max_val": 1}}), "", 4, ""),
-        "tree-class": (set_path(*ENTRY, "in_spec", to=spec("torch.fx.GraphModule")), "", 4, ""),
-        "tree-enum": (set_path(*ENTRY, "out_spec", to=spec("builtins.dict", enum)), "", 4, ""),
-        "tree-enum-object": (set_path(*ENTRY, "out_spec", to=spec("builtins.dict", enum[1:-1])), "", 4, ""),
-        "tree-nonsense": (set_path(*ENTRY, "in_spec", to="[1]"), "", 4, ""),
-        "argument-name": (set_path(*ENTRY, "forward_arg_names", to=[IMPORT]), "", 4, ""),
-        "node-name": (replace_text("relu", f"relu, _={PYTHON}"), "", 4, ""),
-        "node-name-newline": (set_path(*NODE, "name", to="a\nimport os"), "", 4, ""),
-        "input-name": (set_path(*GRAPH, "inputs", 2, "as_tensor", "name", to=f"x={PYTHON}"), "", 4, ""),
-        "parameter-name": (replace_text("0.weight", f"0.weight; {PYTHON}"), "", 4, ""),
-        "tensor-name": (set_path(*GRAPH, "tensor_values", f"x = {PYTHON}", to={}), "", 4, ""),
-        "module-name": (set_path("graph_module", "module_call_graph", 1, "fqn", to=f"a({PYTHON})"), "", 4, ""),
-        "pickled-weight": (set_path(*first, "use_pickle", to=True), config, 4, ""),
-        "weight-path": (set_path(*first, "path_name", to="../../../etc/hostname"), config, 4, ""),
-        "weight-sizes": (set_path(*first, "tensor_meta", "sizes", to=[{"as_int": 2**40}]), config, 3, ""),
-        "weight-negative": (set_path(*first, "tensor_meta", "sizes", to=[{"as_int": -1}]), config, 3, ""),
-        "weight-missing": (set_path(*first, "path_name", to="weight_77"), config, 3, ""),
-        "input-of-terabytes": (set_path(*GRAPH, "tensor_values", "input", "sizes", 1, "as_int", to=2**40), "", 3, ""),
-    }
+    edits: dict[str, tuple[Callable[[Any], None], str, int, str, str]] = {
+        "target": (set_path(*NODE, "target", to="os.system"), "", 4, "it holds the operator 'os.system'", ""),
+        "target-torch": (
+            set_path(*NODE, "target", to="torch.hub.load"), "", 4, "it holds the operator 'torch.hub.load'", ""),
+        "target-builtins": (
+            set_path(*NODE, "target", to="torch.ops.os.system"),
+            "", 4, "it holds the operator 'torch.ops.os.system'", ""),
+        "target-custom": (
+            set_path(*NODE, "target", to="torch.ops.mylib.run.default"),
+            "", 4, "it holds the operator 'torch.ops.mylib.run.default'", ""),
+        "target-from-file": (
+            set_path(*NODE, "target", to="torch.ops.aten.from_file.default"),
+            "", 4, "it holds the operator 'torch.ops.aten.from_file.default'", ""),
+        "target-compiled": (
+            set_path(*NODE, "target", to="torch.ops.higher_order.aoti_call_delegate"),
+            "", 4, "it holds the operator 'torch.ops.higher_order.aoti_call_delegate'", ""),
+        "target-torchbind": (
+            set_path(*NODE, "target", to="torch.ops.higher_order.call_torchbind"),
+            "", 4, "it holds the operator 'torch.ops.higher_order.call_torchbind'", ""),
+        "target-assembly": (
+            set_path(*NODE, "target", to="torch.ops.higher_order.inline_asm_elementwise"),
+            "", 4, "it holds the operator 'torch.ops.higher_order.inline_asm_elementwise'", ""),
+        "target-extension": (set_path(*NODE, "target", to="#x:y"), "", 4, "it holds the operator '#x:y'", ""),
+        "target-operator": (
+            set_path(*NODE, "target", to="_operator.attrgetter"),
+            "", 4, "it holds the operator '_operator.attrgetter'", ""),
+        "target-list": (set_path(*NODE, "target", to=["os.system"]), "", 4, "the operator \"['os.system']\"", ""),
+        "operator-argument": (
+            set_path(*NODE, "inputs", 0, "arg", to={"as_operator": "torch.hub.load"}),
+            "", 4, "it holds the operator 'torch.hub.load'", ""),
+        "expression": (expression(IMPORT), "", 4, "it holds the expression \"__import__('os').system(", "export"),
+        "expression-or": (
+            expression(f"{EXPRESSION.format(1)} or {IMPORT}"),
+            "", 4, "it holds the expression \"Symbol('s1', positive=True", ""),
+        "expression-attribute": (
+            expression("Symbol('s1').__class__"), "", 4, "it holds the expression \"Symbol('s1').__class__\"", ""),
+        "expression-lambda": (expression("(lambda: 1)()"), "", 4, "it holds the expression '(lambda: 1)()'", ""),
+        "expression-subscript": (expression("[1][0]"), "", 4, "it holds the expression '[1][0]'", ""),
+        "expression-string": (
+            expression(f"Symbol('s1') + '{IMPORT[:20]}'"), "", 4, "it holds the expression \"Symbol('s1') + '", ""),
+        "expression-power": (expression("9**9**9**9"), "", 4, "it holds the expression '9**9**9**9'", ""),
+        "expression-power-call": (
+            expression("Pow(9, Pow(9, Pow(9, 9)))"), "", 4, "it holds the expression 'Pow(9, Pow(9, Pow(9, 9)))'", ""),
+        "expression-powers": (
+            expression("((9**60)**60)**60"), "", 4, "it holds the expression '((9**60)**60)**60'", ""),
+        "expression-shift": (expression("1 << 99999999999"), "", 4, "it holds the expression '1 << 99999999999'", ""),
+        "expression-factorial": (
+            expression("factorial(99999999)"), "", 4, "it holds the expression 'factorial(99999999)'", ""),
+        "expression-unicode": (
+            expression("\u017f1 + \uff53ystem"), "", 4, "it holds the expression '\u017f1 + \uff53ystem'", ""),
+        "expression-long": (
+            expression("+".join(["Symbol('s1')"] * 1000)),
+            "", 4, "it holds the expression \"Symbol('s1')+Symbol('s1')+", ""),
+        "expression-deep": (
+            expression("(" * 1500 + "1" + ")" * 1500), "", 4, "it holds the expression '((((((((((", ""),
+        "range": (
+            set_path("range_constraints", to={IMPORT: {"min_val": 0, "max_val": 1}}),
+            "", 4, "the range of __import__('os').system(", ""),
+        "range-counter": (
+            set_path("range_constraints", to={"u99999999999": {"min_val": 0, "max_val": 1}}),
+            "", 4, "it holds the range of u99999999999", ""),
+        "tree-class": (
+            set_path(*ENTRY, "in_spec", to=spec("torch.fx.GraphModule")),
+            "", 4, "it holds arguments of a custom class", ""),
+        "tree-enum": (
+            set_path(*ENTRY, "out_spec", to=spec("builtins.dict", enum)),
+            "", 4, "it holds results of a custom class", ""),
+        "tree-enum-object": (
+            set_path(*ENTRY, "out_spec", to=spec("builtins.dict", enum[1:-1])),
+            "", 4, "it holds results of a custom class", ""),
+        "tree-nonsense": (set_path(*ENTRY, "in_spec", to="[1]"), "", 4, "it holds arguments of a custom class", ""),
+        "argument-name": (
+            set_path(*ENTRY, "forward_arg_names", to=[IMPORT]),
+            "", 4, "it holds the argument names '[\"__import__(", ""),
+        "node-name": (replace_text("relu", f"relu, _={PYTHON}"), "", 4, 'it holds the name "relu, _=open(', ""),
+        "node-name-newline": (
+            set_path(*NODE, "name", to="a\nimport os"), "", 4, r"it holds the name 'a\nimport os'", ""),
+        "input-name": (
+            set_path(*GRAPH, "inputs", 2, "as_tensor", "name", to=f"x={PYTHON}"),
+            "", 4, 'it holds the name "x=open(', ""),
+        "parameter-name": (
+            replace_text("0.weight", f"0.weight; {PYTHON}"), "", 4, 'it holds the name "0.weight; open(', ""),
+        "tensor-name": (
+            set_path(*GRAPH, "tensor_values", f"x = {PYTHON}", to={}), "", 4, 'it holds the name "x = open(', ""),
+        "module-name": (
+            set_path("graph_module", "module_call_graph", 1, "fqn", to=f"a({PYTHON})"),
+            "", 4, 'it holds the name "a(open(', ""),
+        "pickled-weight": (
+            set_path(*first, "use_pickle", to=True), config, 4, "it holds a pickled weight (0.weight)", ""),
+        "weight-path": (
+            set_path(*first, "path_name", to="../../../etc/hostname"), config, 4,
+            "a weight called '../../../etc/hostname'", ""),
+        "weight-sizes": (
+            set_path(*first, "tensor_meta", "sizes", to=[{"as_int": 2**40}]),
+            config, 3, "its weight 0.weight is larger than its data", ""),
+        "weight-negative": (
+            set_path(*first, "tensor_meta", "sizes", to=[{"as_int": -1}]),
+            config, 3, "its weight 0.weight is missing or damaged", ""),
+        "weight-missing": (
+            set_path(*first, "path_name", to="weight_77"), config, 3, "its weight 0.weight is missing or damaged", ""),
+        "input-of-terabytes": (
+            set_path(*GRAPH, "tensor_values", "input", "sizes", 1, "as_int", to=2**40),
+            "", 3, "its recorded inputs are larger than any model's", ""),
+    }  # fmt: skip
     items = [
-        file(f"program-{name}", functools.partial(edit_program, edit, record or "models/model.json"), code, runs=runs)
-        for name, (edit, record, code, runs) in edits.items()
+        file(f"program-{name}", functools.partial(edit_program, edit, record or "models/model.json"), code, words, runs)
+        for name, (edit, record, code, words, runs) in edits.items()
     ]
     pickled = saved(touch())
     constant = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
     constants = "data/constants/model_constants_config.json"
-    records: dict[str, tuple[dict[str, Change], Any, str]] = {
+    not_one = "not hold exactly one exported program"
+    records: dict[str, tuple[dict[str, Change], int, str, str]] = {
         "opaque-constant": (
             {
                 constants: json.dumps({"config": {"c": constant}}).encode(),
                 "data/constants/opaque_obj_0": program(SYSTEM),
             },
-            4,
-            "export",
-        ),
+            4, "it holds a pickled constant (c)", "export"),
         "custom-constant": (
             {
                 constants: json.dumps({"config": {"c": {**constant, "path_name": "custom_obj_0"}}}).encode(),
                 "data/constants/custom_obj_0": pickled,
             },
-            4,
-            "",
-        ),
-        "legacy-weights": ({"data/weights/model.pt": pickled}, 4, "export"),
-        "legacy-constants": ({"data/constants/model.pt": pickled}, 4, "export"),
-        "library": ({"data/aotinductor/model/a.so": b"\x7fELF"}, 4, ""),
-        "library-elsewhere": ({"data/x.so": b"\x7fELF"}, 4, ""),
-        "source": ({"data/aotinductor/model/a.cpp": b"int main"}, 4, ""),
-        "python": ({"models/a.py": PYTHON.encode()}, (3, 4), ""),
-        "two-models": ({"models/other.json": b"{}"}, 3, ""),
-        "old-format": ({"archive_format": b"pt1"}, 3, ""),
+            4, "it holds a pickled constant (c)", ""),
+        "legacy-weights": ({"data/weights/model.pt": pickled}, 4, "it holds pickled data/weights/model.pt", "export"),
+        "legacy-constants": (
+            {"data/constants/model.pt": pickled}, 4, "it holds pickled data/constants/model.pt", "export"),
+        "library": ({"data/aotinductor/model/a.so": b"\x7fELF"}, 4, "it holds data/aotinductor/model/a.so", ""),
+        "library-elsewhere": ({"data/x.so": b"\x7fELF"}, 4, "no record called 'data/x.so'", ""),
+        "source": ({"data/aotinductor/model/a.cpp": b"int main"}, 4, "it holds data/aotinductor/model/a.cpp", ""),
+        "python": ({"models/a.py": PYTHON.encode()}, 4, "no record called 'models/a.py'", ""),
+        "two-models": ({"models/other.json": b"{}"}, 3, not_one, ""),
+        "old-format": ({"archive_format": b"pt1"}, 3, not_one, ""),
         "old-layout": (
             {
                 "archive_format": None,
@@ -825,19 +927,17 @@ def program_items() -> list[Item]:
                 "serialized_exported_program.json": b"{}",
                 "serialized_constants.pt": pickled,
             },
-            3,
-            "",
-        ),
-        "other-version": ({"archive_version": b"99"}, 3, ""),
-        "no-program": ({"models/model.json": None}, 3, ""),
-        "empty-program": ({"models/model.json": b""}, 3, ""),
-        "deep-program": ({"models/model.json": b"[" * 200_000}, 3, ""),
-        "program-of-lists": ({"models/model.json": b"[" + b"[]," * 100_000 + b"1]"}, 3, ""),
-        "empty-weights": ({"data/weights/weight_0": b""}, 3, ""),
-        "cut-weights": ({"data/weights/weight_0": bytes(4)}, 3, ""),
-    }
-    for name, (changes, code, runs) in records.items():
-        items.append(file(f"program-{name}", functools.partial(changed_program, changes), code, runs=runs))
+            3, "has an old .pt2 layout", ""),
+        "other-version": ({"archive_version": b"99"}, 3, "archive version 99", ""),
+        "no-program": ({"models/model.json": None}, 3, not_one, ""),
+        "empty-program": ({"models/model.json": b""}, 3, "its program is damaged (Expecting value", ""),
+        "deep-program": ({"models/model.json": b"[" * 200_000}, 3, "its program is damaged (maximum recursion", ""),
+        "program-of-lists": ({"models/model.json": b"[" + b"[]," * 100_000 + b"1]"}, 3, "its program is damaged (", ""),
+        "empty-weights": ({"data/weights/weight_0": b""}, 3, "its weight 0.weight is larger than its data", ""),
+        "cut-weights": ({"data/weights/weight_0": bytes(4)}, 3, "torch.export.load cannot open it", ""),
+    }  # fmt: skip
+    for name, (changes, code, words, runs) in records.items():
+        items.append(file(f"program-{name}", functools.partial(changed_program, changes), code, words, runs))
     return items
 
 
@@ -889,90 +989,238 @@ def folder_items() -> list[Item]:
     mapped = {"auto_map": {"AutoModel": "modeling.Net"}}
     adapter = {"adapter_config.json": LORA, "adapter_model.bin": weights}
     return [
-        folder("auto-map", {"config.json": mapped, "modeling.py": PYTHON.encode()}, 4, "auto_map in config.json"),
-        folder("auto-map-of-a-known-type", {"config.json": {**BERT, **mapped}}, 3, "auto_map in config.json"),
-        folder("auto-map-nested", {"config.json": {**BERT, "text_config": [mapped]}}, 3, "auto_map"),
         folder(
-            "auto-map-tokenizer", {"config.json": BERT, "tokenizer_config.json": mapped}, 3, "tokenizer_config.json"
+            "auto-map",
+            {"config.json": mapped, "modeling.py": PYTHON.encode()},
+            4,
+            "auto_map in config.json is the only thing",
+        ),
+        folder(
+            "auto-map-of-a-known-type",
+            {"config.json": {**BERT, **mapped}},
+            3,
+            "would run code: auto_map in config.json",
+        ),
+        folder(
+            "auto-map-nested",
+            {"config.json": {**BERT, "text_config": [mapped]}},
+            3,
+            "would run code: auto_map in config.json",
+        ),
+        folder(
+            "auto-map-tokenizer",
+            {"config.json": BERT, "tokenizer_config.json": mapped},
+            3,
+            "would run code: auto_map in tokenizer_config.json",
         ),
         folder(
             "auto-mapping",
             {"config.json": BERT, "adapter_config.json": {"auto_mapping": {"parent_library": "x"}}},
             3,
-            "auto_mapping",
+            "would run code: auto_mapping in adapter_config.json",
         ),
         folder(
             "custom-generate",
             {"config.json": BERT, "generation_config.json": {"custom_generate": "a/b"}},
             3,
-            "custom_generate in generation_config.json",
+            "would run code: custom_generate in generation_config.json",
         ),
         folder(
             "custom-generate-folder",
             {"config.json": BERT, "custom_generate/generate.py": PYTHON.encode()},
             3,
-            "custom_generate",
-        ),
-        folder("trust", {"config.json": {**BERT, "trust_remote_code": True}}, 3, "trust_remote_code"),
-        folder(
-            "pipelines", {"config.json": {**BERT, "custom_pipelines": {"x": {"impl": "a.B"}}}}, 3, "custom_pipelines"
-        ),
-        folder("attention-kernel", {"config.json": {**BERT, "_attn_implementation": "someone/kernel"}}, 4, "kernel"),
-        folder(
-            "attention-kernel-nested", {"config.json": {**BERT, "vision": {"attn_implementation": "a/b:c"}}}, 4, "a/b:c"
-        ),
-        folder("attention-kernel-dict", {"config.json": {**BERT, "_attn_implementation": {"": "a/b"}}}, 4, "kernel"),
-        folder("attention-internal", {"config.json": {**BERT, "_attn_implementation_internal": "a/b"}}, 4, "kernel"),
-        folder("experts-kernel", {"config.json": {**BERT, "experts_implementation": "a/b"}}, 4, "kernel"),
-        folder("use-kernels", {"config.json": {**BERT, "use_kernels": True}}, 3, "use_kernels"),
-        folder("quantiser", {"config.json": {**BERT, "quantization_config": {"quant_method": "gptq"}}}, 4, "gptq"),
-        folder(
-            "quantiser-nested", {"config.json": {**BERT, "a": {"quantization_config": {"quant_method": "x\n"}}}}, 4, ""
-        ),
-        folder("adapter-alone", {"adapter_config.json": LORA}, 3, "no weights"),
-        folder(
-            "adapter-path", {**adapter, "adapter_config.json": {**LORA, "base_model_name_or_path": "../x"}}, 3, "../x"
+            "would run code: the file custom_generate",
         ),
         folder(
-            "adapter-pattern", {**adapter, "adapter_config.json": {**LORA, "rank_pattern": {"(a+)+$": 1}}}, 3, "rank"
+            "trust",
+            {"config.json": {**BERT, "trust_remote_code": True}},
+            3,
+            "would run code: trust_remote_code in config.json",
+        ),
+        folder(
+            "pipelines",
+            {"config.json": {**BERT, "custom_pipelines": {"x": {"impl": "a.B"}}}},
+            3,
+            "would run code: custom_pipelines in config.json",
+        ),
+        folder(
+            "attention-kernel",
+            {"config.json": {**BERT, "_attn_implementation": "someone/kernel"}},
+            4,
+            "names the kernel 'someone/kernel'",
+        ),
+        folder(
+            "attention-kernel-nested",
+            {"config.json": {**BERT, "vision": {"attn_implementation": "a/b:c"}}},
+            4,
+            "names the kernel 'a/b:c'",
+        ),
+        folder(
+            "attention-kernel-dict",
+            {"config.json": {**BERT, "_attn_implementation": {"": "a/b"}}},
+            4,
+            "_attn_implementation in config.json names the kernel",
+        ),
+        folder(
+            "attention-internal",
+            {"config.json": {**BERT, "_attn_implementation_internal": "a/b"}},
+            4,
+            "_internal in config.json names the kernel 'a/b'",
+        ),
+        folder(
+            "experts-kernel",
+            {"config.json": {**BERT, "experts_implementation": "a/b"}},
+            4,
+            "experts_implementation in config.json names the kernel",
+        ),
+        folder(
+            "use-kernels",
+            {"config.json": {**BERT, "use_kernels": True}},
+            3,
+            "would run code: use_kernels in config.json",
+        ),
+        folder(
+            "quantiser",
+            {"config.json": {**BERT, "quantization_config": {"quant_method": "gptq"}}},
+            4,
+            "needs the code of the quantiser 'gptq'",
+        ),
+        folder(
+            "quantiser-nested",
+            {"config.json": {**BERT, "a": {"quantization_config": {"quant_method": "x\n"}}}},
+            4,
+            r"the quantiser 'x\n'",
+        ),
+        folder("adapter-alone", {"adapter_config.json": LORA}, 3, "no weights, neither adapter_model.safetensors"),
+        folder(
+            "adapter-path",
+            {**adapter, "adapter_config.json": {**LORA, "base_model_name_or_path": "../x"}},
+            3,
+            "the adapter was trained on '../x'",
+        ),
+        folder(
+            "adapter-pattern",
+            {**adapter, "adapter_config.json": {**LORA, "rank_pattern": {"(a+)+$": 1}}},
+            3,
+            "rank_pattern has '(a+)+$', a pattern",
         ),
         folder("adapter-numbers", {**adapter, "adapter_config.json": {**LORA, "r": "4"}}, 3, "r is '4'"),
-        folder("adapter-pickle", {"adapter_config.json": LORA, "adapter_model.bin": saved(touch())}, 4),
-        folder("adapter-base-code", {**adapter, "base/config.json": mapped}, 4, "auto_map in config.json"),
-        folder("adapter-base-link", {**adapter, "base/config.json": Path("/etc/hostname")}, 4, "link"),
+        folder(
+            "adapter-pickle", {"adapter_config.json": LORA, "adapter_model.bin": saved(touch())}, 4, REFERS_TO_SYSTEM
+        ),
+        folder(
+            "adapter-base-code", {**adapter, "base/config.json": mapped}, 4, "auto_map in config.json is the only thing"
+        ),
+        folder(
+            "adapter-base-link",
+            {**adapter, "base/config.json": Path("/etc/hostname")},
+            4,
+            "config.json is a link that leads out",
+        ),
         folder("adapter-base-adapter", {**adapter, "base/adapter_config.json": LORA}, 3, "an adapter itself"),
         folder(
             "adapter-base-quantised",
             {**adapter, "base/config.json": {**BERT, "quantization_config": {"quant_method": "gptq"}}},
             4,
-            "gptq",
+            "needs the code of the quantiser 'gptq'",
         ),
         folder(
-            "index-parent", {"config.json": BERT, index: {"weight_map": {"a": "../outside.safetensors"}}}, 4, "outside"
+            "index-parent",
+            {"config.json": BERT, index: {"weight_map": {"a": "../outside.safetensors"}}},
+            4,
+            "points at '../outside.safetensors', outside its own",
         ),
-        folder("index-absolute", {"config.json": BERT, index: {"weight_map": {"a": "/etc/hostname"}}}, 4, "outside"),
-        folder("index-dots", {"config.json": BERT, index: {"weight_map": {"a": ".."}}}, 4, "outside"),
-        folder("index-number", {"config.json": BERT, index: {"weight_map": {"a": 7}}}, 4, "outside"),
-        folder("index-missing", {"config.json": BERT, index: {"weight_map": {"a": "b.safetensors"}}}, 3, "missing"),
-        folder("index-no-map", {"config.json": BERT, index: {"weight_map": []}}, 3, "weight_map"),
-        folder("index-alone", {index: {"weight_map": {"a": "../../etc/hostname"}}}, 4, "outside"),
-        folder("link-out", {"config.json": BERT, "model.safetensors": Path("/etc/hostname")}, 4, "link"),
-        folder("link-up", {"config.json": BERT, "model.bin": Path("../other")}, 4, "link"),
-        folder("link-config", {"config.json": Path("/etc/hostname")}, 4, "link"),
+        folder(
+            "index-absolute",
+            {"config.json": BERT, index: {"weight_map": {"a": "/etc/hostname"}}},
+            4,
+            "points at '/etc/hostname', outside its own",
+        ),
+        folder(
+            "index-dots",
+            {"config.json": BERT, index: {"weight_map": {"a": ".."}}},
+            4,
+            "points at '..', outside its own",
+        ),
+        folder(
+            "index-number", {"config.json": BERT, index: {"weight_map": {"a": 7}}}, 4, "points at 7, outside its own"
+        ),
+        folder(
+            "index-long", {"config.json": BERT, index: {"weight_map": {"a": "b" * 5000}}}, 4, "..., outside its own"
+        ),
+        folder(
+            "adapter-long",
+            {**adapter, "adapter_config.json": {**LORA, "base_model_name_or_path": "x" * 5000}},
+            3,
+            "the adapter was trained on 'xxx",
+        ),
+        folder(
+            "adapter-zero",
+            {**adapter, "adapter_config.json": {**LORA, "base_model_name_or_path": "a\0b"}},
+            3,
+            r"the adapter was trained on 'a\x00b'",
+        ),
+        folder(
+            "index-missing",
+            {"config.json": BERT, index: {"weight_map": {"a": "b.safetensors"}}},
+            3,
+            "the shard b.safetensors is missing",
+        ),
+        folder(
+            "index-no-map",
+            {"config.json": BERT, index: {"weight_map": []}},
+            3,
+            "the weight_map of model.safetensors.index.json",
+        ),
+        folder(
+            "index-alone",
+            {index: {"weight_map": {"a": "../../etc/hostname"}}},
+            4,
+            "points at '../../etc/hostname', outside its own",
+        ),
+        folder(
+            "link-out",
+            {"config.json": BERT, "model.safetensors": Path("/etc/hostname")},
+            4,
+            "model.safetensors is a link that leads out",
+        ),
+        folder(
+            "link-up", {"config.json": BERT, "model.bin": Path("../other")}, 4, "model.bin is a link that leads out"
+        ),
+        folder("link-config", {"config.json": Path("/etc/hostname")}, 4, "config.json is a link that leads out"),
         folder(
             "shadows",
             {"config.json": BERT, "torch.py": PYTHON.encode(), "transformers.py": PYTHON.encode()},
             3,
-            "torch.py",
+            "would run code: the file torch.py, the file transformers.py",
         ),
-        folder("pickled-tokenizer", {"config.json": BERT, "tokenizer.pickle": program(SYSTEM)}, 3, "tokenizer.pickle"),
-        folder("bin", {"config.json": {"hidden_size": 1}, "pytorch_model.bin": weights}, 3, ""),
-        folder("config-list", {"config.json": [1]}, 3, "config.json"),
-        folder("config-cut", {"config.json": b'{"a": '}, 3, "config.json"),
-        folder("config-twice", {"config.json": b'{"a": 1, "a": 2}'}, 3, "twice"),
-        folder("config-deep", {"config.json": b"[" * 100_000}, 3, "config.json"),
-        folder("config-encoding", {"config.json": b'{"a": "\xff"}'}, 3, "config.json"),
-        folder("config-number", {"config.json": b'{"a": ' + b"9" * 10_000 + b"}"}, 3, "config.json"),
+        folder(
+            "pickled-tokenizer",
+            {"config.json": BERT, "tokenizer.pickle": program(SYSTEM)},
+            3,
+            "would run code: the file tokenizer.pickle",
+        ),
+        folder(
+            "bin", {"config.json": {"hidden_size": 1}, "pytorch_model.bin": weights}, 3, "config.json has no model_type"
+        ),
+        folder("config-list", {"config.json": [1]}, 3, "config.json holds a list of 1 entries"),
+        folder("config-cut", {"config.json": b'{"a": '}, 3, "config.json is damaged (Expecting value"),
+        folder(
+            "config-twice", {"config.json": b'{"a": 1, "a": 2}'}, 3, "config.json is damaged (a key is there twice)"
+        ),
+        folder("config-deep", {"config.json": b"[" * 100_000}, 3, "config.json is damaged (maximum recursion"),
+        folder(
+            "config-encoding",
+            {"config.json": b'{"a": "\xff"}'},
+            3,
+            "config.json is damaged ('utf-8' codec can't decode",
+        ),
+        folder(
+            "config-number",
+            {"config.json": b'{"a": ' + b"9" * 10_000 + b"}"},
+            3,
+            "config.json is damaged (Exceeds the limit",
+        ),
         folder("config-folder", {"config.json/x": b""}, 3, "config.json"),
     ]
 
@@ -995,8 +1243,9 @@ def name_items() -> list[Item]:
     code = b"def f(x: Tensor) -> Tensor:\n  return x\n"
     script, program_ = script_archive, program_archive
     makes: dict[str, tuple[Callable[[], bytes], int, str]] = {
-        "code-in-capitals": (lambda: renamed(script(), upper(".py")), 4, "no record called 'code/"),
-        "folder-in-capitals": (lambda: renamed(script(), upper("code/")), 4, "no record called 'CODE/"),
+        "code-in-capitals": (lambda: renamed(script(), upper(".py")), 4, "no record called 'code/__torch__/corpus.PY'"),
+        "folder-in-capitals": (
+            lambda: renamed(script(), upper("code/")), 4, "no record called 'CODE/__torch__/corpus.py'"),
         "constants-in-capitals": (
             lambda: renamed(script(), upper("constants.pkl"), {"constants.pkl": b"."}), 3, "two records of one name"),
         "code-twice": (
@@ -1008,18 +1257,23 @@ def name_items() -> list[Item]:
         "old-layout": (lambda: renamed(script(), str, {"MODEL.json": b"{}"}), 4, "no record called 'MODEL.json'"),
         "letters-that-fold": (
             lambda: renamed(script(), str, {"code/\u017fave.py": code}), 4, "no record called 'code/\u017fave.py'"),
-        "code-with-a-stream": (lambda: renamed(script(), str, {"code/x.py::$DATA": code}), 4, "no record called"),
+        "code-with-a-stream": (
+            lambda: renamed(script(), str, {"code/x.py::$DATA": code}), 4, "no record called 'code/x.py::$DATA'"),
         "code-with-a-space": (lambda: renamed(script(), str, {"code/x.py ": code}), 4, "no record called 'code/x.py '"),
-        "code-in-a-dot": (lambda: renamed(script(), str, {"code/./x.py": code}), 3, "outside itself"),
-        "code-behind-two-slashes": (lambda: renamed(script(), str, {"code//x.py": code}), 4, "no record called"),
-        "back-slashes": (lambda: renamed(script(), str, {"code\\x.py": code}), 3, "outside itself"),
-        "endless-name": (lambda: renamed(script(), str, {f"code/{'x' * 600}.py": code}), 4, "no record called"),
-        "long-name": (lambda: renamed(script(), str, {f"code/{'x' * 300}.py": code}), 4, "no record called"),
+        "code-in-a-dot": (
+            lambda: renamed(script(), str, {"code/./x.py": code}), 3, "a record outside itself (code/./x.py)"),
+        "code-behind-two-slashes": (
+            lambda: renamed(script(), str, {"code//x.py": code}), 4, "no record called 'code//x.py'"),
+        "back-slashes": (
+            lambda: renamed(script(), str, {"code\\x.py": code}), 3, "a record outside itself (code\\x.py)"),
+        "endless-name": (
+            lambda: renamed(script(), str, {f"code/{'x' * 600}.py": code}), 4, "no record called 'code/xxx"),
+        "long-name": (lambda: renamed(script(), str, {f"code/{'x' * 300}.py": code}), 4, "no record called 'code/xxx"),
         "note": (lambda: renamed(saved({"a": TENSOR}), str, {"notes.txt": b"x"}), 4, "no record called 'notes.txt'"),
         "program-in-capitals": (
             lambda: renamed(program_(), str, {"models/model.JSON": b"{}"}), 3, "two records of one name"),
         "weights-in-capitals": (
-            lambda: renamed(program_(), upper("data/weights")), 4, "no record called 'DATA/WEIGHTS"),
+            lambda: renamed(program_(), upper("data/weights")), 4, "no record called 'DATA/WEIGHTS/weight_0'"),
     }  # fmt: skip
     return [file(f"name-{name}", make, code, words) for name, (make, code, words) in makes.items()]
 
@@ -1093,6 +1347,22 @@ def module_of(kind: Any, path: Any) -> dict[str, Any]:
     return {"idx": 1, "name": "1", "path": path, "type": kind}
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """Objects in each other."""
+    return functools.reduce(lambda inner, _: {"a": inner}, range(depth), {})
+
+
+def parts_of_parts(depth: int) -> dict[str, Any]:
+    """A configuration whose text model has a text model."""
+    return functools.reduce(lambda inner, _: {"model_type": "llava", "text_config": inner}, range(depth), BERT)
+
+
+def nested_models(depth: int) -> dict[str, Any]:
+    """The settings of a model of two models, each of which is one of two models, and so on."""
+    inner = {"model_type": "bert"} if depth == 0 else nested_models(depth - 1)
+    return {"model_type": "llava", "text_config": inner, "vision_config": inner}
+
+
 def setting_items() -> list[Item]:
     """Wrong types and sizes, one at a time; each is told by its name."""
     pool, dense = "sentence_transformers.models.Pooling", "sentence_transformers.models.Dense"
@@ -1106,9 +1376,9 @@ def setting_items() -> list[Item]:
         ("type-number", {"model_type": 5}, "model_type is 5, not a string"),
         ("type-list", {"model_type": ["bert"]}, "model_type is a list of 1 entries"),
         ("type-unknown", {"model_type": "bertt"}, "knows no model_type 'bertt'"),
-        ("layers-text", {"num_hidden_layers": "1"}, "num_hidden_layers"),
-        ("layers-float", {"num_hidden_layers": 1.5}, "num_hidden_layers"),
-        ("layers-list", {"num_hidden_layers": [1]}, "num_hidden_layers"),
+        ("layers-text", {"num_hidden_layers": "1"}, "Validation error for field 'num_hidden_layers'"),
+        ("layers-float", {"num_hidden_layers": 1.5}, "Validation error for field 'num_hidden_layers'"),
+        ("layers-list", {"num_hidden_layers": [1]}, "Validation error for field 'num_hidden_layers'"),
         (
             "layers-20000",
             {"num_hidden_layers": 20_000},
@@ -1121,30 +1391,30 @@ def setting_items() -> list[Item]:
         ),
         ("layers-of-a-part", {"text_config": {"depths": [1, 10**9]}}, "depths 1000000000"),
         ("labels-billions", {"id2label": None, "num_labels": 2 * 10**9}, "num_labels 2000000000, but the weights have"),
-        ("labels-text", {"id2label": None, "num_labels": "many"}, "config.json"),
-        ("labels-number", {"id2label": 5}, "id2label"),
-        ("labels-list", {"id2label": [1]}, "id2label"),
-        ("labels-keys", {"id2label": {"x": "y"}}, "config.json"),
+        ("labels-text", {"id2label": None, "num_labels": "many"}, "not accepted by transformers ('str' object"),
+        ("labels-number", {"id2label": 5}, "id2label holds 5, not an object"),
+        ("labels-list", {"id2label": [1]}, "id2label holds a list of 1 entries"),
+        ("labels-keys", {"id2label": {"x": "y"}}, "not accepted by transformers (invalid literal"),
         ("vocabulary-trillion", {"vocab_size": 10**12}, "vocab_size 1000000000000"),
-        ("vocabulary-null", {"vocab_size": None}, "config.json"),
-        ("hidden-zero", {"hidden_size": 0}, ""),
-        ("hidden-negative", {"hidden_size": -8}, ""),
-        ("hidden-million", {"hidden_size": 2**20, "intermediate_size": 2**20}, ""),
-        ("hidden-text", {"hidden_size": "8"}, "hidden_size"),
-        ("heads-zero", {"num_attention_heads": 0}, ""),
-        ("heads-three", {"num_attention_heads": 3}, ""),
-        ("activation-unknown", {"hidden_act": "nope"}, ""),
-        ("activation-number", {"hidden_act": 5}, "hidden_act"),
-        ("positions-negative", {"max_position_embeddings": -1}, ""),
-        ("epsilon-text", {"layer_norm_eps": "x"}, "layer_norm_eps"),
-        ("padding-text", {"pad_token_id": "x"}, "pad_token_id"),
+        ("vocabulary-null", {"vocab_size": None}, "Validation error for field 'vocab_size'"),
+        ("hidden-zero", {"hidden_size": 0}, "transformers cannot load it ("),
+        ("hidden-negative", {"hidden_size": -8}, "negative dimension -8"),
+        ("hidden-million", {"hidden_size": 2**20, "intermediate_size": 2**20}, "of memory beside its weights"),
+        ("hidden-text", {"hidden_size": "8"}, "Validation error for field 'hidden_size'"),
+        ("heads-zero", {"num_attention_heads": 0}, "modulo by zero"),
+        ("heads-three", {"num_attention_heads": 3}, "not a multiple of the number of attention heads (3)"),
+        ("activation-unknown", {"hidden_act": "nope"}, "transformers cannot load it (KeyError: 'nope')"),
+        ("activation-number", {"hidden_act": 5}, "Validation error for field 'hidden_act'"),
+        ("positions-negative", {"max_position_embeddings": -1}, "negative dimension -1"),
+        ("epsilon-text", {"layer_norm_eps": "x"}, "Validation error for field 'layer_norm_eps'"),
+        ("padding-text", {"pad_token_id": "x"}, "Validation error for field 'pad_token_id'"),
         ("arguments-number", {"model_args": 5}, "model_args holds 5, not an object"),
+        ("arguments-url", {"backbone_kwargs": {"url": "x"}}, "'url' with the value 'x', which"),
         (
-            "arguments-url",
-            {"backbone_kwargs": {"url": "x"}},
-            "'url' with the value 'x', which does not describe a network",
+            "arguments-deep",
+            {"vision_config": {"model_args": {"pretrained": True}}},
+            "has 'pretrained' with the value True, which",
         ),
-        ("arguments-deep", {"vision_config": {"model_args": {"pretrained": True}}}, "'pretrained'"),
         ("architecture-place", {"vision_config": {"architecture": "local-dir:/tmp"}}, "names no architecture of timm"),
     ]
     refused = [
@@ -1155,7 +1425,11 @@ def setting_items() -> list[Item]:
     timm = [
         ("size-text", {"pretrained_cfg": {"input_size": "abc"}}, "input_size is 'abc', not 3 whole numbers"),
         ("size-negative", {"pretrained_cfg": {"input_size": [3, -5, 5]}}, "input_size is a list of 3 entries"),
-        ("size-huge", {"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, "input_size"),
+        (
+            "size-huge",
+            {"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}},
+            "input_size is a list of 3 entries, not 3",
+        ),
         ("mean-text", {"pretrained_cfg": {"input_size": [3, 64, 64], "mean": "x"}}, "mean is 'x'"),
         ("std-object", {"pretrained_cfg": {"input_size": [3, 64, 64], "std": {}}}, "std is an object of 0 entries"),
         ("classifier-number", {"pretrained_cfg": {"input_size": [3, 64, 64], "classifier": 5}}, "classifier is 5"),
@@ -1163,9 +1437,17 @@ def setting_items() -> list[Item]:
         ("classes-huge", {"num_classes": 2**60}, "num_classes is 1152921504606846976"),
         ("labels-objects", {"label_names": [{}, {}]}, "label_names is a list of 2 entries"),
         ("arguments-list", {"model_args": [1]}, "model_args holds a list of 1 entries"),
-        ("arguments-place", {"model_args": {"checkpoint_path": "/etc/hostname"}}, "'checkpoint_path'"),
-        ("arguments-function", {"model_args": {"pretrained_cfg_overlay": {"url": "x"}}}, "'pretrained_cfg_overlay'"),
-        ("arguments-width", {"model_args": {"channels": [2**24] * 4}}, "channels"),
+        (
+            "arguments-place",
+            {"model_args": {"checkpoint_path": "/etc/hostname"}},
+            "has 'checkpoint_path' with the value '/etc/hostname', which",
+        ),
+        (
+            "arguments-function",
+            {"model_args": {"pretrained_cfg_overlay": {"url": "x"}}},
+            "has 'pretrained_cfg_overlay' with the value an object",
+        ),
+        ("arguments-width", {"model_args": {"channels": [2**24] * 4}}, "config.json asks for channels 16777216"),
         ("architecture-folder", {"architecture": "local-dir:/etc"}, "names no architecture of timm"),
         ("architecture-number", {"architecture": 5}, "architecture is 5"),
     ]
@@ -1176,7 +1458,7 @@ def setting_items() -> list[Item]:
         ("size-huge", {"size": {"height": 10**9, "width": 10**9}}, "height is 1000000000, not a whole number from 1"),
         ("crop-text", {"do_center_crop": "yes"}, "do_center_crop is 'yes', not true or false"),
         ("crop-size", {"do_center_crop": True, "crop_size": [[]]}, "crop_size is a list of 1 entries"),
-        ("list", [1], "preprocessor_config.json holds a list of 1 entries, not an object"),
+        ("list", [1], "preprocessor_config.json holds a list of 1 entries"),
     ]
     many = b"[" + b"0," * 8_000_000 + b"0]"
     return [
@@ -1184,9 +1466,12 @@ def setting_items() -> list[Item]:
         *(altered(f"bert-{name}", bert_files, changes, words, code=4) for name, changes, words in refused),
         *(altered(f"timm-{name}", timm_files, changes, words) for name, changes, words in timm),
         *(altered(f"image-{name}", vit_files, {"preprocessor_config.json": c}, words) for name, c, words in images),
-        altered("image-channels", vit_files, {"num_channels": 10**6}, ""),
-        altered("image-edge", vit_files, {"image_size": [10**5, 10**5]}, ""),
-        altered("modules-number", bert_files, {"modules.json": 5}, "modules.json"),
+        altered(
+            "bert-many-parts", bert_files, {"architectures": None, **nested_models(6)}, "more than 40 models in each"
+        ),
+        altered("image-channels", vit_files, {"num_channels": 10**6}, "of memory beside its weights"),
+        altered("image-edge", vit_files, {"image_size": [10**5, 10**5]}, "of memory beside its weights"),
+        altered("modules-number", bert_files, {"modules.json": 5}, "modules is 5, not a list"),
         altered("modules-object", bert_files, {"modules.json": {}}, "modules is an object of 0 entries"),
         altered("modules-numbers", bert_files, {"modules.json": [5]}, "modules[0] holds 5, not an object"),
         sentence("number", "modules[1] holds 5", 5),
@@ -1194,6 +1479,9 @@ def setting_items() -> list[Item]:
         sentence("unknown", "type is 'os.system'", module_of("os.system", "1")),
         sentence("outside", "path is '../x'", module_of(pool, "../x")),
         sentence("above", "path is '..'", module_of(pool, "..")),
+        sentence("long", "path is 'xxx", module_of(pool, "x" * 5000)),
+        sentence("zero", "path is 'a\\x00b'", module_of(pool, "a\0b")),
+        sentence("half-a-character", "1\\ud800/config.json is missing", module_of(pool, "1\ud800")),
         sentence("path-number", "path is 5, not a string", module_of(pool, 5)),
         sentence("missing", "1/config.json is missing", module_of(pool, "1")),
         sentence("pooling-list", "1/config.json holds a list", module_of(pool, "1"), **{"1": []}),
@@ -1223,12 +1511,42 @@ def setting_items() -> list[Item]:
         folder("adapter-type", {"adapter_config.json": {**LORA, "peft_type": {}}}, 3, "peft_type is an object"),
         folder("json-utf16", {"config.json": json.dumps(BERT).encode("utf-16")}, 3, "config.json is damaged"),
         folder("json-mark", {"config.json": b"\xef\xbb\xbf" + json.dumps(BERT).encode()}, 3, "config.json is damaged"),
+        altered("bert-deep", bert_files, {"use_kernels": True, "a": nested(800)}, "nested more than 20 levels deep"),
+        altered(
+            "bert-quantiser-deep",
+            bert_files,
+            {"quantization_config": {"quant_method": nested(15)}},
+            "an object",
+            code=4,
+        ),
+        altered(
+            "bert-parts-of-parts",
+            bert_files,
+            {"model_type": "llava", "text_config": parts_of_parts(15)},
+            "does not fit",
+            code=2,
+        ),
+        sentence(
+            "many",
+            "modules is a list of 5001 entries",
+            *[module_of("sentence_transformers.models.Normalize", "")] * 5000,
+        ),
+        sentence("pooling-twice", "different names", module_of(pool, "1"), **{"1": {"pooling_mode": ["mean", "mean"]}}),
+        folder(
+            "adapter-many-patterns",
+            {"adapter_config.json": {**LORA, "rank_pattern": {f"layer{place}": 4 for place in range(5000)}}},
+            3,
+            "rank_pattern is an object of 5000 entries",
+        ),
         folder("json-nan", {"config.json": b'{"model_type": "bert", "a": NaN}'}, 3, "NaN is no number"),
         folder(
             "json-values", {"config.json": many[: 12 << 20] + b"0]"}, 3, "values, more than those of any known model"
         ),
         folder(
-            "json-large", {"config.json": many, "modules.json": many, "generation_config.json": many}, 3, "config.json"
+            "json-large",
+            {"config.json": many, "modules.json": many, "generation_config.json": many},
+            3,
+            "config.json would have 8000001 values",
         ),
         folder(
             "json-60-mb",
@@ -1322,8 +1640,8 @@ def sized(size: Any, stride: Any, offset: int = 0) -> Callable[[], bytes]:
 
 
 def shared(times: int, make: bytes, use: bytes) -> bytes:
-    """An archive that makes one large object and uses it `times`."""
-    return archive(program(make, b"q\x000(", use * times, b"t"))
+    """An archive that makes one large object and uses it `times`: `use` finds it in the memo's place 255."""
+    return archive(program(make, b"q\xff0(", use * times, b"t"))
 
 
 def long_list(count: int) -> bytes:
@@ -1378,18 +1696,20 @@ def bomb(name: str, size: int) -> bytes:
 
 
 def overlapping_entries() -> bytes:
-    """A directory of a thousand records that all lie at the same place."""
+    """A checkpoint whose directory has a thousand records more, which all lie at the same place."""
+    base = plain_zip([("a/data.pkl", program(b"}")), ("a/version", b"3")])
+    start = base.index(b"PK\x01\x02")
+    entries = base[start : base.index(b"PK\x05\x06")]
     content = bytes(1 << 20)
     head = b"PK\x03\x04" + struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 0, 0, len(content), len(content), 8, 0) + b"a/data/0"
-    entries = b""
     for index in range(1000):
         name = f"a/data/{index}".encode()
         fields = struct.pack(
-            "<HHHHHHIIIHHHHHII", 20, 20, 0, 0, 0, 0, 0, len(content), len(content), len(name), 0, 0, 0, 0, 0, 0
+            "<HHHHHHIIIHHHHHII", 20, 20, 0, 0, 0, 0, 0, len(content), len(content), len(name), 0, 0, 0, 0, 0, start
         )
         entries += b"PK\x01\x02" + fields + name
-    data = head + content
-    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1000, 1000, len(entries), len(data), 0)
+    data = base[:start] + head + content
+    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1002, 1002, len(entries), len(data), 0)
     return data + entries + end
 
 
@@ -1425,12 +1745,17 @@ def legacy_tensor(count: int, keys: Any, stored: int, data: bytes) -> bytes:
     return legacy_with(body, pickle.dumps(keys, protocol=2) + struct.pack("<q", stored) + data)
 
 
-def numpy_array(shape: tuple[Any, ...], dtype: bytes, raw: bytes) -> bytes:
-    """An archive with a numpy array of this state."""
+def array_of(shape: tuple[Any, ...], dtype: bytes, raw: bytes) -> bytes:
+    """The opcodes of a numpy array of this state; `raw` pushes its data."""
     make = (
         glob("numpy.core.multiarray", "_reconstruct") + glob("numpy", "ndarray") + value((0,)) + value(b"b") + b"\x87R"
     )
-    return archive(program(b"}", text("a"), make, b"(K\x01", value(shape), dtype, b"\x89", value(raw), b"tbs"))
+    return make + b"(K\x01" + value(shape) + dtype + b"\x89" + raw + b"tb"
+
+
+def numpy_array(shape: tuple[Any, ...], dtype: bytes, raw: bytes) -> bytes:
+    """An archive with a numpy array of this state."""
+    return archive(program(b"}", text("a"), array_of(shape, dtype, value(raw)), b"s"))
 
 
 def numpy_dtype(code: str) -> bytes:
@@ -1445,114 +1770,145 @@ def pickle_items() -> list[Item]:
     exa = struct.pack("<Q", 1 << 60)
     relu = glob("torch.nn.modules.activation", "ReLU") + b")\x81"
     million = long_list(100_000)
-    makes: dict[str, tuple[Callable[[], bytes], Any]] = {
-        "no-stop": (lambda: archive(b"\x80\x02}"), 3),
-        "empty": (lambda: archive(b""), 3),
-        "only-stop": (lambda: archive(b"."), 3),
-        "protocol-99": (lambda: archive(b"\x80\x63N."), 3),
-        "unknown-opcode": (lambda: archive(b"\x80\x02\xff."), 3),
-        "stack-underflow": (lambda: archive(program(b"0" * 10)), 3),
-        "no-mark": (lambda: archive(program(b"}u")), 3),
-        "no-memo": (lambda: archive(program(b"j\xff\xff\xff\x7f")), 3),
-        "negative-memo": (lambda: archive(program(b"N", b"p-5\n")), 3),
-        "bytes-of-an-exabyte": (lambda: archive(program(b"\x8e" + exa, protocol=4)), 3),
-        "text-of-an-exabyte": (lambda: archive(program(b"\x8d" + exa, protocol=4)), 3),
-        "frame-of-an-exabyte": (lambda: archive(program(b"\x95" + exa, protocol=4)), 3),
-        "long-of-2-gigabytes": (lambda: archive(program(b"\x8b\xff\xff\xff\x7f")), 3),
-        "negative-length": (lambda: archive(program(b"T\xff\xff\xff\xff")), 3),
-        "legacy-bytes-of-an-exabyte": (lambda: legacy_stream(program(b"\x8e" + exa, protocol=4)), 3),
-        "legacy-text-of-4-gigabytes": (lambda: legacy_stream(program(b"X\xff\xff\xff\xff")), 3),
-        "decimal-of-a-million-digits": (lambda: archive(program(b"L" + b"9" * 1_000_000 + b"L\n")), 3),
-        "no-utf-8": (lambda: archive(program(b"X\x02\0\0\0\xff\xfe")), 3),
-        "nested-a-million": (lambda: archive(program(b"(" * 1_000_000 + b"]" + b"t" * 1_000_000)), 3),
-        "nested-lists": (lambda: archive(program(b"]" * 300_000 + b"a" * 299_999)), 3),
-        "thirty-million-opcodes": (lambda: archive(program(b"N0" * 15_000_000)), 3),
-        "a-million-lists": (lambda: archive(program(b"]" * 12_000_000)), 3),
-        "colliding-keys": (lambda: colliding_keys(60_000), 3),
-        "deep-key": (lambda: archive(program(b"}", doubling(40), b"Ns")), (3, 4)),
-        "wide-key": (lambda: archive(program(b"}(", b"K\x01" * 100_000, b"tNs")), 4),
-        "storage-key-of-tuples": (lambda: archive(program(storage(key=doubling(40)))), 3),
-        "codec-of-tuples": (lambda: archive(program(glob("_codecs", "encode"), text("a"), doubling(40), b"\x86R")), 4),
-        "attribute-of-tuples": (lambda: archive(program(glob("builtins", "getattr"), relu, doubling(40), b"\x86R")), 3),
-        "path-of-modules": (lambda: archive(program(glob("pathlib", "PosixPath"), relu, b"\x85R")), 3),
+    pops = "the pickle is damaged (IndexError: pop from empty list)"
+    far = "its pickle builds far more than the file holds"
+    record = "a storage has a damaged record"
+    stride = "a tensor has a damaged size or stride"
+    larger = "a numpy array is larger than its data"
+    tuple_key = "uses a tuple as a dictionary key"
+    makes: dict[str, tuple[Callable[[], bytes], int, str]] = {
+        "no-stop": (lambda: archive(b"\x80\x02}"), 3, TOO_EARLY),
+        "empty": (lambda: archive(b""), 3, TOO_EARLY),
+        "only-stop": (lambda: archive(b"."), 3, pops),
+        "protocol-99": (lambda: archive(b"\x80\x63N."), 3, "unsupported pickle protocol: 99"),
+        "unknown-opcode": (lambda: archive(b"\x80\x02\xff."), 3, "the pickle is damaged (KeyError: 255)"),
+        "stack-underflow": (lambda: archive(program(b"0" * 10)), 3, pops),
+        "no-mark": (lambda: archive(program(b"}u")), 3, pops),
+        "no-memo": (lambda: archive(program(b"j\xff\xff\xff\x7f")), 3, "Memo value not found at index 2147483647"),
+        "negative-memo": (lambda: archive(program(b"N", b"p-5\n")), 3, "negative PUT argument"),
+        "bytes-of-an-exabyte": (lambda: archive(program(b"\x8e" + exa, protocol=4)), 3, TOO_EARLY),
+        "text-of-an-exabyte": (lambda: archive(program(b"\x8d" + exa, protocol=4)), 3, TOO_EARLY),
+        "frame-of-an-exabyte": (lambda: archive(program(b"\x95" + exa, protocol=4)), 3, TOO_EARLY),
+        "long-of-2-gigabytes": (lambda: archive(program(b"\x8b\xff\xff\xff\x7f")), 3, TOO_EARLY),
+        "negative-length": (lambda: archive(program(b"T\xff\xff\xff\xff")), 3, "negative byte count"),
+        "legacy-bytes-of-an-exabyte": (lambda: legacy_stream(program(b"\x8e" + exa, protocol=4)), 3, TOO_EARLY),
+        "legacy-text-of-4-gigabytes": (lambda: legacy_stream(program(b"X\xff\xff\xff\xff")), 3, TOO_EARLY),
+        "decimal-of-a-million-digits": (
+            lambda: archive(program(b"L" + b"9" * 1_000_000 + b"L\n")), 3, "the pickle is damaged (Exceeds the limit"),
+        "no-utf-8": (lambda: archive(program(b"X\x02\0\0\0\xff\xfe")), 3, "can't decode byte 0xff in position 0"),
+        "nested-a-million": (
+            lambda: archive(program(b"(" * 1_000_000 + b"]" + b"t" * 1_000_000)),
+            3, "it holds tuple, neither a model"),
+        "nested-lists": (
+            lambda: archive(program(b"]" * 300_000 + b"a" * 299_999)), 3, "it holds list, neither a model"),
+        "thirty-million-opcodes": (
+            lambda: archive(program(b"N0" * 15_000_000)), 3, "longer than that of any known model"),
+        "a-million-lists": (lambda: archive(program(b"]" * 12_000_000)), 3, "longer than that of any known model"),
+        "colliding-keys": (lambda: colliding_keys(60_000), 3, "unusual dictionary keys"),
+        "deep-key": (lambda: archive(program(b"}", doubling(40), b"Ns")), 4, tuple_key),
+        "wide-key": (lambda: archive(program(b"}(", b"K\x01" * 100_000, b"tNs")), 4, tuple_key),
+        "storage-key-of-tuples": (lambda: archive(program(storage(key=doubling(40)))), 3, record),
+        "codec-of-tuples": (
+            lambda: archive(program(glob("_codecs", "encode"), text("a"), doubling(40), b"\x86R")),
+            4, "a codec that pickles of bytes do not use"),
+        "attribute-of-tuples": (
+            lambda: archive(program(glob("builtins", "getattr"), relu, doubling(40), b"\x86R")),
+            3, "asks for an attribute without a name"),
+        "path-of-modules": (
+            lambda: archive(program(glob("pathlib", "PosixPath"), relu, b"\x85R")),
+            3, "a path in the file is not text"),
         "set-of-a-range": (
-            lambda: archive(program(glob("builtins", "set"), call("builtins", "range", 1 << 50), b"\x85R")),
-            3,
-        ),
+            lambda: archive(program(glob("builtins", "set"), call("builtins", "range", 1 << 50), b"\x85R")), 3, far),
         "size-of-a-range": (
-            lambda: archive(program(glob("torch", "Size"), call("builtins", "range", 1 << 50), b"\x85R")),
-            3,
-        ),
-        "tensor-of-a-range": (lambda: tensor_of(call("builtins", "range", 1 << 50), value((1,))), 3),
+            lambda: archive(program(glob("torch", "Size"), call("builtins", "range", 1 << 50), b"\x85R")), 3, far),
+        "tensor-of-a-range": (lambda: tensor_of(call("builtins", "range", 1 << 50), value((1,))), 3, far),
         "one-text-encoded-often": (
             lambda: shared(
-                60_000, text("a" * 1_000_000), glob("_codecs", "encode") + b"h\x00" + text("latin1") + b"\x86R"
+                60_000, text("a" * 1_000_000), glob("_codecs", "encode") + b"h\xff" + text("latin1") + b"\x86R"
             ),
-            3,
-        ),
-        "one-list-copied-often": (lambda: shared(20_000, million, glob("builtins", "set") + b"h\x00\x85R"), 3),
-        "one-size-copied-often": (lambda: shared(20_000, million, glob("torch", "Size") + b"h\x00\x85R"), 3),
+            3, far),
+        "one-list-copied-often": (lambda: shared(20_000, million, glob("builtins", "set") + b"h\xff\x85R"), 3, far),
+        "one-size-copied-often": (lambda: shared(20_000, million, glob("torch", "Size") + b"h\xff\x85R"), 3, far),
         "one-file-opened-often": (
             lambda: shared(
                 20_000,
                 value(saved(torch.zeros(20_000).untyped_storage(), legacy=True)),
-                glob("torch.storage", "_load_from_bytes") + b"h\x00\x85R",
+                glob("torch.storage", "_load_from_bytes") + b"h\xff\x85R",
             ),
-            3,
-        ),
+            3, far),
         "one-array-copied-often": (
-            lambda: shared(
-                20_000,
-                value(bytes(1_000_000)),
-                glob("numpy.core.multiarray", "scalar") + numpy_dtype("f4") + b"h\x00\x86R",
-            ),
-            3,
-        ),
-        "array-larger-than-its-data": (lambda: numpy_array((1 << 40,), numpy_dtype("f4"), bytes(16)), 3),
-        "array-of-negative-size": (lambda: numpy_array((-4,), numpy_dtype("f4"), bytes(16)), 3),
-        "array-of-odd-shape": (lambda: numpy_array(("a",), numpy_dtype("f4"), bytes(16)), 3),
-        "array-of-many-axes": (lambda: numpy_array((1,) * 100, numpy_dtype("f4"), bytes(4)), 3),
-        "array-of-objects": (lambda: numpy_array((1,), numpy_dtype("O8"), bytes(8)), 4),
-        "array-of-records": (lambda: numpy_array((1,), numpy_dtype("V8"), bytes(8)), 4),
-        "not-a-model": (lambda: archive(program(value([1, 2]))), 3),
-        "a-number": (lambda: archive(program(b"K\x01")), 3),
-        "no-weights": (lambda: archive(program(value({"a": 1}))), 3),
-        "keys-with-escapes": (lambda: archive(program(value({"\x1b[31m\n\u202e\ud800": 1}))), 3),
-        "unknown-storage-type": (lambda: archive(program(storage("StrangeStorage"))), 3),
-        "storage-of-a-string": (lambda: archive(program(b"(", text("storage"), text("0"), b"tQ")), 3),
-        "storage-key-path": (lambda: archive(program(storage(key=text("../../etc/passwd")))), 3),
-        "storage-of-terabytes": (lambda: archive(program(storage(count=1 << 46))), 3),
-        "storage-of-2**63": (lambda: archive(program(storage(count=1 << 63))), 3),
-        "storage-of-minus-one": (lambda: archive(program(storage(count=-1))), 3),
-        "storage-missing": (lambda: archive(program(storage(count=4))), 3),
-        "storage-of-another-dtype": (lambda: tensor_of(value((4,)), value((1,)), place=storage("DoubleStorage")), 3),
-        "storage-shorter": (lambda: tensor_of(value((4,)), value((1,)), data=bytes(8)), 3),
-        "storage-longer": (lambda: tensor_of(value((4,)), value((1,)), data=bytes(64)), 3),
-        "storage-empty": (lambda: tensor_of(value((4,)), value((1,)), data=b""), 3),
-        "tensor-beyond": (sized((1000,), (1,)), 3),
-        "tensor-offset-beyond": (sized((1,), (1,), 1 << 40), 3),
-        "tensor-negative-offset": (sized((1,), (1,), -1), 3),
-        "tensor-negative-stride": (sized((2,), (-1,)), 3),
-        "tensor-negative-size": (sized((-2,), (1,)), 3),
-        "tensor-huge-stride": (sized((2,), (1 << 60,)), 3),
-        "tensor-overlapping-itself": (sized((1 << 40,), (0,)), 3),
-        "tensor-overlapping-rows": (sized((1 << 20, 1 << 20), (0, 0)), 3),
-        "tensor-overflowing": (sized((1 << 40, 1 << 40), (1 << 40, 1)), 3),
-        "tensor-of-other-rank": (sized((2, 2), (1,)), 3),
-        "tensor-of-100-axes": (sized((1,) * 100, (1,) * 100), 3),
-        "tensor-of-text": (sized("ab", "cd"), 3),
-        "tensor-of-floats": (sized((2.5,), (1,)), 3),
-        "tensor-without-storage": (lambda: tensor_of(value((1,)), value((1,)), place=b"N"), 3),
-        "state-of-a-module": (lambda: archive(program(relu, value([1]), b"b")), 3),
-        "parts-of-a-module": (lambda: archive(program(relu, value({"_modules": [1]}), b"b")), 3),
-        "tensors-for-modules": (lambda: archive(program(relu, value({"_modules": {"a": 1}}), b"b")), 3),
-        "module-without-state": (lambda: archive(program(relu)), 3),
-        "modules-in-a-cycle": (lambda: cyclic(wrapped=False), 3),
-        "modules-in-a-cycle-in-an-entry": (lambda: cyclic(wrapped=True), 3),
-        "modules-2-to-the-40": (lambda: modules(40, wide=True), 3),
-        "modules-450-deep": (lambda: modules(450, wide=False), 3),
-    }
-    return [file(f"pickle-{name}", make, code) for name, (make, code) in makes.items()]
+            lambda: shared(20_000, value(bytes(1_000_000)), array_of((250_000,), numpy_dtype("f4"), b"h\xff")), 3, far),
+        "array-larger-than-its-data": (lambda: numpy_array((1 << 40,), numpy_dtype("f4"), bytes(16)), 3, larger),
+        "array-of-negative-size": (lambda: numpy_array((-4,), numpy_dtype("f4"), bytes(16)), 3, larger),
+        "array-of-odd-shape": (lambda: numpy_array(("a",), numpy_dtype("f4"), bytes(16)), 3, larger),
+        "array-of-many-axes": (
+            lambda: numpy_array((1,) * 100, numpy_dtype("f4"), bytes(4)), 3, "maximum supported dimension"),
+        "array-of-objects": (
+            lambda: numpy_array((1,), numpy_dtype("O8"), bytes(8)), 4, "a numpy array of Python objects"),
+        "array-of-records": (
+            lambda: numpy_array((1,), numpy_dtype("V8"), bytes(8)), 4, "the file holds a numpy array of"),
+        "not-a-model": (lambda: archive(program(value([1, 2]))), 3, "it holds list, neither a model"),
+        "a-number": (lambda: archive(program(b"K\x01")), 3, "int, neither a model nor a state dict"),
+        "no-weights": (
+            lambda: archive(program(value({"a": 1}))), 3, "no weights found in the checkpoint; it has the keys a"),
+        "keys-with-escapes": (
+            lambda: archive(program(value({"\x1b[31m\n\u202e\ud800": 1}))),
+            3, r"it has the keys \x1b[31m\n\u202e\ud800"),
+        "unknown-storage-type": (lambda: archive(program(storage("StrangeStorage"))), 3, "StrangeStorage"),
+        "storage-of-a-string": (
+            lambda: archive(program(b"(", text("storage"), text("0"), b"tQ")),
+            3, "refers to something that is not a storage"),
+        "storage-key-path": (
+            lambda: archive(program(storage(key=text("../../etc/passwd")))),
+            3, "tensor data data/../../etc/passwd is missing"),
+        "storage-of-terabytes": (
+            lambda: archive(program(storage(count=1 << 46)), {"data/0": bytes(16)}),
+            3, "tensor data data/0 has 16 bytes, not 281474976710656"),
+        "storage-of-2**63": (lambda: archive(program(storage(count=1 << 63))), 3, record),
+        "storage-of-minus-one": (lambda: archive(program(storage(count=-1))), 3, record),
+        "storage-missing": (lambda: archive(program(storage(count=4))), 3, "tensor data data/0 is missing"),
+        "storage-of-another-dtype": (
+            lambda: tensor_of(value((4,)), value((1,)), place=storage("DoubleStorage")),
+            3, "tensor data data/0 has 16 bytes, not 32"),
+        "storage-shorter": (
+            lambda: tensor_of(value((4,)), value((1,)), data=bytes(8)), 3, "tensor data data/0 has 8 bytes, not 16"),
+        "storage-longer": (
+            lambda: tensor_of(value((4,)), value((1,)), data=bytes(64)), 3, "tensor data data/0 has 64 bytes, not 16"),
+        "storage-empty": (
+            lambda: tensor_of(value((4,)), value((1,)), data=b""), 3, "tensor data data/0 has 0 bytes, not 16"),
+        "tensor-beyond": (sized((1000,), (1,)), 3, "a tensor of size (1000,) does not fit"),
+        "tensor-offset-beyond": (sized((1,), (1,), 1 << 40), 3, "a tensor of size (1,) does not fit"),
+        "tensor-negative-offset": (sized((1,), (1,), -1), 3, stride),
+        "tensor-negative-stride": (sized((2,), (-1,)), 3, stride),
+        "tensor-negative-size": (sized((-2,), (1,)), 3, stride),
+        "tensor-huge-stride": (sized((2,), (1 << 60,)), 3, stride),
+        "tensor-overlapping-itself": (sized((1 << 40,), (0,)), 3, "a tensor of size (1099511627776,) does not fit"),
+        "tensor-overlapping-rows": (
+            sized((1 << 20, 1 << 20), (0, 0)), 3, "a tensor of size (1048576, 1048576) does not fit"),
+        "tensor-overflowing": (
+            sized((1 << 40, 1 << 40), (1 << 40, 1)), 3, "of size (1099511627776, 1099511627776) does not fit"),
+        "tensor-of-other-rank": (sized((2, 2), (1,)), 3, stride),
+        "tensor-of-100-axes": (sized((1,) * 100, (1,) * 100), 3, stride),
+        "tensor-of-text": (sized("ab", "cd"), 3, "a tensor has no size or stride"),
+        "tensor-of-floats": (sized((2.5,), (1,)), 3, stride),
+        "tensor-without-storage": (
+            lambda: tensor_of(value((1,)), value((1,)), place=b"N"), 3, "a tensor has no storage"),
+        "state-of-a-module": (
+            lambda: archive(program(relu, value([1]), b"b")), 3, "the state of a torch.nn.modules.activation.ReLU"),
+        "parts-of-a-module": (
+            lambda: archive(program(relu, value({"_modules": [1]}), b"b")),
+            3, "_modules of a torch.nn.modules.activation.ReLU holds"),
+        "tensors-for-modules": (
+            lambda: archive(program(relu, value({"_modules": {"a": 1}}), b"b")),
+            3, "_modules of a torch.nn.modules.activation.ReLU holds"),
+        "module-without-state": (lambda: archive(program(relu)), 3, "a torch.nn.modules.activation.ReLU has no state"),
+        "modules-in-a-cycle": (lambda: cyclic(wrapped=False), 3, "its modules contain each other"),
+        "modules-in-a-cycle-in-an-entry": (lambda: cyclic(wrapped=True), 3, "its modules contain each other"),
+        "modules-2-to-the-40": (lambda: modules(40, wide=True), 3, "walking them would never end"),
+        "modules-450-deep": (
+            lambda: modules(450, wide=False), 3, "its modules contain each other, or are nested too deeply"),
+    }  # fmt: skip
+    return [file(f"pickle-{name}", make, code, words) for name, (make, code, words) in makes.items()]
 
 
 def keyed(count: int, make: Callable[[int], bytes]) -> bytes:
@@ -1646,41 +2002,54 @@ def shared_children(depth: int) -> bytes:
 def archive_items() -> list[Item]:
     """Broken archives."""
     big = good_files()["zip"]
-    makes: dict[str, tuple[Callable[[], bytes], Any]] = {
-        "bomb": (lambda: bomb("data/0", 100 << 20), 3),
-        "bomb-of-a-pickle": (lambda: bomb("data.pkl", 70 << 20), 3),
-        "bomb-of-code": (lambda: bomb("code/a.py", 100 << 20), 3),
-        "overlapping-entries": (overlapping_entries, 3),
-        "absolute-path": (lambda: entry_named("/etc/passwd"), 3),
-        "parent-path": (lambda: entry_named("a/../../x"), 3),
-        "parent-path-inside": (lambda: entry_named("a/data/../../../x"), 3),
-        "backslashes": (lambda: entry_named("a/..\\x"), 3),
-        "name-with-escapes": (lambda: entry_named("a/\x1b[31m\n"), 4),
-        "big-endian": (lambda: archive(program(b"}"), {"byteorder": b"big"}), 3),
-        "odd-byte-order": (lambda: archive(program(b"}"), {"byteorder": b"\x1b[31m"}), 3),
-        "no-data": (lambda: plain_zip([("a/version", b"3")]), 3),
-        "no-entries": (lambda: b"PK\x03\x04" + bytes(30) + b"PK\x05\x06" + bytes(18), 3),
-        "only-the-end": (lambda: b"PK\x05\x06" + bytes(18), 3),
-        "directory-entry": (lambda: plain_zip([("a/data.pkl/", b""), ("a/version", b"3")]), 3),
-        "many-entries": (lambda: plain_zip([(f"a/{i}", b"") for i in range(5_000)]), 3),
-        "wrong-crc-of-data": (lambda: flip_data(big), 3),
-        "garbage-behind": (lambda: big + b"\0" * 70_000, 3),
-        "middle-missing": (lambda: big[: len(big) // 3] + big[len(big) // 2 :], 3),
-        "zeroed-middle": (lambda: big[:2000] + bytes(len(big) - 4000) + big[-2000:], 3),
-        "zeroed-end": (lambda: big[:-3000] + bytes(3000), 3),
-        "version-of-30-digits": (lambda: changed(script_archive(), {"version": b"9" * 30}), 3),
-        "version-of-text": (lambda: changed(script_archive(), {"version": b"three"}), 3),
-        "record-before-the-file": (negative_offset, 3),
-        "script-without-code": (lambda: changed(script_archive(), {"code/*": None}), 3),
-        "script-without-data": (lambda: changed(script_archive(), {"data.pkl": None}), 3),
-        "script-of-nothing": (lambda: archive(program(b"}"), {"constants.pkl": program(b")")}), 3),
-        "script-version-999": (lambda: changed(script_archive(), {"version": b"999"}), (0, 3)),
+    expands = "the archive expands to far more than its own size"
+    no_zip = "is a damaged or truncated archive (File is not a zip file)"
+    makes: dict[str, tuple[Callable[[], bytes], int, str]] = {
+        "bomb": (lambda: bomb("data/0", 100 << 20), 3, expands),
+        "bomb-of-a-pickle": (lambda: bomb("data.pkl", 70 << 20), 3, expands),
+        "bomb-of-code": (lambda: bomb("code/a.py", 100 << 20), 3, expands),
+        "overlapping-entries": (overlapping_entries, 3, expands),
+        "absolute-path": (lambda: entry_named("/etc/passwd"), 3, "is not in a subdirectory a/: /etc/passwd"),
+        "parent-path": (lambda: entry_named("a/../../x"), 3, "a record outside itself (../../x)"),
+        "parent-path-inside": (
+            lambda: entry_named("a/data/../../../x"), 3, "a record outside itself (data/../../../x)"),
+        "backslashes": (lambda: entry_named("a/..\\x"), 3, "a record outside itself (..\\x)"),
+        "name-with-escapes": (lambda: entry_named("a/\x1b[31m\n"), 4, r"no record called '\x1b[31m\n'"),
+        "big-endian": (lambda: archive(program(b"}"), {"byteorder": b"big"}), 3, "saved on a big-endian machine"),
+        "odd-byte-order": (lambda: archive(program(b"}"), {"byteorder": b"\x1b[31m"}), 3, "on a big-endian machine"),
+        "no-data": (lambda: plain_zip([("a/version", b"3")]), 3, "has an old .pt2 layout"),
+        "no-entries": (
+            lambda: b"PK\x03\x04" + bytes(30) + b"PK\x05\x06" + bytes(18),
+            3, "is a zip archive, but none that PyTorch writes"),
+        "only-the-end": (lambda: b"PK\x05\x06" + bytes(18), 3, "pass a .pt, TorchScript, .pt2 or safetensors file"),
+        "directory-entry": (
+            lambda: plain_zip([("a/data.pkl/", b""), ("a/version", b"3")]), 3, "has an old .pt2 layout"),
+        "many-entries": (
+            lambda: plain_zip([(f"a/{i}", b"") for i in range(5_000)]),
+            3, "is a zip archive, but none that PyTorch writes"),
+        "wrong-crc-of-data": (lambda: flip_data(big), 3, "Bad CRC-32 for file 'archive/data/0'"),
+        "garbage-behind": (lambda: big + b"\0" * 70_000, 3, no_zip),
+        "middle-missing": (lambda: big[: len(big) // 3] + big[len(big) // 2 :], 3, "not a ZIP archive"),
+        "zeroed-middle": (
+            lambda: big[:2000] + bytes(len(big) - 4000) + big[-2000:], 3, "failed reading file data/0: invalid header"),
+        "zeroed-end": (lambda: big[:-3000] + bytes(3000), 3, no_zip),
+        "version-of-30-digits": (
+            lambda: changed(script_archive(), {"version": b"9" * 30}), 3, "damaged or truncated archive ("),
+        "version-of-text": (lambda: changed(script_archive(), {"version": b"three"}), 3, "parse the version three"),
+        "record-before-the-file": (negative_offset, 3, "invalid header or archive is corrupted"),
+        "script-without-code": (
+            lambda: changed(script_archive(), {"code/*": None}), 3, "Unknown type name '__torch__.corpus.Adder'"),
+        "script-without-data": (
+            lambda: changed(script_archive(), {"data.pkl": None}), 3, "failed locating file data.pkl"),
+        "script-of-nothing": (
+            lambda: archive(program(b"}"), {"constants.pkl": program(b")")}), 3, "torch.jit.load cannot open it ("),
+        "script-version-999": (
+            lambda: changed(script_archive(), {"version": b"999"}), 3, "a PyTorch file with version 999"),
         "script-bad-inputs": (
             lambda: changed(script_archive(), {"traced_inputs.pkl": program(storage(count=1 << 45))}),
-            3,
-        ),
-    }
-    return [file(f"archive-{name}", make, code) for name, (make, code) in makes.items()]
+            3, "its recorded inputs are larger than any model's"),
+    }  # fmt: skip
+    return [file(f"archive-{name}", make, code, words) for name, (make, code, words) in makes.items()]
 
 
 def flip_data(data: bytes) -> bytes:
@@ -1694,77 +2063,118 @@ def safetensors_items() -> list[Item]:
     """Broken safetensors files."""
     four = bytes(16)
     deep = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    makes: dict[str, Callable[[], bytes]] = {
-        "header-of-8-exabytes": lambda: safetensors({"a": tensor(0, 16)}, four, length=(1 << 63) - 1),
-        "header-of-16-exabytes": lambda: safetensors({"a": tensor(0, 16)}, four, length=(1 << 64) - 1),
-        "header-of-100-megabytes": lambda: safetensors({"a": tensor(0, 16)}, four, length=100 << 20),
-        "header-too-long-by-one": lambda: safetensors({"a": tensor(0, 16)}, b"", length=80),
-        "overlap": lambda: safetensors({"a": tensor(0, 16), "b": tensor(8, 16)}, four),
-        "same-place": lambda: safetensors({"a": tensor(0, 16), "b": tensor(0, 16)}, four),
-        "gap": lambda: safetensors({"a": tensor(0, 4), "b": tensor(8, 16)}, four),
-        "gap-at-the-start": lambda: safetensors({"a": tensor(4, 16)}, four),
-        "beyond-the-data": lambda: safetensors({"a": tensor(0, 64)}, four),
-        "data-left": lambda: safetensors({"a": tensor(0, 8)}, four),
-        "backwards": lambda: safetensors({"a": tensor(16, 0, [4])}, four),
-        "negative-offset": lambda: safetensors({"a": tensor(-16, 0, [4])}, four),
-        "shape-too-large": lambda: safetensors({"a": tensor(0, 16, [1 << 40])}, four),
-        "shape-overflows": lambda: safetensors({"a": tensor(0, 16, [1 << 47] * 10)}, four),
-        "shape-negative": lambda: safetensors({"a": tensor(0, 16, [-4])}, four),
-        "shape-of-floats": lambda: safetensors({"a": tensor(0, 16, [4.0])}, four),
-        "shape-of-booleans": lambda: safetensors({"a": tensor(0, 4, [True])}, four[:4]),
-        "shape-of-100-axes": lambda: safetensors({"a": tensor(0, 4, [1] * 100)}, four[:4]),
-        "dtype-of-other-size": lambda: safetensors({"a": tensor(0, 16, [4], "F64")}, four),
-        "dtype-unknown": lambda: safetensors({"a": tensor(0, 16, [4], "\x1b[31m")}, four),
-        "dtype-number": lambda: safetensors({"a": {**tensor(0, 16), "dtype": 7}}, four),
-        "no-offsets": lambda: safetensors({"a": {"dtype": "F32", "shape": [4]}}, four),
-        "three-offsets": lambda: safetensors({"a": {**tensor(0, 16), "data_offsets": [0, 8, 16]}}, four),
-        "entry-of-text": lambda: safetensors({"a": "b"}, four),
-        "twice-the-same": lambda: safetensors(b'{"a":%s,"a":%s}' % ((json.dumps(tensor(0, 16)).encode(),) * 2), four),
-        "not-utf-8": lambda: safetensors(b'{"\xff\xfe": 1}', four),
-        "not-json": lambda: safetensors(b"{not json at all}", four),
-        "json-list": lambda: safetensors(b'{"a": [1]}', four),
-        "deep-json": lambda: safetensors(deep, four),
-        "long-number": lambda: safetensors(b'{"a": ' + b"9" * 100_000 + b"}", four),
-        "name-with-escapes": lambda: safetensors({"\x1b]0;x\x07\n\u202e": tensor(0, 64)}, four),
-        "empty-header": lambda: safetensors(b"{}", four),
-        "nan": lambda: safetensors(b'{"a": NaN}', four),
-        "only-metadata": lambda: safetensors({"__metadata__": {"a": "b"}}, four),
-    }
-    return [file(f"safetensors-{name}", make, 3) for name, make in makes.items()]
+    overlap_a = "the data of 'a' overlap others, leave a gap"
+    overlap_b = "the data of 'b' overlap others, leave a gap"
+    damaged = "the tensor 'a' has a damaged shape or offset"
+    makes: dict[str, tuple[Callable[[], bytes], str]] = {
+        "header-of-8-exabytes": (
+            lambda: safetensors({"a": tensor(0, 16)}, four, length=(1 << 63) - 1),
+            "would have 9223372036854775807 bytes"),
+        "header-of-16-exabytes": (
+            lambda: safetensors({"a": tensor(0, 16)}, four, length=(1 << 64) - 1),
+            "would have 18446744073709551615 bytes"),
+        "header-of-100-megabytes": (
+            lambda: safetensors({"a": tensor(0, 16)}, four, length=100 << 20), "would have 104857600 bytes"),
+        "header-too-long-by-one": (
+            lambda: safetensors({"a": tensor(0, 16)}, b"", length=80),
+            "a safetensors file of 88 bytes, 70 of which are there"),
+        "overlap": (lambda: safetensors({"a": tensor(0, 16), "b": tensor(8, 16)}, four), overlap_b),
+        "same-place": (lambda: safetensors({"a": tensor(0, 16), "b": tensor(0, 16)}, four), overlap_b),
+        "gap": (lambda: safetensors({"a": tensor(0, 4), "b": tensor(8, 16)}, four), overlap_b),
+        "gap-at-the-start": (lambda: safetensors({"a": tensor(4, 16)}, four), overlap_a),
+        "beyond-the-data": (
+            lambda: safetensors({"a": tensor(0, 64)}, four), "a safetensors file of 135 bytes, 87 of which are there"),
+        "data-left": (lambda: safetensors({"a": tensor(0, 8)}, four), "8 bytes of data are declared and 16 are there"),
+        "backwards": (lambda: safetensors({"a": tensor(16, 0, [4])}, four), overlap_a),
+        "negative-offset": (lambda: safetensors({"a": tensor(-16, 0, [4])}, four), damaged),
+        "shape-too-large": (lambda: safetensors({"a": tensor(0, 16, [1 << 40])}, four), overlap_a),
+        "shape-overflows": (lambda: safetensors({"a": tensor(0, 16, [1 << 47] * 10)}, four), overlap_a),
+        "shape-negative": (lambda: safetensors({"a": tensor(0, 16, [-4])}, four), damaged),
+        "shape-of-floats": (lambda: safetensors({"a": tensor(0, 16, [4.0])}, four), damaged),
+        "shape-of-booleans": (lambda: safetensors({"a": tensor(0, 4, [True])}, four[:4]), damaged),
+        "shape-of-100-axes": (lambda: safetensors({"a": tensor(0, 4, [1] * 100)}, four[:4]), damaged),
+        "dtype-of-other-size": (lambda: safetensors({"a": tensor(0, 16, [4], "F64")}, four), overlap_a),
+        "dtype-unknown": (lambda: safetensors({"a": tensor(0, 16, [4], "\x1b[31m")}, four), r"'\x1b[31m'"),
+        "dtype-number": (
+            lambda: safetensors({"a": {**tensor(0, 16), "dtype": 7}}, four),
+            "its safetensors header is damaged (KeyError: 7)"),
+        "no-offsets": (lambda: safetensors({"a": {"dtype": "F32", "shape": [4]}}, four), "'data_offsets'"),
+        "three-offsets": (
+            lambda: safetensors({"a": {**tensor(0, 16), "data_offsets": [0, 8, 16]}}, four),
+            "its safetensors header is damaged (too many values"),
+        "entry-of-text": (lambda: safetensors({"a": "b"}, four), "its safetensors header is damaged (string indices"),
+        "twice-the-same": (
+            lambda: safetensors(b'{"a":%s,"a":%s}' % ((json.dumps(tensor(0, 16)).encode(),) * 2), four),
+            "a key is there twice"),
+        "not-utf-8": (lambda: safetensors(b'{"\xff\xfe": 1}', four), "can't decode byte 0xff in position 2"),
+        "not-json": (
+            lambda: safetensors(b"{not json at all}", four),
+            "its safetensors header is damaged (Expecting property name"),
+        "json-list": (lambda: safetensors(b'{"a": [1]}', four), "its safetensors header is damaged (list indices"),
+        "deep-json": (lambda: safetensors(deep, four), "its safetensors header is damaged (maximum recursion"),
+        "long-number": (
+            lambda: safetensors(b'{"a": ' + b"9" * 100_000 + b"}", four),
+            "its safetensors header is damaged (Exceeds the limit"),
+        "name-with-escapes": (
+            lambda: safetensors({"\x1b]0;x\x07\n\u202e": tensor(0, 16, [-4])}, four),
+            r"the tensor '\x1b]0;x\x07\n\u202e' has a damaged shape"),
+        "empty-header": (lambda: safetensors(b"{}", four), "0 bytes of data are declared and 16 are there"),
+        "nan": (lambda: safetensors(b'{"a": NaN}', four), "its safetensors header is damaged ('float' object"),
+        "only-metadata": (
+            lambda: safetensors({"__metadata__": {"a": "b"}}, four), "0 bytes of data are declared and 16 are there"),
+    }  # fmt: skip
+    return [file(f"safetensors-{name}", make, 3, words) for name, (make, words) in makes.items()]
 
 
 def legacy_items() -> list[Item]:
     """Broken files of the layout before PyTorch 1.6."""
-    makes: dict[str, tuple[Callable[[], bytes], Any]] = {
-        "no-data": (lambda: legacy_tensor(4, ["0"], 4, b""), 3),
-        "less-data": (lambda: legacy_tensor(4, ["0"], 4, bytes(8)), 3),
-        "other-count": (lambda: legacy_tensor(4, ["0"], 5, bytes(20)), 3),
-        "negative-count": (lambda: legacy_tensor(4, ["0"], -4, bytes(16)), 3),
-        "missing-keys": (lambda: legacy_tensor(4, [], 4, bytes(16)), 3),
-        "other-keys": (lambda: legacy_tensor(4, ["1"], 4, bytes(16)), 3),
-        "keys-of-text": (lambda: legacy_tensor(4, "0", 4, bytes(16)), 3),
-        "keys-twice": (lambda: legacy_tensor(4, ["0", "0"], 4, bytes(16)), 3),
-        "larger-than-the-file": (lambda: legacy_tensor(1 << 40, ["0"], 1 << 40, bytes(16)), 3),
+    cut_off = "the file is truncated"
+    keys = "its list of storages is damaged"
+    makes: dict[str, tuple[Callable[[], bytes], int, str]] = {
+        "no-data": (lambda: legacy_tensor(4, ["0"], 4, b""), 3, cut_off),
+        "less-data": (lambda: legacy_tensor(4, ["0"], 4, bytes(8)), 3, cut_off),
+        "other-count": (lambda: legacy_tensor(4, ["0"], 5, bytes(20)), 3, cut_off),
+        "negative-count": (lambda: legacy_tensor(4, ["0"], -4, bytes(16)), 3, cut_off),
+        "missing-keys": (lambda: legacy_tensor(4, [], 4, bytes(16)), 3, keys),
+        "other-keys": (lambda: legacy_tensor(4, ["1"], 4, bytes(16)), 3, keys),
+        "keys-of-text": (lambda: legacy_tensor(4, "0", 4, bytes(16)), 3, keys),
+        "keys-twice": (lambda: legacy_tensor(4, ["0", "0"], 4, bytes(16)), 3, keys),
+        "larger-than-the-file": (
+            lambda: legacy_tensor(1 << 40, ["0"], 1 << 40, bytes(16)),
+            3, "its tensors are declared larger than the file"),
         "view": (
             lambda: legacy_with(program(b"(", storage()[1:-2], value(("1", 0, 1)), b"tQ"), pickle.dumps(["0"], 2)),
-            3,
-        ),
-        "cut-after-the-object": (lambda: legacy_with(program(b"}"), b""), 3),
-        "magic-only": (lambda: pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2), 3),
-        "wrong-magic": (lambda: pickle.dumps(0x1950A86A20F9469CFC6D, protocol=2), 3),
-    }
-    return [file(f"legacy-{name}", make, code) for name, (make, code) in makes.items()]
+            3, "storage views of PyTorch 0.x"),
+        "cut-after-the-object": (lambda: legacy_with(program(b"}"), b""), 3, TOO_EARLY),
+        "magic-only": (lambda: pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2), 3, TOO_EARLY),
+        "wrong-magic": (
+            lambda: pickle.dumps(0x1950A86A20F9469CFC6D, protocol=2), 3, "int, neither a model nor a state dict"),
+    }  # fmt: skip
+    return [file(f"legacy-{name}", make, code, words) for name, (make, code, words) in makes.items()]
 
 
 def cut_items() -> list[Item]:
     """Good files that end too early, or have a bit wrong where that is noticed."""
+    kinds = {"zip": "a damaged or truncated archive", "script": "a damaged or truncated archive", "plain": TOO_EARLY,
+             "program": "a damaged or truncated archive", "safetensors": "it is cut off: a safetensors file of",
+             "legacy": "the file is truncated"}  # fmt: skip
     cuts = [
-        file(f"cut-{kind}-at-{percent}-percent", functools.partial(cut, kind, percent), 3)
-        for kind in ("zip", "legacy", "safetensors", "script", "program", "plain")
+        file(
+            f"cut-{kind}-at-{percent}-percent",
+            functools.partial(cut, kind, percent),
+            3,
+            TOO_EARLY if kind == "legacy" and percent < 50 else words,  # the pickle is in the first half
+        )
+        for kind, words in kinds.items()
         for percent in (3, 30, 70, 99)
     ]
     flips = [
-        file(f"flip-zip-at-{percent}-percent", functools.partial(flipped, "zip", percent), (3, 4))
+        file(
+            f"flip-zip-at-{percent}-percent",
+            functools.partial(flipped, "zip", percent),
+            3,
+            "Bad CRC-32 for file 'archive/data/0'",
+        )
         for percent in (15, 30, 50, 60, 80)
     ]
     return cuts + flips
@@ -1850,7 +2260,7 @@ PATHS = [
     Item("path-index-of-itself", linked_index, 3, "not a regular file"),
     Item("path-index-fifo", fifo_index, 3, "not a regular file"),
     Item("path-config-fifo", fifo_config, 3, "not a regular file"),
-    Item("path-proc-mem", lambda _: Path("/proc/self/mem"), 3, ""),
+    Item("path-proc-mem", lambda _: Path("/proc/self/mem"), 3, "Input/output error"),
 ]
 
 MALFORMED = [

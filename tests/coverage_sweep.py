@@ -322,7 +322,7 @@ def load_product(folder: Path) -> Any:
     sys.path.insert(0, str(folder))
     product: Any = importlib.import_module("convert")
 
-    def become_worker(arguments: list[str], run: str) -> None:
+    def become_worker(arguments: list[str], run: str, _: int) -> None:
         os.environ[product.WORKER_VARIABLE] = run
         os._exit(product.main(arguments))
 

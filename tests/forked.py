@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import resource
 import signal
@@ -76,22 +77,26 @@ def idle_memory() -> int:
 
 
 def convert_in_child(source: Path, folder: Path, *options: str, seconds: float = 10, export: bool = True) -> Outcome:
-    """Convert `source` with the product's own main(), as its worker process does, and watch what it opens.
+    """Convert `source` with the product's own main(), as its worker process does, and watch what that opens.
 
-    Without `export` it ends, with BUILT, when the model has been built and has answered.
+    Up to the export, where the model has been built and has answered; without `export` it ends there, with BUILT.
     """
-
-    def stop(*_: Any) -> None:
-        os._exit(BUILT)
-
-    watch = Watch(source, folder)
+    named = [Path(after) for option, after in itertools.pairwise(options) if option == "--base"]
+    go_on = product.export_and_verify
 
     def action() -> int:
+        watch = Watch([source, *named], folder)
+
+        def built(*arguments: Any) -> Any:
+            if not export:
+                os._exit(BUILT)
+            watch.ended = True
+            return go_on(*arguments)
+
         product.LOG.stream = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
         os.environ[product.WORKER_VARIABLE] = "1"
         sys.argv = ["convert.py"]
-        if not export:
-            product.export_and_verify = stop
+        product.export_and_verify = built
         os._exit = functools.partial(watch.exit, os._exit)
         sys.addaudithook(watch.hear)
         return product.main(["-i", str(source), "-o", str(folder / "out" / "model.onnx"), *options])
@@ -109,44 +114,61 @@ ACTS = ("open", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.g
         "os.remove", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime",
         "urllib.Request", "webbrowser.open", "sqlite3.connect", "ctypes.dlopen")  # fmt: skip
 # The functions of convert.py that may do so while an input is loaded, built or vetted, and where: nothing else may.
-NAMED = {
-    "open_input": "input", "silence_third_parties": "/dev/null", "read_architectures": "architectures.json.xz",
-    "memory_bound": "/proc/", "copy_without_code": "staging", "fit_config": "staging",
-    "read_config": "staging", "load_pretrained": "staging", "convert_huggingface_model": "staging",
-    "c_library": "None", "load_exported_program": ".py",  # torch.export notes the source lines of the code that runs
-}  # fmt: skip
+NAMED: dict[str, tuple[str, ...]] = {
+    "open_input": ("input", "staging"),
+    "copy_without_code": ("input", "staging"),  # links to the weights
+    **dict.fromkeys(("rewrite_settings", "read_config", "load_pretrained"), ("staging",)),
+    "silence_third_parties": ("/dev/null",),
+    "memory_bound": ("/proc/",),
+    "read_architectures": ("architectures.json.xz",),
+    "load_exported_program": (".py",),  # torch.export notes the source lines of the code that runs
+    "c_library": ("None",),
+    "vet_torchscript": ("<unknown>",),  # where Python looks for the line of a syntax error
+}
+
+
+def final_path(path: Any, *, links: bool) -> str:
+    """Where a path of an event leads, its last part too where `links` are followed there."""
+    if not isinstance(path, (str, bytes, Path)):
+        return "None"
+    text = os.fsdecode(path)
+    return os.path.realpath(text) if links else os.path.join(os.path.realpath(os.path.dirname(text)), Path(text).name)  # noqa: PTH118, PTH120
 
 
 class Watch:
     """Hears what Python code in this process opens, starts and connects to, and keeps what no named function did."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
-        root = source if source.is_dir() else source.parent
-        self.input, self.staging = str(root.resolve()), str((folder / "out").resolve())
+    def __init__(self, inputs: Sequence[Path], folder: Path) -> None:
+        roots = [os.path.realpath(path if os.path.isdir(path) else path.parent) for path in inputs]  # noqa: PTH112
+        # The hub's cache has links from its snapshots into its blobs.
+        roots += [os.path.realpath(path.parent.parent / "blobs") for path in inputs if path.parent.name == "snapshots"]
+        self.places = {"input": tuple(roots), "staging": (str(folder / "out"),)}
         self.found: list[str] = []
+        self.ended = False
         names = ("stdlib", "platstdlib", "purelib", "platlib")
         libraries = {*map(sysconfig.get_path, names), *site.getsitepackages(), str(Path(torch.__file__).parents[1])}
         self.libraries = tuple(f"{form}/" for place in libraries for form in (place, os.path.realpath(place)))
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """The audit hook."""
-        if event not in ACTS or (event == "open" and isinstance(arguments[0], int)):
+        if self.ended or event not in ACTS or (event == "open" and isinstance(arguments[0], int)):
             return
         frame: Any = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename != product.__file__:
             if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
                 return  # an import: convert.py names the modules, and test_policy.py what may be imported
             frame = frame.f_back
-        path = os.path.realpath(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes, Path)) else "None"
+        given = arguments[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]
+        paths = [final_path(path, links=event == "open" or path is not given[-1]) for path in given]
         reads = event == "open" and not (
             isinstance(arguments[2], int) and arguments[2] & 0o3103
         )  # WRONLY, RDWR, CREAT..
-        if frame is None or (reads and path.startswith(self.libraries)):
+        if frame is None or (reads and paths[0].startswith(self.libraries)):
             return
-        place = NAMED.get(frame.f_code.co_name)
-        where = {"input": self.input, "staging": self.staging}.get(place or "", place)
-        if where is None or not (path.startswith(where) or path.endswith(where)):
-            self.found.append(f"{frame.f_code.co_name}: {event}({path})")
+        named = NAMED.get(frame.f_code.co_name, ())
+        places = tuple(itertools.chain.from_iterable(self.places.get(place, (place,)) for place in named))
+        if not all(path.startswith(places) or path.endswith(places) for path in paths):
+            self.found.append(f"{frame.f_code.co_name}: {event}({', '.join(paths)})")
 
     def exit(self, leave: Callable[[int], None], code: int) -> None:
         """Leave the child; with 73 where something was found, and say what."""

@@ -1,9 +1,11 @@
-"""Mutation fuzzing of the loader: `python tests/fuzz_loader.py --minutes 10 [--seed 0] [--keep FOLDER]`.
+"""Mutation fuzzing of the loader: `python tests/fuzz_loader.py --minutes 10 [--seed 0] [--keep FOLDER] [--folders]`.
 
 Takes the corpus and good files of every kind, changes them at random (bits, bytes, cuts, copies, numbers, names,
-opcodes, records of archives, JSON) and loads each in a forked child. Only two endings are right: something was loaded,
-or one ConversionError. Anything else (another exception, a crash, 10 s of processor time, much memory, the payload's
-marker, a file that was written) is a finding: it is kept and named, and becomes an item of the corpus.
+opcodes, records of archives and their names, JSON) and loads each in a forked child; with --folders, Hugging Face
+folders whose JSON values, keys and file names are changed, each converted up to its export. Only two endings are right:
+something was loaded, or one ConversionError. Anything else (another exception, a crash, 10 s of processor time, much
+memory, the payload's marker, a file that was written) is a finding: it is kept and named, and becomes an item of the
+corpus.
 
 Ran on two busy cores (torch 2.14.1):
   seed 0, until the fuzzer itself failed: an archive whose records begin before the file (OSError of zipfile in
@@ -22,13 +24,16 @@ import io
 import json
 import os
 import random
+import struct
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -135,11 +140,39 @@ def nodes(content: object) -> Iterator[dict | list]:
             waiting.extend(node.values() if isinstance(node, dict) else node)
 
 
+def mutate_name(name: str, dice: random.Random) -> str:
+    """A name that some reader may take for another one."""
+    where = dice.randrange(len(name) + 1)
+    part = dice.choice(
+        ("/", "//", "./", "../", "\\", " ", ".", "\0", "\u017f", "\u0130", "x" * 300, "::$DATA", ":", "%2e")
+    )
+    changes = (
+        name.upper(), name.swapcase(), name.capitalize(), name[:where] + part + name[where:], name[:where], name * 2,
+        f"/{name}", f"../{name}", name.replace("/", "\\"), name.replace(".", "", 1),
+        name[:where] + name[where:].upper(),
+    )  # fmt: skip
+    return dice.choice(changes) or "x"
+
+
+def mutate_names(data: bytes, dice: random.Random) -> bytes:
+    """The archive with a record under another name, or twice, once under each."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        root, _, chosen = dice.choice(names).partition("/")
+        other = f"{root}/{mutate_name(chosen or 'data.pkl', dice)}"
+        if dice.random() < 0.5:
+            return corpus.renamed(data, lambda name: other if name == f"{root}/{chosen}" else name)
+        donor = archive.read(dice.choice(names))
+        return corpus.renamed(data, str, {other.partition("/")[2]: donor})
+
+
 def mutate(data: bytes, dice: random.Random, donors: list[bytes]) -> bytes:
     """A changed file: as bytes, or inside a record of its archive so that the archive stays whole."""
     if not data.startswith(b"PK") or dice.random() < 0.25:
         return mutate_bytes(data, dice, donors)
     try:
+        if dice.random() < 0.3:
+            return mutate_names(data, dice)
         reader = torch._C.PyTorchFileReader(io.BytesIO(data))
         names = [name for name in reader.get_all_records() if not name.startswith(".data/")]
         weights = [1 if name.startswith("data/") and not name.endswith(".json") else 6 for name in names]
@@ -149,8 +182,8 @@ def mutate(data: bytes, dice: random.Random, donors: list[bytes]) -> bytes:
             return corpus.changed(data, {name: None})
         change = mutate_json(record, dice) if name.endswith(".json") and dice.random() < 0.8 else None
         return corpus.changed(data, {name: change or mutate_bytes(record, dice, donors)})
-    except (RuntimeError, ValueError, IndexError):  # no archive that torch reads: change its bytes
-        return mutate_bytes(data, dice, donors)
+    except (RuntimeError, ValueError, IndexError, zipfile.BadZipFile, OSError, NotImplementedError, struct.error):
+        return mutate_bytes(data, dice, donors)  # no archive that can be read: change its bytes
 
 
 def attempt(path: Path) -> str:
@@ -202,18 +235,89 @@ def run_batch(inputs: list[bytes], folder: Path) -> dict[int, str]:
     return findings
 
 
+def folder_seeds() -> list[dict[str, Any]]:
+    """Sound folders: file names and what is in them, JSON as values."""
+    pool = {"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True}
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [{"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "",
+                "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]  # fmt: skip
+    bert, timm, vit = corpus.bert_files(), corpus.timm_files(), corpus.vit_files()
+    adapter = {"adapter_config.json": corpus.LORA, "adapter_model.bin": corpus.saved({"a": corpus.TENSOR})}
+    based = {f"base/{name}": content for name, content in bert.items()}
+    return [bert, timm, vit, {**bert, "modules.json": modules, "1_Pooling/config.json": pool}, {**adapter, **based}]
+
+
+def mutate_folder(files: dict[str, Any], dice: random.Random) -> dict[str, bytes]:
+    """The files of a folder with some values of one JSON file changed, or one file under another name."""
+    content = {
+        name: json.dumps(value).encode() if not isinstance(value, bytes) else value for name, value in files.items()
+    }
+    settings = [name for name in content if name.endswith(".json")]
+    for _ in range(dice.choice((1, 1, 2, 4))):
+        name = dice.choice(settings)
+        content[name] = mutate_json(content[name], dice)
+    if dice.random() < 0.1:
+        name = dice.choice(list(content))
+        content[mutate_name(name, dice).replace("..", "x").replace("\0", "x").strip("/")[:200] or "x"] = content.pop(
+            name
+        )
+    return content
+
+
+def try_folder(content: dict[str, bytes], place: Path) -> str:
+    """Convert a folder up to its export in a child; "" for a right ending, else what went wrong."""
+    for name, data in content.items():
+        file = place / "model" / name
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        except OSError:  # a file where a folder is wanted
+            return ""
+    outcome = forked.convert_in_child(place / "model", place, seconds=20, export=False)
+    wrong = [] if outcome.code == forked.BUILT else forked.flaws(outcome, (2, 3, 4, 5, 6, 7))
+    if outcome.kilobytes - forked.idle_memory() > MEMORY:
+        wrong.append(f"{outcome.kilobytes} kB")
+    return f"{', '.join(wrong)}: {outcome.err[-400:]}" if wrong else ""
+
+
+def fuzz_folders(dice: random.Random, end: float, keep: Callable[[dict[str, bytes], str], None]) -> int:
+    """Convert changed folders until `end`; returns how many."""
+    import timm  # noqa: F401
+    import transformers  # noqa: F401
+
+    seeds, tried = folder_seeds(), 0
+    while time.monotonic() < end:
+        content = mutate_folder(dice.choice(seeds), dice)
+        with tempfile.TemporaryDirectory() as place:
+            if problem := try_folder(content, Path(place)):
+                keep(content, problem)
+        tried += 1
+    return tried
+
+
 def main() -> int:
     """Fuzz for some minutes; exit 1 if there are findings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the inputs of findings")
+    parser.add_argument("--folders", action="store_true", help="Hugging Face folders in place of files")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     dice = random.Random(options.seed)  # noqa: S311  (repeatable, not secret)
-    donors = seeds()
     kinds: collections.Counter[str] = collections.Counter()
     tried, end = 0, time.monotonic() + options.minutes * 60
+
+    def keep(content: dict[str, bytes], problem: str) -> None:
+        kinds[problem.strip().splitlines()[-1][:200]] += 1
+        if options.keep:
+            options.keep.mkdir(parents=True, exist_ok=True)
+            settings = {name: data.decode(errors="replace") for name, data in content.items() if name.endswith(".json")}
+            (options.keep / f"{sum(kinds.values())}.txt").write_text(f"{problem}\n{json.dumps(settings)}\n")
+
+    if options.folders:
+        tried = fuzz_folders(dice, end, keep)
+    donors = [] if options.folders else seeds()
     while time.monotonic() < end:
         inputs = [mutate(dice.choice(donors), dice, donors) for _ in range(BATCH)]
         with tempfile.TemporaryDirectory() as folder:

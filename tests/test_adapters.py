@@ -15,12 +15,12 @@ from typing import Any
 import forked
 import huggingface_sweep
 import pytest
+import test_huggingface
 import tiny_models
 import torch
 import transformers
 from conftest import check_error, lines, run_cli
 from safetensors.torch import save_file
-from test_huggingface import convert
 from torch import nn
 
 import convert as product
@@ -28,6 +28,11 @@ import convert as product
 RANK, ALPHA = 4, 6
 Tensors = dict[str, torch.Tensor]
 Settings = dict[str, Any]
+
+
+def convert(folder: Path, *options: str, code: int = 0) -> str:
+    """Convert folder/in, an adapter, with the base in folder/base; returns what was told."""
+    return test_huggingface.convert(folder, "--base", str(folder / "base"), *options, code=code)
 
 
 def save_adapter(folder: Path, tensors: Tensors, **settings: Any) -> None:
@@ -241,7 +246,7 @@ def test_large_bases_stay_in_their_files(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_pickled_and_absolute(tmp_path: Path) -> None:
-    """adapter_model.bin, a base that is named by its whole path, and a task that --task names."""
+    """adapter_model.bin, a base that the settings name by its whole path, and a task that --task names."""
     tiny_models.make("bert", tmp_path / "base")
     model = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
     parts = make_parts(model, "query")
@@ -275,12 +280,55 @@ def test_a_base_in_the_cache(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     where = ("-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"))
     save_adapter(tmp_path / "in", parts, base_model_name_or_path="some/base")
-    result = run_cli(*where, env=environment)
+    check_error(
+        run_cli(*where, env=environment), 3, "'some/base'", "pass --base some/base to download it, or --base FOLDER"
+    )
+    result = run_cli(*where, "--base", "some/base", env=environment)
     assert result.code == 0, result.err
     assert "adapter: its base model is some/base" in lines(result, "INFO")
     judge(adapted(tiny_models.build("bert"), parts), tmp_path)
-    save_adapter(tmp_path / "in", parts, base_model_name_or_path="some/other")
-    check_error(run_cli(*where, env=environment), 3, "some/other", "put the path of its folder into base_model_name")
+    check_error(run_cli(*where, "--base", "some/other", env=environment), 3, "some/other", "or pass --base FOLDER")
+
+
+def test_the_base_is_named(tmp_path: Path) -> None:
+    """A base elsewhere is never looked for: the message has the option, quoted, unless the name is none to copy."""
+    tiny_models.make("bert", tmp_path / "its base")
+    parts = make_parts(tiny_models.build("bert"), "query")
+    for name, advice in {
+        "../its base": f"pass --base '{tmp_path / 'its base'}'",
+        str(tmp_path / "its base"): f"pass --base '{tmp_path / 'its base'}'",
+        "../other": "pass --base FOLDER, or --base OWNER/MODEL to download it",
+        "--output=/x": "pass --base FOLDER, or",
+        "a/b; rm -r x": "pass --base FOLDER, or",
+        "a\nb": "pass --base FOLDER, or",
+        "x" * 5000: "pass --base FOLDER, or",
+        "meta-llama/X": "pass --base meta-llama/X to download it, or --base FOLDER",
+    }.items():
+        save_adapter(tmp_path / "in", parts, base_model_name_or_path=name)
+        told = test_huggingface.convert(tmp_path, code=3)
+        assert advice in told
+        assert len(told) < 1000
+    save_adapter(tmp_path / "in", parts, base_model_name_or_path=None)
+    assert "names no base model: pass --base FOLDER" in test_huggingface.convert(tmp_path, code=3)
+    assert "there is no such folder" in test_huggingface.convert(tmp_path, "--base", "../other", code=2)
+
+
+def test_a_base_inside(tmp_path: Path) -> None:
+    """A base in the adapter's own folder needs no option, but a link there that leads elsewhere is not followed."""
+    tiny_models.make("bert", tmp_path / "in" / "base")
+    parts = make_parts(tiny_models.build("bert"), "query")
+    save_adapter(tmp_path / "in", parts, base_model_name_or_path="base")
+    test_huggingface.convert(tmp_path)
+    judge(adapted(tiny_models.build("bert"), parts), tmp_path)
+    (tmp_path / "in" / "base").rename(tmp_path / "base")
+    (tmp_path / "in" / "base").symlink_to("../base")
+    assert "base is a link that leads out of the folder" in test_huggingface.convert(tmp_path, code=4)
+
+
+def test_a_base_of_nothing(tmp_path: Path) -> None:
+    """--base with what is no adapter."""
+    tiny_models.make("bert", tmp_path / "in")
+    assert "is no adapter, which alone has a base; leave --base out" in convert(tmp_path, code=2)
 
 
 @pytest.mark.parametrize(
@@ -291,8 +339,6 @@ def test_a_base_in_the_cache(tmp_path: Path) -> None:
         ({"trainable_token_indices": [1]}, {}, "trainable_token_indices"),
         ({"r": 8}, {}, "'A': (4, 32)"),
         ({"use_dora": True}, {}, "magnitude_vector"),
-        ({"base_model_name_or_path": "../other"}, {}, "'../other', is not there"),
-        ({"base_model_name_or_path": None}, {}, "names no base model"),
         ({}, {"bert.nowhere.lora_A.weight": (4, 32)}, "bert.nowhere"),
         ({}, {"bert.nowhere.weight": (4, 32)}, "bert.nowhere.weight"),
         ({}, {"bert.encoder.layer.0.attention.self.key.lora_A.weight": (4, 32)}, "self.key: LoRA's parts"),

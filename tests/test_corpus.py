@@ -56,6 +56,53 @@ def test_corpus(item: Item, tmp_path: Path) -> None:
     assert outcome.kilobytes - forked.idle_memory() < MEMORY + size, outcome
 
 
+@pytest.mark.parametrize("item", named(corpus.setting_items()))
+def test_inspection_of_settings(item: Item, tmp_path: Path) -> None:
+    """--inspect looks at the same settings, and says what is wrong or nothing, but never a traceback."""
+    source = item.make(tmp_path)
+    outcome = forked.convert_in_child(source, tmp_path, "--inspect")
+    assert outcome.code == 0, outcome
+    assert all(line.startswith(("[INFO] ", "[WARN] ")) for line in outcome.err.splitlines()), outcome
+
+
+TENSORS = (*corpus.GRAPH, "tensor_values")
+SPECS = ("graph_module", "signature", "input_specs")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("graph_module",), 5),
+        (corpus.GRAPH, []),
+        (TENSORS, {}),
+        (TENSORS, [1]),
+        ((*TENSORS, "input"), 5),
+        ((*TENSORS, "input", "sizes"), "x"),
+        ((*TENSORS, "input", "sizes", 0), {"as_int": "x"}),
+        ((*TENSORS, "input", "sizes", 0), {"as_expr": {"expr_str": {}}}),
+        ((*TENSORS, "input", "sizes", 0), {"as_int": -5}),
+        ((*TENSORS, "input", "sizes", 0), {}),
+        ((*TENSORS, "input", "dtype"), 99),
+        ((*TENSORS, "input", "dtype"), -1),
+        ((*TENSORS, "input", "dtype"), "x"),
+        (SPECS, {}),
+        (SPECS, {"a": 1}),
+        (SPECS, [5]),
+        ((*SPECS, 0), {"parameter": {"arg": {"name": []}}}),
+        ((*SPECS, 0), {"parameter": 5}),
+        ((*SPECS, 0), {"user_input": None}),
+    ],
+    ids=str,
+)
+def test_inspection_of_programs(path: tuple[Any, ...], value: Any, tmp_path: Path) -> None:
+    """--inspect of an exported program whose JSON has the wrong types: what is wrong, and no traceback."""
+    source = tmp_path / "input.pt2"
+    source.write_bytes(corpus.edit_program(corpus.set_path(*path, to=value)))
+    outcome = forked.convert_in_child(source, tmp_path, "--inspect")
+    assert outcome.code == 0, outcome
+    assert all(line.startswith(("[INFO] ", "[WARN] ")) for line in outcome.err.splitlines()), outcome
+
+
 OPENERS = {
     "load": lambda path: torch.load(path, weights_only=False),
     "jit": lambda path: torch.jit.load(path)(torch.ones(2)),
@@ -96,6 +143,11 @@ def test_the_corpus_is_large() -> None:
     names = [item.name for item in corpus.HOSTILE + corpus.MALFORMED]
     assert len(names) == len(set(names))
     assert min(len(corpus.HOSTILE), len(corpus.MALFORMED)) >= 80
+
+
+def test_every_refusal_has_its_reason() -> None:
+    """Each item says which words must refuse it, so that another rule that does is noticed."""
+    assert not [item.name for item in corpus.HOSTILE + corpus.MALFORMED if not item.words.strip()]
 
 
 def test_good_files_open(tmp_path: Path) -> None:

@@ -168,7 +168,10 @@ def test_an_adapter_and_its_base(tmp_path: Path, hub: Hub) -> None:
         (hub.root / "some" / "base" / name).write_bytes(b"")
     parts = make_parts(tiny_models.build("bert"), "query")
     save_adapter(hub.root / "some" / "adapter", parts, base_model_name_or_path="some/base", revision=COMMIT)
-    result = convert(tmp_path, hub.address, "some/adapter")
+    check_error(
+        convert(tmp_path, hub.address, "some/adapter"), 3, "'some/base'", "pass --base some/base to download it"
+    )
+    result = convert(tmp_path, hub.address, "some/adapter", "--base", "some/base")
     assert result.code == 0, result.err
     assert "adapter: its base model is some/base" in lines(result, "INFO")
     assert f"/some/base/resolve/{COMMIT}/model.safetensors" in hub.asked
@@ -183,5 +186,9 @@ def test_an_adapter_and_its_base(tmp_path: Path, hub: Hub) -> None:
 def test_an_adapter_without_its_base(tmp_path: Path, hub: Hub) -> None:
     """A base that the hub refuses is named, with how else to supply it."""
     save_adapter(tmp_path / "in", make_parts(tiny_models.build("bert"), "query"), base_model_name_or_path="gated/model")
-    result = convert(tmp_path, hub.address, str(tmp_path / "in"))
-    check_error(result, 3, "gated/model", "set HF_TOKEN", "put the path of its folder into base_model_name_or_path")
+    result = convert(tmp_path, hub.address, str(tmp_path / "in"), "--base", "gated/model")
+    check_error(result, 3, "gated/model", "set HF_TOKEN", "or pass --base FOLDER")
+    parts = make_parts(tiny_models.build("bert"), "query")
+    save_adapter(tmp_path / "in", parts, base_model_name_or_path="some/base", revision="../../x")
+    result = convert(tmp_path, hub.address, str(tmp_path / "in"), "--base", "some/base")
+    check_error(result, 3, "revision is '../../x', not a branch, tag or commit")

@@ -275,3 +275,21 @@ def test_what_opens_is_bit_equal(legacy: bool, quick_loader: Callable[[Path], An
         expected, actual = model.state_dict(), opened.state_dict()
         assert expected.keys() == actual.keys()
         assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_an_empty_tensor_anywhere(tmp_path: Path) -> None:
+    """A safetensors file may have tensors without elements, and others, at places that fit no number of theirs."""
+    import corpus
+
+    header = {
+        "a": corpus.tensor(0, 3, [3], "U8"),
+        "b": corpus.tensor(3, 3, [0], "F64"),
+        "c": corpus.tensor(3, 11, [2], "F32"),
+        "d": corpus.tensor(11, 11, [2, 0], "BF16"),
+    }
+    path = tmp_path / "input.safetensors"
+    path.write_bytes(corpus.safetensors(header, b"\1\2\3" + struct.pack("<2f", 0.5, -2.0)))
+    content = product.load(product.detect(path), trust=False).content
+    assert content["c"].tolist() == [0.5, -2.0]
+    assert content["b"].shape == (0,)
+    assert content["d"].shape == (2, 0)

@@ -142,6 +142,13 @@ def lightning(hyper: dict[str, Any], name: str = "shufflenet_v2_x0_5") -> Callab
     return saver(lambda: {"state_dict": image_model(name).state_dict(), "hyper_parameters": hyper, "epoch": 3})
 
 
+def scripted(folder: Path) -> Path:
+    """TorchScript of a small network, with its code."""
+    net = nn.Sequential(nn.Linear(13, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    torch.jit.save(torch.jit.script(net), folder / "input.pt")
+    return folder / "input.pt"
+
+
 def archived(folder: Path) -> Path:
     """TorchScript of a convolutional network."""
     torch.jit.save(torch.jit.trace(image_model("squeezenet1_1"), torch.randn(2, 3, 64, 64)), folder / "input.pt")
@@ -149,7 +156,7 @@ def archived(folder: Path) -> Path:
 
 
 INNOCENT: dict[str, Callable[[Path], Path]] = {
-    **{f"file-{kind}": written(kind) for kind in ("zip", "legacy", "script", "program")},
+    **{f"file-{kind}": written(kind) for kind in ("zip", "legacy", "program")},
     **{f"pickle-{name}": saver(lambda name=name: image_model(name)) for name in (*sorted(LAYERS), *TIMM)},
     **{f"weights-{name}": saver(lambda name=name: image_model(name).state_dict())
        for name in ("squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "regnet_y_400mf", "test_resnet", "test_vit")},
@@ -162,6 +169,7 @@ INNOCENT: dict[str, Callable[[Path], Path]] = {
     "shards": sharded,
     "safetensors": safe_weights,
     "traced": archived,
+    "scripted": scripted,
     "lightning": lightning({"num_classes": 1000, "learning_rate": 0.1}),
     "lightning-of-a-complete-model": saver(lambda: {"model": image_model("test_resnet"), "epoch": 1}),
     "pickle-lstm": saver(lambda: nn.LSTM(4, 8, batch_first=True).eval()),

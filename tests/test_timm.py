@@ -102,15 +102,16 @@ def test_what_the_graph_says(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"architecture": "resnet_of_mine"}, "knows no architecture 'resnet_of_mine'"),
-        ({"architecture": "hf-hub:some/model"}, "knows no architecture 'hf-hub:some/model'"),
-        ({"architecture": ["x"]}, "knows no architecture"),
+        ({"architecture": "hf-hub:some/model"}, "'hf-hub:some/model', which names no architecture of timm"),
+        ({"architecture": ["x"]}, "architecture is a list of 1 entries, not a string"),
         ({"architecture": "test_resnet", "num_classes": 9, "model_args": {}}, "fc.weight is 5x96, not 9x96"),
         ({"architecture": "test_vit"}, "do not fit test_vit"),
-        ({"model_args": {"no_such": 1}}, "cannot build test_resnet"),
+        ({"model_args": {"no_such": 1}}, "'no_such' with the value 1, which does not describe a network"),
+        ({"model_args": {"no_depth": 1}}, "cannot build test_resnet"),
         ({"model_args": {"features_only": True}}, "features_only"),
-        ({"model_args": 7}, "cannot build test_resnet"),
-        ({"pretrained_cfg": {"input_size": "large"}}, "cannot build test_resnet"),
-        ({"pretrained_cfg": {"input_size": [3, -5, 160]}}, "needs an input_size"),
+        ({"model_args": 7}, "model_args holds 7, not an object"),
+        ({"pretrained_cfg": {"input_size": "large"}}, "input_size is 'large', not 3 whole numbers"),
+        ({"pretrained_cfg": {"input_size": [3, -5, 160]}}, "not 3 whole numbers from 1 to 2560"),
     ],
 )
 def test_bad_folders(tmp_path: Path, changes: Settings, words: str) -> None:
