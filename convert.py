@@ -500,6 +500,12 @@ def cuda_devices() -> int:
 def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
     """The folder and the .onnx file in it that -o means; raises ConversionError where they can never be written."""
     path = Path(text)
+    if path.is_dir() or text.endswith(os.sep) or not path.suffix:
+        path = path / ("onnx/model.onnx" if layout == "transformersjs" else "model.onnx")
+    elif layout == "transformersjs":
+        raise ConversionError(ExitStatus.USAGE, f"-o {text}: --layout transformersjs fills a directory; name one")
+    elif path.suffix != ".onnx":
+        raise ConversionError(ExitStatus.USAGE, f"-o {text}: name a .onnx file or a directory")
     if ".." in path.parts and not path.parent.exists():  # nobody wants the folder `a` of a/../b
         path = Path(os.path.realpath(path.parent), path.name)
     broken = next((folder for folder in path.parents if folder.is_symlink() and not folder.exists()), None)
@@ -507,12 +513,6 @@ def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
         raise ConversionError(
             ExitStatus.USAGE, f"-o {text}: {broken} is a link to {broken.readlink()}, which is not there"
         )
-    if path.is_dir() or text.endswith(os.sep) or not path.suffix:
-        path = path / ("onnx/model.onnx" if layout == "transformersjs" else "model.onnx")
-    elif layout == "transformersjs":
-        raise ConversionError(ExitStatus.USAGE, f"-o {text}: --layout transformersjs fills a directory; name one")
-    elif path.suffix != ".onnx":
-        raise ConversionError(ExitStatus.USAGE, f"-o {text}: name a .onnx file or a directory")
     if path.exists() and not path.is_file():
         raise ConversionError(ExitStatus.USAGE, f"-o {text}: {path} exists and is not a regular file")
     if path.exists() and source.exists() and path.samefile(source):
