@@ -191,7 +191,7 @@ def next_run(place: Workplace, model: int) -> None:
 
 
 def attack(place: Workplace, moment: str, kills: list[Kill], old: int) -> tuple[int, list[str], int]:
-    """One conversion over the output of `old`, with `kills`: the exit code, what is wrong, and whose output is there."""
+    """One conversion over the output of `old`, with `kills`; the exit code, what is wrong, whose output is there."""
     process = place.start(1 - old)
     log = wait_for_moment(process, moment, place)
     for kill in kills:
