@@ -92,12 +92,12 @@ class Workplace:
         return subprocess.Popen(
             [sys.executable, str(self.folder / "convert.py"), "-i", f"{model}.pt", "-o", "out/model.onnx", "--json"],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(self.folder / "slower")},
+            env={**os.environ, "PYTHONPATH": str(self.folder / "slower"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (shells ignore it for jobs)
+            preexec_fn=hear_all,  # noqa: PLW1509
         )
 
     def files(self) -> dict[str, bytes]:
@@ -111,6 +111,12 @@ class Workplace:
     def journal(self) -> bool:
         """Whether a run has begun to move its files."""
         return any(self.output.glob(".pt2onnx.*/moves.json"))
+
+
+def hear_all() -> None:
+    """Give the signals their usual effect: nohup ignores one, and a shell another one for what runs in the background."""
+    for number in SIGNALS[:-1]:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until_it_listens(process: subprocess.Popen[str]) -> None:
