@@ -148,7 +148,8 @@ class Log:
     def line(self, prefix: str, text: str) -> None:
         """Write one line; `text` is made printable. Whether somebody listens is no matter of the conversion."""
         with contextlib.suppress(OSError):
-            print(f"[{prefix}] {printable(text)}", file=self.stream, flush=True)
+            if self.stream:  # None where standard error is closed
+                print(f"[{prefix}] {printable(text)}", file=self.stream, flush=True)
 
     def info(self, text: str) -> None:
         """What happens and why."""

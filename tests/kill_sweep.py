@@ -114,7 +114,7 @@ class Workplace:
 
 
 def hear_all() -> None:
-    """Give the signals their usual effect: nohup ignores one, and a shell another one for what runs in the background."""
+    """Give signals their usual effect: nohup ignores one, and shells another one for what runs in the background."""
     for number in SIGNALS[:-1]:
         signal.signal(number, signal.SIG_DFL)
 
