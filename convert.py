@@ -232,7 +232,8 @@ class Log:
     def line(self, prefix: str, text: str) -> None:
         """Write one line; `text` is made printable. Whether somebody listens is no matter of the conversion."""
         with contextlib.suppress(OSError):
-            print(f"[{prefix}] {fit_screen(text)}", file=self.stream, flush=True)
+            if self.stream:  # None where standard error is closed
+                print(f"[{prefix}] {fit_screen(text)}", file=self.stream, flush=True)
 
     def info(self, text: str) -> None:
         """What happens and why."""
@@ -582,6 +583,12 @@ def cuda_devices() -> int:
 def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
     """The folder and the .onnx file in it that -o means; raises ConversionError where they can never be written."""
     path = Path(text)
+    if path.is_dir() or text.endswith(os.sep) or not path.suffix:
+        path = path / ("onnx/model.onnx" if layout == "transformersjs" else "model.onnx")
+    elif layout == "transformersjs":
+        raise ConversionError(ExitStatus.USAGE, f"-o {text}: --layout transformersjs fills a directory; name one")
+    elif path.suffix != ".onnx":
+        raise ConversionError(ExitStatus.USAGE, f"-o {text}: name a .onnx file or a directory")
     if ".." in path.parts and not path.parent.exists():  # nobody wants the folder `a` of a/../b
         path = Path(os.path.realpath(path.parent), path.name)
     broken = next((folder for folder in path.parents if folder.is_symlink() and not folder.exists()), None)
@@ -589,12 +596,6 @@ def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
         raise ConversionError(
             ExitStatus.USAGE, f"-o {text}: {broken} is a link to {broken.readlink()}, which is not there"
         )
-    if path.is_dir() or text.endswith(os.sep) or not path.suffix:
-        path = path / ("onnx/model.onnx" if layout == "transformersjs" else "model.onnx")
-    elif layout == "transformersjs":
-        raise ConversionError(ExitStatus.USAGE, f"-o {text}: --layout transformersjs fills a directory; name one")
-    elif path.suffix != ".onnx":
-        raise ConversionError(ExitStatus.USAGE, f"-o {text}: name a .onnx file or a directory")
     if path.exists() and not path.is_file():
         raise ConversionError(ExitStatus.USAGE, f"-o {text}: {path} exists and is not a regular file")
     if path.exists() and source.exists() and path.samefile(source):
@@ -3422,11 +3423,16 @@ def load_shards(source: Source, *, trust: bool) -> Loaded:
         if shard.kind not in (Kind.SAFETENSORS, Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
             raise DamagedFileError(f"the shard {name} does not hold weights")
         content = state_dict_of(load(shard, trust=trust).content) or {}
-        missing = sorted(wanted - content.keys())
-        if missing:
-            raise DamagedFileError(f"the shard {name} lacks {len(missing)} tensors ({', '.join(missing[:3])})")
+        check_shard(name, wanted, content.keys())
         tensors |= content
     return Loaded(tensors, "weights without a model (sharded)")
+
+
+def check_shard(name: str, wanted: set[str], found: Collection[str]) -> None:
+    """Raise DamagedFileError where a shard has not all the tensors that its index says."""
+    missing = sorted(wanted.difference(found))
+    if missing:
+        raise DamagedFileError(f"the shard {name} lacks {len(missing)} tensors ({', '.join(missing[:3])})")
 
 
 def load_torchscript(source: Source, *, trust: bool) -> Loaded:
@@ -9771,7 +9777,7 @@ def inspect(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         Kind.TORCHSCRIPT: inspect_torchscript,
         Kind.EXPORTED_PROGRAM: inspect_program,
         Kind.SAFETENSORS: inspect_safetensors,
-        Kind.SHARDED_WEIGHTS: inspect_safetensors,
+        Kind.SHARDED_WEIGHTS: inspect_shards,
         Kind.HUGGINGFACE: inspect_folder,
     }
     try:
@@ -9799,25 +9805,39 @@ def command_for(source: Source, *extra: str) -> str:
     return shlex.join(["python", "convert.py", "-i", str(source.path), "-o", target, *extra])
 
 
-def inspect_checkpoint(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    """A complete model or a checkpoint: its globals, and what they make."""
-    from torch import nn
+class Contents(NamedTuple):
+    """What the pickles of a checkpoint hold: the object, unless they are not opened, all their names, all storages."""
 
+    content: Any
+    names: dict[str, str]
+    storages: list[tuple[str, int]]
+    problem: dict[str, Any]  # as `inspect` reports it, where they are not opened
+
+
+def take_census(source: Source) -> Contents:
+    """Read a checkpoint, and note what it holds also where it may not be opened."""
     readers: list[Census] = []
 
     def census(file: Any, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> Census:
         readers.append(Census(file, size, read_storage))
         return readers[-1]
 
-    facts: dict[str, Any] = {}
-    content: Any = None
+    content, problem = None, {}
     try:
         content = read_checkpoint(source, census)
     except ConversionError as error:
-        facts = {"problem": f"{source.path}: {error}", "exit_code": int(error.status)}
+        problem = {"problem": f"{source.path}: {error}", "exit_code": int(error.status)}
     names = {name: why for reader in readers for name, why in reader.names.items()}
     storages = {key: storage for reader in readers for key, storage in reader.storages.items()}
-    facts |= {"globals": names, **count_elements(storages.values())}
+    return Contents(content, names, list(storages.values()), problem)
+
+
+def inspect_checkpoint(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """A complete model or a checkpoint: its globals, and what they make."""
+    from torch import nn
+
+    content, names, storages, problem = take_census(source)
+    facts = {**problem, "globals": names, **count_elements(storages)}
     if isinstance(content, nn.Module):
         return facts | inspect_module(source, content)
     if isinstance(content, Mapping):
@@ -9868,19 +9888,60 @@ def inspect_shapes(
     }
 
 
+class WeightFile(NamedTuple):
+    """What --inspect finds in a file of weights."""
+
+    shapes: dict[str, tuple[int, ...]]
+    elements: list[tuple[str, int]]  # dtype and number
+    facts: dict[str, Any]  # a pickle's names, and what is wrong with it
+
+
+def inspect_weight_file(source: Source) -> WeightFile:
+    """The tensors of a safetensors file, from its header alone, or of a state dict; raises DamagedFileError."""
+    if source.kind is Kind.SAFETENSORS:
+        header = safetensors_header(source.path)
+        elements = [(entry["dtype"], math.prod(entry["shape"])) for entry in header.values()]
+        return WeightFile({name: tuple(entry["shape"]) for name, entry in header.items()}, elements, {})
+    if source.kind not in (Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
+        raise DamagedFileError(f"{source.path.name} does not hold weights")
+    content, names, storages, problem = take_census(source)
+    tensors = state_dict_of(content) or {}
+    elements = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors.values()]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return WeightFile(shapes, elements or storages, {"globals": names, **problem})
+
+
+def join_weight_files(files: Iterable[WeightFile]) -> WeightFile:
+    """What several files hold together; of their problems the first one."""
+    shapes, elements, facts, names = {}, [], {}, {}
+    for file in files:
+        shapes |= file.shapes
+        elements += file.elements
+        names |= file.facts.get("globals", {})
+        facts = {**file.facts, **facts}
+    return WeightFile(shapes, elements, facts | ({"globals": names} if names else {}))
+
+
 def inspect_safetensors(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    """A safetensors file or an index of such files: from their headers alone."""
-    files = [source.path]
-    if source.kind is Kind.SHARDED_WEIGHTS:
-        files = [source.path.parent / name for name in shard_files(source.path)]
-    header = {name: entry for file in files for name, entry in safetensors_header(file).items()}
-    elements = [(entry["dtype"], math.prod(entry["shape"])) for entry in header.values()]
-    shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    return {
-        "what": "weights without a model",
-        **count_elements(elements),
-        **inspect_shapes(source, shapes, {}, options),
-    }
+    """A safetensors file: from its header alone."""
+    return describe_weights(source, inspect_weight_file(source), options)
+
+
+def inspect_shards(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """An index of files of weights, each read by the rules of its own kind."""
+    files = []
+    for name, wanted in shard_files(source.path).items():
+        file = inspect_weight_file(detect_file(source.path.parent / name))
+        if "problem" not in file.facts:
+            check_shard(name, wanted, file.shapes)
+        files.append(file)
+    return describe_weights(source, join_weight_files(files), options)
+
+
+def describe_weights(source: Source, file: WeightFile, options: argparse.Namespace) -> dict[str, Any]:
+    """Tensors that lie in one file or in several: how many there are, and whose."""
+    facts = {"what": "weights without a model", **file.facts, **count_elements(file.elements)}
+    return facts | inspect_shapes(source, file.shapes, {}, options)
 
 
 def inspect_torchscript(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001  (one signature)
@@ -9961,12 +10022,15 @@ def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any
         settings = vetted.settings("config.json")
         what = f"a Hugging Face model ({shorten(settings.name('model_type') or 'timm', 60)})"
         names = [*settings.names("architectures")] or [settings.name("architecture")]
-    headers = [safetensors_header(file) for file in sorted(source.path.glob("*.safetensors"))]
-    entries = [(entry["dtype"], math.prod(entry["shape"])) for header in headers for entry in header.values()]
+    patterns = (("*.safetensors",), ("pytorch_model*.bin", "adapter_model.bin"))
+    kinds = ([file for pattern in kind for file in sorted(source.path.glob(pattern))] for kind in patterns)
+    files = next(filter(None, kinds), [])
+    weights = join_weight_files(inspect_weight_file(detect_file(file)) for file in files)
     return {
         "what": what,
         "class": shorten(", ".join(filter(None, names)), 200) or None,
-        **count_elements(entries),
+        **weights.facts,
+        **count_elements(weights.elements),
         "mode": "huggingface",
         "command": command_for(source),
     }

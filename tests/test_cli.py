@@ -118,6 +118,7 @@ def test_streams_that_are_closed_or_full(closed: str, models: Path, tmp_path: Pa
     command = f"{sys.executable} {CONVERT} -i {models / 'flat.pt'} -o {target} --json {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout or '{"status": "ok"}')["status"] == "ok"
     assert target.stat().st_size > 500
 
 

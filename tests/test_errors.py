@@ -122,6 +122,12 @@ def test_outputs_that_cannot_be_written(models: Path, clean: Path) -> None:
     os.mkfifo(clean / "pipe.onnx")
     check_error(run_cli("-i", source, "-o", str(clean / "pipe.onnx")), 2, "not a regular file")
     check_error(run_cli("-i", source, "-o", f"{source}/x.onnx"), 2, "is not a directory")
+    for name in ("nowhere", "loop"):
+        (clean / "loop").unlink(missing_ok=True)
+        (clean / "loop").symlink_to(name)
+        check_error(run_cli("-i", source, "-o", f"{clean}/loop/x.onnx"), 2, f"loop is a link to {name}")
+    check_error(run_cli("-i", source, "-o", "\udcff.onnx", cwd=clean), 2, "\\udcff.onnx is not UTF-8")
+    check_error(run_cli("-i", source, "-o", "x.onnx", "--task", "a\udcff", cwd=clean), 2, "a\\udcff is not UTF-8")
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root to give up root's rights")
@@ -268,10 +274,29 @@ def test_an_input_that_shrinks(clean: Path) -> None:
     assert "changed while it was read" in rest
 
 
-def start(models: Path, target: Path) -> subprocess.Popen[str]:
+def start(models: Path, target: Path, *options: str, path: str = "", ignored: int = 0) -> subprocess.Popen[str]:
     """A conversion in a process group of its own that has begun to load."""
-    command = [sys.executable, str(CONVERT), "-i", str(models / "image.pt"), "-o", str(target), "--exporter", "dynamo"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def choose_signals() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells ignore it for what they start in the background
+        if ignored:
+            signal.signal(ignored, signal.SIG_IGN)
+
+    return subprocess.Popen(
+        [sys.executable, str(CONVERT), "-i", str(models / "image.pt"), "-o", str(target), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path} if path else None,
+        preexec_fn=choose_signals,  # noqa: PLW1509
+    )
+
+
+def twice(pid: int) -> None:
+    """The second signal comes while the first one is handled."""
+    for _ in range(2):
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.01)
 
 
 def wait_for(process: subprocess.Popen[str], words: str) -> None:
@@ -290,11 +315,13 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
         pytest.param(lambda pid: os.kill(pid, signal.SIGTERM), 143, id="SIGTERM"),
         pytest.param(lambda pid: os.kill(pid, signal.SIGINT), 130, id="SIGINT"),
         pytest.param(lambda pid: os.killpg(pid, signal.SIGINT), 130, id="Ctrl-C"),
+        pytest.param(lambda pid: os.killpg(pid, signal.SIGTERM), 143, id="group"),
+        pytest.param(twice, 143, id="twice"),
     ],
 )
 def test_interrupted(moment: str, send: Callable[[int], None], code: int, models: Path, tmp_path: Path) -> None:
     """Within two seconds: one line, the right exit code, no worker and no file left."""
-    process = start(models, tmp_path / "new" / "x.onnx")
+    process = start(models, tmp_path / "new" / "x.onnx", "--exporter", "dynamo")
     wait_for(process, moment)
     begin = time.monotonic()
     send(process.pid)
@@ -305,6 +332,55 @@ def test_interrupted(moment: str, send: Callable[[int], None], code: int, models
     assert "interrupted by SIG" in rest
     assert not list(tmp_path.iterdir())
     assert group_ends(process.pid)
+
+
+# Read by every Python process: renames take long enough to be interrupted before and after.
+SLOW = "import os, time\nreplace = os.replace\nos.replace = lambda *names: (time.sleep(0.5), replace(*names))"
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_interrupted_beside_the_rename(moved: bool, models: Path, tmp_path: Path) -> None:  # noqa: FBT001
+    """Just before it, nothing was written; just after it, the model was, whatever signal comes then."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW, encoding="utf-8")
+    target = tmp_path / "out" / "x.onnx"
+    target.parent.mkdir()
+    target.write_bytes(b"older")
+    process = start(models, target, path=str(tmp_path))
+    journal = "out/.pt2onnx.*/moves.json"
+    while not any(tmp_path.glob(journal)) or (moved and target.read_bytes() == b"older"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    twice(process.pid)
+    _, rest = process.communicate(timeout=20)
+    assert process.returncode == (0 if moved else 143)
+    assert ("[SUCCESS]" in rest) == moved
+    assert ("nothing was written" in rest) != moved
+    assert (target.read_bytes() == b"older") != moved
+    assert [entry.name for entry in target.parent.iterdir()] == ["x.onnx"]
+
+
+def test_signals_that_were_ignored_stay_so(models: Path, tmp_path: Path) -> None:
+    """As nohup does it."""
+    process = start(models, tmp_path / "x.onnx", ignored=signal.SIGHUP)
+    wait_for(process, "load:")
+    os.kill(process.pid, signal.SIGHUP)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 0, rest
+
+
+def test_killed_supervisor(models: Path, tmp_path: Path) -> None:
+    """The worker ends too, and what is left is removed by the next run, even by one that fails."""
+    process = start(models, tmp_path / "x.onnx")
+    wait_for(process, "export:")
+    process.kill()
+    process.communicate(timeout=20)
+    assert group_ends(process.pid)
+    assert [entry.suffix for entry in tmp_path.iterdir()] == [".partial"]
+    next_one = start(models, tmp_path / "x.onnx")
+    wait_for(next_one, "which a killed run had left")
+    next_one.terminate()
+    next_one.communicate(timeout=20)
+    assert not list(tmp_path.iterdir())
 
 
 def group_ends(group: int) -> bool:
@@ -320,7 +396,7 @@ def group_ends(group: int) -> bool:
 
 def test_killed_worker(models: Path, tmp_path: Path) -> None:
     """The kernel's kill of the worker becomes exit 7 with the memory there is."""
-    process = start(models, tmp_path / "x.onnx")
+    process = start(models, tmp_path / "x.onnx", "--exporter", "dynamo")
     wait_for(process, "export:")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
@@ -333,7 +409,7 @@ def test_killed_worker(models: Path, tmp_path: Path) -> None:
 
 def test_crashed_worker(models: Path, tmp_path: Path) -> None:
     """A crash in a library becomes exit 1 with a line, not silence."""
-    process = start(models, tmp_path / "x.onnx")
+    process = start(models, tmp_path / "x.onnx", "--exporter", "dynamo")
     wait_for(process, "export:")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGSEGV)

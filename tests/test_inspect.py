@@ -118,6 +118,36 @@ def test_weights(tmp_path: Path) -> None:
         assert facts["tensors"] == 2
 
 
+def test_shards_that_are_pickles(tmp_path: Path) -> None:
+    """Counted, recognised and named as one file would be; a folder of transformers too; a refused shard is told."""
+    net = torchvision.models.squeezenet1_1(num_classes=7).half()
+    state, folder = net.state_dict(), tmp_path / "bert"
+    folder.mkdir()
+    weight_map = {name: f"pytorch_model-0000{1 + place % 2}.bin" for place, name in enumerate(state)}
+    for file in set(weight_map.values()):
+        torch.save({name: state[name] for name in state if weight_map[name] == file}, folder / file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    facts = inspected(index)
+    assert facts["kind"] == "sharded_weights"
+    assert facts["dtypes"] == {"float16": elements(state)}
+    assert facts["candidates"] == [["squeezenet1_1"]]
+    assert facts["globals"]["torch._utils._rebuild_tensor_v2"] == ""
+    assert "problem" not in facts
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    facts = inspected(folder)
+    assert facts["parameters"] == elements(state)
+    assert "problem" not in facts
+    index.write_text(json.dumps({"weight_map": {**weight_map, "more": "pytorch_model-00001.bin"}}))
+    assert "lacks 1 tensors (more)" in inspected(index)["problem"]
+    torch.save({"extra": Payload()}, folder / "pytorch_model-00002.bin")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    facts = inspected(index, cwd=tmp_path)
+    assert facts["globals"]["posix.system"]
+    assert facts["exit_code"] == 4
+    assert not (tmp_path / MARKER).exists()
+
+
 def test_recognised_weights(tmp_path: Path) -> None:
     """The architecture, and a command that needs no class; several, and one that asks for it."""
     torch.save(torchvision.models.squeezenet1_1(num_classes=7).state_dict(), tmp_path / "net.pth")

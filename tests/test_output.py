@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import forked
 import numpy as np
@@ -31,6 +34,108 @@ def test_directories_are_made_and_named(models: Path, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     assert names(target) == ["model.onnx"]
     assert (target / "model.onnx").stat().st_mode & 0o777 == 0o640
+
+
+def test_folders_that_only_lead_elsewhere(models: Path, tmp_path: Path) -> None:
+    """The `a` of `a/../b` is not made."""
+    result = run_cli("-i", str(models / "flat.pt"), "-o", "a/../b", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert names(tmp_path) == ["b"]
+    assert names(tmp_path / "b") == ["model.onnx"]
+
+
+class Killed(BaseException):
+    """Ends a run where it stands."""
+
+
+FILES = ("config.json", "model.onnx.data", "model.onnx")
+
+
+def staged_run(folder: Path, old: tuple[str, ...]) -> tuple[Path, list[product.Place]]:
+    """A staging folder with new files, and some `old` ones at their places."""
+    staging = folder / ".pt2onnx.run.partial"
+    (staging / "model").mkdir(parents=True)
+    for name in FILES:
+        (staging / "model" / name).write_text("new", encoding="utf-8")
+    for name in old:
+        (folder / name).write_text("older", encoding="utf-8")
+    return staging, [product.Place(staging / "model" / name, folder / name, None) for name in FILES]
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """What the files of a folder hold."""
+    return {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.is_file()}
+
+
+def cut_short(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let the process be killed after so many renames."""
+    left = [steps]
+
+    def replace(source: Path, target: Path) -> None:
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        os.rename(source, target)  # noqa: PTH104  (os.replace is the one that is patched)
+
+    patch.setattr(os, "replace", replace)
+
+
+@pytest.mark.parametrize("old", [(), FILES, FILES[1:]], ids=["none", "all", "two"])
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("steps", range(9))
+def test_moves_that_are_cut_short(
+    steps: int,
+    links: bool,  # noqa: FBT001
+    old: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After any number of renames all files are new, or as they were; on file systems without hard links too."""
+    staging, places = staged_run(tmp_path, old)
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        cut_short(patch, steps)
+        if not links:
+            patch.setattr(os, "link", Mock(side_effect=PermissionError))
+        product.move_into_place(places, {"status": "ok"}, staging)
+    all_new = texts(tmp_path) == dict.fromkeys(FILES, "new")
+    for _ in range(2):  # as often as it is killed
+        report = product.settle(staging)
+        assert texts(tmp_path) == (dict.fromkeys(FILES, "new") if all_new else dict.fromkeys(old, "older"))
+        assert (report == {"status": "ok"}) == all_new
+
+
+def test_what_was_put_there_since_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A next run puts back only what the killed one had replaced."""
+    staging, places = staged_run(tmp_path, FILES)
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        cut_short(patch, 3)  # the journal's, and two of three files
+        product.move_into_place(places, {}, staging)
+    places[1].target.write_text("somebody else's", encoding="utf-8")
+    assert product.settle(staging) is None
+    assert texts(tmp_path) == {**dict.fromkeys(FILES, "older"), FILES[1]: "somebody else's"}
+
+
+def test_only_what_is_abandoned_is_removed(tmp_path: Path) -> None:
+    """Not what a run has locked, nor what a link leads to, nor what another user's run left."""
+    held, left, foreign = (tmp_path / f".pt2onnx.{name}.partial" for name in ("held", "left", "foreign"))
+    locks = [product.claim(staging) for staging in (held, left, foreign)]
+    (tmp_path / ".pt2onnx.link.partial").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    product.remove_abandoned(tmp_path)
+    assert len(names(tmp_path)) == 5
+    for lock in locks[1:]:
+        os.close(lock)
+    (left / "moves.json").write_text("damaged", encoding="utf-8")
+    if os.getuid() == 0:
+        os.chown(foreign, 1, 1)
+    product.remove_abandoned(tmp_path)
+    (left / "moves.json").unlink()
+    assert foreign.exists() == (os.getuid() == 0)
+    product.remove_abandoned(tmp_path)
+    assert held.exists()
+    assert not left.exists()
+    assert (tmp_path / "elsewhere").exists()
+    os.close(locks[0])
 
 
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
