@@ -3368,7 +3368,8 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
     if unknown:
         raise DamagedFileError(f"it holds {', '.join(unknown)} numbers, which PyTorch lacks; save it in another dtype")
     mapped = map_file(source.path)
-    data = torch.empty(0, dtype=torch.uint8).set_(mapped)[mapped.nbytes() - data_size(header) :]
+    size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    data = torch.empty(0, dtype=torch.uint8).set_(mapped)[mapped.nbytes() - size :]
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
@@ -3377,11 +3378,6 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
         aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
         tensors[name] = aligned.view(dtype).view(entry["shape"])
     return Loaded(tensors, "weights without a model (safetensors)")
-
-
-def data_size(header: Mapping[str, Any]) -> int:
-    """The bytes of data that belong to a safetensors header."""
-    return max((entry["data_offsets"][1] for entry in header.values()), default=0)
 
 
 def is_file_name(name: str) -> bool:
@@ -5708,13 +5704,10 @@ def input_guesses(model: nn.Module, loaded: Loaded, known: Preprocessing) -> Ite
     if loaded.examples:
         yield Guess(list(loaded.examples), "the inputs recorded in the file")
         return
-    yield from (guess for guess in told_guesses(model, known) if guess_bytes(guess) <= MAX_EXAMPLE_BYTES)
+    for guess in told_guesses(model, known):
+        if 4 * sum(math.prod(shape.dims) for shape in guess.shapes) <= MAX_EXAMPLE_BYTES:
+            yield guess
     yield Guess([InputShape((1, 3, 224, 224))], "no layer of the model, so it is the default")
-
-
-def guess_bytes(guess: Guess) -> int:
-    """Bytes of the inputs of these shapes, of 4 bytes a number."""
-    return 4 * sum(math.prod(shape.dims) for shape in guess.shapes)
 
 
 def told_guesses(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
@@ -7939,7 +7932,8 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
     whole = plan
     if plan.step is not None:
-        plan = plan_of_step(plan.step, plan)
+        module, specs, traced, outputs = plan.step
+        plan = plan._replace(model=module, specs=specs, traced=traced, outputs=outputs, cases=[], step=None)
     flat = flat_module(plan.model, [spec.name for spec in plan.specs])
     if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
@@ -7966,13 +7960,6 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     if whole.step is not None:
         repeat_for_tokens(model, plan, whole)
     return model, fixed_by_tracing(caught)
-
-
-def plan_of_step(step: TokenStep, plan: Plan) -> Plan:
-    """The plan to export the work on one token."""
-    return plan._replace(
-        model=step.module, specs=step.specs, traced=step.traced, outputs=step.outputs, cases=[], step=None
-    )
 
 
 def repeat_for_tokens(model: ir.Model, single: Plan, whole: Plan) -> None:
