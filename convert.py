@@ -73,14 +73,11 @@ TORCHSCRIPT_MAX_OPSET = 20  # torch.onnx._constants.ONNX_TORCHSCRIPT_EXPORTER_MA
 DYNAMO_MIN_OPSET = 18  # below it the exporter writes 18 all the same
 MAX_OPSET = 25  # the newest one that onnxscript 0.7's version converter reaches
 THREAD_STACK = 10 << 20  # bytes, of each thread of torch's pool: glibc's 8 MB and a guard
-FICLONE = 0x40049409  # ioctl_ficlone(2)
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf itself ends at 2**31 - 1
 ALIGNMENT = 64  # bytes, of weights in a file: what the widest vector instructions want
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODES = ("auto", "pytorch", "huggingface", "state_dict")
-WITHOUT_LINKS = "leave --external-data link out"  # what helps where there can be none
-
 
 # What torch, the C library, the C++ runtime and the dynamic loader say when memory runs out.
 NO_MEMORY = re.compile(
@@ -141,10 +138,10 @@ class WallError(RefusedFileError, PermissionError):
     """Something would have been opened, started or connected to that the wall is around (see Wall)."""
 
 
-def and_more(items: Collection[object], shown: int) -> str:
-    """The first `shown` of `items`, and how many more there are."""
+def and_more(items: Collection[object], shown: int, limit: int = 100) -> str:
+    """The first `shown` of `items`, each cut to `limit` characters, and how many more there are."""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(shorten(str(item), 100) for item in itertools.islice(items, shown)) + more
+    return ", ".join(shorten(str(item), limit) for item in itertools.islice(items, shown)) + more
 
 
 def words(text: str) -> frozenset[str]:
@@ -491,12 +488,6 @@ def build_parser() -> Parser:
         action="store_true",
         help="load all weights into memory (default: large ones stay in the checkpoint until they are written)",
     )
-    add(
-        "--external-data",
-        choices=("copy", "link"),
-        default="copy",
-        help="link: the graph refers to a hard link of the safetensors files or zip checkpoint (default: copy)",
-    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to load, run and export (default: cpu)")
     add(
         "--exporter",
@@ -559,17 +550,6 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
         options.staging = options.output.parent / f".pt2onnx.{run}.partial"
     if options.no_verify and (options.atol is not None or options.rtol is not None):
         raise ConversionError(ExitStatus.USAGE, "--no-verify leaves nothing for --atol and --rtol to do: drop either")
-    if options.external_data == "link":
-        for unfit, given in (
-            ("--no-stream", options.no_stream),
-            ("--device cuda", options.device == "cuda"),
-            ("--exporter dynamo", options.exporter == "dynamo"),
-        ):
-            if given:
-                raise ConversionError(
-                    ExitStatus.USAGE, f"--external-data link needs weights that are streamed: drop {unfit}"
-                )
-        options.exporter = "torchscript"
     if options.device == "cuda" and not cuda_devices():
         raise ConversionError(
             ExitStatus.RESOURCES,
@@ -1028,8 +1008,7 @@ def detect_directory(path: Path) -> Source:
     if models:
         raise ConversionError(
             ExitStatus.INPUT,
-            f"{path} is a directory without config.json; pass one of its files: {', '.join(models[:5])}"
-            + (f" and {len(models) - 5} more" if len(models) > 5 else ""),
+            f"{path} is a directory without config.json; pass one of its files: {and_more(models, 5, 255)}",
         )
     what = "holds no model file" if names else "is an empty directory"
     raise ConversionError(ExitStatus.INPUT, f"{path} {what}; check -i and, in a container, what is mounted there")
@@ -1787,8 +1766,7 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
         for name, package in zip(names, packages, strict=True)
         if package not in {*missing, *sys.stdlib_module_names, "torch"} and name.rpartition(".")[2][:1].isupper()
     ]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    listed = ", ".join(shorten(name, 100) for name in names[:8]) + more
+    listed = and_more(names, 8)
     trust = "or pass --trust-pickle if you trust its maker"
     if any(belongs(name, ("models.yolo", "models.common", "models.experimental")) for name in names):
         what = f"it is a model of a YOLOv5 or YOLOv7 repository ({listed}), whose classes are in no package"
@@ -2336,14 +2314,14 @@ def read_record(reader: Any, name: str) -> bytes:
         raise DamagedFileError(f"its {name} is missing or damaged ({first_line(error)})") from None
 
 
-MAPPED: dict[int, Path] = {}  # the files that lie in memory from an address on
+MAPPED: dict[int, int] = {}  # where files lie in memory: the addresses of their begins and ends
 
 
 def map_file(path: Path) -> torch.UntypedStorage:
     """The bytes of a file, read when they are needed; who writes to them gets a copy of the page, not the file.
 
     MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory. MAPPED
-    remembers the address.
+    remembers the addresses.
     """
     import mmap
 
@@ -2353,7 +2331,7 @@ def map_file(path: Path) -> torch.UntypedStorage:
     with open_input(path) as file:
         mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
-    MAPPED[storage.data_ptr()] = path
+    MAPPED[storage.data_ptr()] = storage.data_ptr() + storage.nbytes()
     return storage
 
 
@@ -3848,8 +3826,7 @@ def layout_difference(layout: Layout, names: Mapping[str, Sequence[int]], matche
     ]
     if not differences:  # each tensor fits, but they contradict each other
         return "its tensors disagree about the number of classes or channels"
-    more = f" and {len(differences) - 2} more" if len(differences) > 2 else ""
-    return f"{len(differences)} of {len(names.keys() | sizes)} tensors differ: {', '.join(differences[:2])}{more}"
+    return f"{len(differences)} of {len(names.keys() | sizes)} tensors differ: {and_more(differences, 2, 200)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4256,10 +4233,8 @@ def architecture_arguments(given: Mapping[Any, Any], where: str) -> dict[str, An
     A builder's other arguments name places, URLs, weights, devices or functions: it would open or run them.
     """
     kept = {name: value for name, value in given.items() if is_architecture_argument(name, value)}
-    left = [shorten(str(name), 40) for name in given if name not in kept]
-    if left:
-        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
-        LOG.info(f"{where}: not used, since they do not describe a network: {', '.join(left[:8])}{more}")
+    if left := [name for name in given if name not in kept]:
+        LOG.info(f"{where}: not used, since they do not describe a network: {and_more(left, 8, 40)}")
     return kept
 
 
@@ -4353,12 +4328,7 @@ def describe_misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
             [f"{key} is {shape_text(weights[key].shape)}, not {shape_text(expected[key].shape)}" for key in reshaped],
         ),
     )
-    parts = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''})"
-        for what, names in kinds
-        if names
-    ]
-    return "; ".join(parts)
+    return "; ".join(f"{len(names)} {what} ({and_more(names, 3, 200)})" for what, names in kinds if names)
 
 
 def shape_text(sizes: Iterable[int]) -> str:
@@ -4641,16 +4611,14 @@ def store_all(weights: Mapping[str, Tensor], options: argparse.Namespace) -> dic
     """`weights` with the large ones as stored tensors, unless all are few, or to be loaded as --no-stream says."""
     import torch
 
-    linked = options.external_data == "link"
-    large = linked or sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM
+    large = sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM
     if options.no_stream or options.device != "cpu" or not large:
         return dict(weights)
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    least = 1 if linked else STORED_BYTES
     options.streamed = True
     return {
         name: stored_class()(tensor.detach(), tensor.dtype)
-        if tensor.nbytes >= least and tensor.dtype in floats and mapped_place(tensor)
+        if tensor.nbytes >= STORED_BYTES and tensor.dtype in floats and is_mapped(tensor)
         else tensor
         for name, tensor in weights.items()
     }
@@ -4671,13 +4639,10 @@ def store_parameters(model: nn.Module, options: argparse.Namespace) -> None:
         own[name] = stored.get(str(id(tensor)), tensor)
 
 
-def mapped_place(tensor: Tensor) -> tuple[Path, int] | None:
-    """The file that a tensor's data lie in, and where; None for one in memory."""
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor's data lie in a mapped file."""
     address = tensor.data_ptr()
-    start = max((start for start in MAPPED if start <= address), default=None)
-    if start is None or address + extent(tensor) > start + MAPPED[start].stat().st_size:
-        return None
-    return MAPPED[start], address - start
+    return any(start <= address and address + extent(tensor) <= end for start, end in MAPPED.items())
 
 
 def in_memory(tensor: Tensor) -> Tensor:
@@ -5181,12 +5146,9 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     missing = sorted(told["missing_keys"] - own.keys())
     needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
     if needed:
-        some = ", ".join(needed[:3]) + (f" and {len(needed) - 3} more" if len(needed) > 3 else "")
-        raise ConversionError(
-            ExitStatus.INPUT,
-            f"{options.input} lacks weights that {cls.__name__} needs for {task}: {some}; pass the --task that it was "
-            "trained for, or the complete checkpoint",
-        )
+        what = f"{options.input} lacks weights that {cls.__name__} needs for {task}: {and_more(needed, 3)}"
+        advice = "pass the --task that it was trained for, or the complete checkpoint"
+        raise ConversionError(ExitStatus.INPUT, f"{what}; {advice}")
     if adapter:
         merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
     if extra := sorted(told["unexpected_keys"]):
@@ -5878,7 +5840,6 @@ class Plan(NamedTuple):
     cases: list[Case]
     file: str
     further_checks: Callable[[Any, Plan, argparse.Namespace], list[Difference]] | None = None
-    linked: bool = False  # the weights stay as they lie in the checkpoint, which the graph refers to
     step: TokenStep | None = None  # what is exported and then repeated, where `model` reads a text token by token
 
 
@@ -7441,7 +7402,7 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
     weights = flat.state_dict(keep_vars=True)
     with exact_detection_sizes(), traced_sizes():
         model = None
-        if plan.linked or sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
+        if sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
             export_graph(flat, plan, export)
             model = attach_weights(ir.load(path), plan, weights)
         if model is None:
@@ -7587,7 +7548,7 @@ def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -
 
     graph, own = model.graph, {spec.name for spec in plan.specs}
     norms = [node.inputs[0] for node in graph if node.op_type == "BatchNormalization"]
-    if not plan.linked and any(value.producer().op_type.startswith("Conv") for value in norms if value.producer()):
+    if any(value.producer().op_type.startswith("Conv") for value in norms if value.producer()):
         return None
     first: dict[tuple[Any, ...], ir.Value] = {}
     for value in [value for value in graph.inputs if value.name not in own]:
@@ -7605,7 +7566,7 @@ def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -
         first[place] = value
         graph.initializers.add(value)
     for value in itertools.chain.from_iterable([split_weight(graph, whole) for whole in first.values()]):
-        if (plan.linked or not turn_weight(graph, value)) and model.opset_imports[""] >= GEMM_OPSET:
+        if not turn_weight(graph, value) and model.opset_imports[""] >= GEMM_OPSET:
             multiply_as_stored(value)
     return model
 
@@ -8314,12 +8275,10 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     """
     import onnx_ir as ir
 
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    linked = sum(tensor.nbytes for tensor in tensors if lies_in(path.parent, tensor))
-    size = sum(tensor.nbytes for tensor in tensors) - linked
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     check_space(path.parent, size)
-    light, what = path, f"write: {path.name}"
-    with LOG.step(f"{what}, {linked / 1e6:.1f} MB linked") if linked else LOG.copying(what, size):
+    light = path
+    with LOG.copying(f"write: {path.name}", size):
         if size > SINGLE_FILE_LIMIT:
             ir.save(model, path, external_data=f"{path.name}.data")
         else:
@@ -8330,129 +8289,14 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     return light
 
 
-def link_weights(model: ir.Model, folder: Path) -> dict[Path, Path]:
-    """Let the weights of `model` be parts of the checkpoint's own files; returns what to link in `folder` to which.
-
-    Until then, empty files of their sizes stand there: the checker refuses links. Small weights that are not in the
-    graph as they are in a file become part of the graph; a large one raises ConversionError (USAGE).
-    """
-    import onnx_ir as ir
-
-    computed, links = [], {}
-    for value in model.graph.initializers.values():
-        tensor: Any = value.const_value
-        raw = getattr(tensor, "raw", None)
-        lies = raw.source if isinstance(raw, stored_class()) else None
-        if lies is not None and lies.dtype is raw.dtype and lies.is_contiguous():
-            source, offset = mapped_place(lies) or (folder, 0)
-            shape, size = ir.Shape(tensor.shape), raw.nbytes
-            value.const_value = ir.ExternalTensor(
-                source.name, offset, size, tensor.dtype, shape=shape, name=str(value.name), base_dir=folder
-            )
-            links[folder / source.name] = source
-        elif tensor.nbytes >= STORED_BYTES:
-            computed.append(value.name)
-    if computed or not links:
-        more = f" and {len(computed) - 1} more" if len(computed) > 1 else ""
-        raise ConversionError(
-            ExitStatus.USAGE,
-            "--external-data link: not all weights are in the graph as they are in the checkpoint "
-            f"({computed[0] if computed else 'none is'}{more}); {WITHOUT_LINKS}",
-        )
-    for stand_in, source in links.items():
-        with stand_in.open("wb") as file:
-            file.truncate(source.stat().st_size)
-    return links
-
-
-def link_file(source: Path, target: Path) -> bool:
-    """Let `target` have the content of `source` without a copy: a clone where the file system can, else a hard link.
-
-    Returns whether it is a clone; raises ConversionError (USAGE) where it can be neither.
-    """
-    import fcntl
-
-    with source.open("rb") as old, target.open("wb") as new, contextlib.suppress(OSError):
-        fcntl.ioctl(new, FICLONE, old.fileno())
-        return True
-    target.unlink()
-    try:
-        os.link(source.resolve(), target)
-    except OSError as error:
-        what = f"{source.name} cannot be linked from there ({error.strerror})"
-        nearer = "choose an -o on the checkpoint's own file system (in a container: in the same volume), or "
-        advice = (nearer if error.errno == errno.EXDEV else "") + WITHOUT_LINKS
-        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {advice}") from None
-    return False
-
-
-def check_links(model: nn.Module, options: argparse.Namespace, dtypes: Mapping[str, str]) -> None:
-    """Before the work begins: can the weights of `model` stay in their files? `dtypes` are what --dtype can ask for.
-
-    Raises ConversionError (USAGE) where they lie in no file, have to change, or their files cannot be linked.
-    """
-    if options.external_data != "link":
-        return
-    stored = [tensor for _, tensor in state_of(model) if isinstance(tensor, stored_class())]
-    large = [tensor for tensor in stored if tensor.nbytes >= STORED_BYTES] or stored
-    if not large:
-        what = f"no weights lie in {options.input} as a graph needs them"
-        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
-    if any(tensor.source is None for tensor in large):
-        what = "transformers joins weights of this model, those of a layer's experts, which lie apart in their files"
-        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
-    changed = [str(tensor.dtype).removeprefix("torch.") for tensor in large if tensor.kept_as is not tensor.dtype]
-    if changed:
-        held = sorted({str(tensor.kept_as).removeprefix("torch.") for tensor in large})
-        flag = next((flag for flag, dtype in dtypes.items() if [dtype] == held), "")
-        flag += " --no-verify (a graph without proof)" if flag == "bf16" else ""  # see check_options
-        advice = f"pass --dtype {flag}, or {WITHOUT_LINKS}" if flag else WITHOUT_LINKS
-        what = f"the weights are {' and '.join(held)} and the graph needs {changed[0]}"
-        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {advice}")
-    check_linked_files({mapped_place(tensor.source)[0] for tensor in stored if tensor.source is not None}, options)
-
-
-def check_linked_files(files: Iterable[Path], options: argparse.Namespace) -> None:
-    """Link `files` into the staging folder for a try, and warn of what links mean.
-
-    Raises ConversionError (USAGE) where they cannot be linked, or another file has a link's name in the folder of -o.
-    """
-    own, hard = [], []
-    trial = options.staging / "trial"
-    trial.parent.mkdir(parents=True, exist_ok=True)
-    for file in sorted(files):
-        target = options.output.with_name(file.name)
-        if target == options.output or target.is_symlink() or (target.exists() and not same_content(file, target)):
-            what = f"{target} is taken by another file"
-            raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; choose another folder for -o")
-        cloned = link_file(file, trial)
-        trial.unlink()
-        if target.exists() and target.resolve() == file.resolve():
-            own.append(file.name)
-        elif not cloned:
-            hard.append(file.name)
-    for names, what in ((own, "the checkpoint itself"), (hard, "a hard link, which onnx.load refuses")):
-        if names:
-            more = f" (and {len(names) - 1} more)" if names[1:] else ""
-            LOG.warn(f"{names[0]}{more} beside the graph is {what}: who writes to the checkpoint changes the model")
-
-
 def same_content(file: Path, other: Path) -> bool:
-    """Whether `other` is there and the same file, or one of the same bytes."""
-    return other.exists() and (other.samefile(file) or filecmp.cmp(file, other, shallow=False))
-
-
-def lies_in(folder: Path, tensor: ir.TensorProtocol) -> bool:
-    """Whether a tensor's data are already in a file of `folder`."""
-    import onnx_ir as ir
-
-    return isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == folder
+    """Whether `other` is there and has the same bytes."""
+    return other.exists() and filecmp.cmp(file, other, shallow=False)
 
 
 def check_room(model: nn.Module, options: argparse.Namespace, copies: int = 1) -> None:
     """Before the work begins: is there space for all weights? Raises ConversionError (RESOURCES)."""
-    if options.external_data == "copy":
-        check_space(options.staging.parent, copies * weight_bytes(model))
+    check_space(options.staging.parent, copies * weight_bytes(model))
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -8480,11 +8324,7 @@ def write_single_file(model: ir.Model, path: Path) -> Path:
     import onnx
     import onnx_ir as ir
 
-    large = [
-        value
-        for value in model.graph.initializers.values()
-        if value.const_value.nbytes >= STORED_BYTES and not lies_in(path.parent, value.const_value)
-    ]
+    large = [value for value in model.graph.initializers.values() if value.const_value.nbytes >= STORED_BYTES]
     for value in large:
         del model.graph.initializers[value.name]
     proto = ir.to_proto(model)
@@ -9023,7 +8863,6 @@ class Result(NamedTuple):
     path: Path
     light: Path  # the same graph, with the weights of `path` (see write_graph)
     differences: list[Difference]
-    links: Mapping[Path, Path] = {}  # what lies beside `path` and holds weights as they were, and what it is linked to
 
 
 def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argparse.Namespace) -> Result:
@@ -9036,21 +8875,18 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
         exported, note = export_rung(rung, plan, work)
     path = folder / plan.file
     graph = finish_graph(exported, plan, {**metadata, "exporter": exporter_name(rung)})
-    links = link_weights(graph, folder) if plan.linked else {}
     light = write_graph(graph, path)
     del exported, graph
     shutil.rmtree(work)
     with LOG.step("check: onnx.checker"):
         check_graph(light, rung.opset)
-    for stand_in, source in links.items():
-        link_file(source, stand_in)
     if options.no_verify:
-        return Result(rung, path, light, [], links)
+        return Result(rung, path, light, [])
     with LOG.step(
         f"verify: ONNX Runtime against PyTorch at {'; '.join(dict.fromkeys(case.label for case in plan.cases))}"
     ):
         try:
-            return Result(rung, path, light, verify(light, plan, options), links)
+            return Result(rung, path, light, verify(light, plan, options))
         except RungError as error:
             error.note = note
             raise
@@ -9095,7 +8931,6 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
     """The first rung that holds, at the opset that was asked for; raises ConversionError (EXPORT or VERIFY)."""
     if options.no_verify:
         LOG.warn("--no-verify: nothing proves that the exported model computes the same")
-    plan = plan._replace(linked=options.external_data == "link")
     rungs = plan_rungs(options.exporter, options.opset)
     if not rungs:
         raise ConversionError(
@@ -9129,7 +8964,6 @@ def no_exporter_holds(
 ) -> ConversionError:
     """The error that tells every rung's reason and what to do: where an opset was asked for, the lowest that works."""
     fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
-    fewer = WITHOUT_LINKS if options.external_data == "link" else fewer  # of which another exporter knows nothing
     advice = f"{fewer}, or replace the operator in the model"
     slight = [error.slight for _, error in failures if error.slight]
     if slight:  # 5 % more than the difference, so that two digits are enough
@@ -9168,32 +9002,31 @@ FINISHED_JOURNAL = "moved.json"  # its name once everything is in place
 
 
 class Place(NamedTuple):
-    """A staged file and its final name; `origin`: a file of the same content, where the target may have it already."""
+    """A staged file and its final name."""
 
     file: Path
     target: Path
-    origin: Path | None
 
 
 def choose_places(converted: Sequence[Converted], options: argparse.Namespace) -> list[Place]:
     """Where the staged files belong: the graphs last, for they refer to the others."""
     beside = options.staging / "beside"
     side_files = sorted(beside.iterdir()) if beside.exists() else []
-    origins = {stand_in: origin for item in converted for stand_in, origin in item.result.links.items()}
     files = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
     files.sort(key=lambda file: file.suffix == ".onnx")
     return [
-        *(Place(file, options.folder / file.name, file) for file in side_files),
-        *(Place(file, options.output.with_name(file.name), origins.get(file)) for file in files),
+        *(Place(file, options.folder / file.name) for file in side_files),
+        *(Place(file, options.output.with_name(file.name)) for file in files),
     ]
 
 
 def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
     """Rename staged files to their final names, in this order; `report` is what to say of them.
 
-    Checkpoints and files beside the graph that are there already with the same content are left alone.
+    Files beside the graph that are there already with the same content are left alone.
     """
-    moved = [place for place in places if place.origin is None or not same_content(place.origin, place.target)]
+    beside = staging / "beside"
+    moved = [place for place in places if place.file.parent != beside or not same_content(place.file, place.target)]
     write_journal(moved, report, staging)
     if len(moved) > 1:
         (staging / "old").mkdir()
@@ -9388,9 +9221,6 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     trust = options.trust_remote_code
     outer = vet_folder(source.path, trust=trust)
     adapter = read_adapter(outer, options)
-    if adapter and options.external_data == "link":
-        what = "what an adapter is merged into lies in no file"
-        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
     inner = vet_inner_folder(outer, adapter, trust=trust)
     check_folder(inner)
     digest = ThreadPoolExecutor(1).submit(folder_digest, source.path, inner.path)
@@ -9445,7 +9275,6 @@ def load_folder_model(
             steps = sentence_steps(outer, trust=options.trust_pickle)
         found = load_pretrained(folder, config, weights, task, cls, adapter, options)._replace(steps=steps)
         check_room(found.model, options, copies=2 if is_pair else 1)  # the decoder: twice, then merged
-        check_links(found.model, options, DTYPE_NAMES)
     return found
 
 
@@ -9461,7 +9290,6 @@ def convert_timm_folder(folder: Path, metadata: Mapping[str, str], options: argp
         )
     LOG.info(f"mode: huggingface; {options.input.name} holds {type(model).__name__} of timm for {own}")
     check_room(model, options)
-    check_links(model, options, DTYPE_NAMES)
     with LOG.step("reference: PyTorch's answers"), wall():
         plan = plan_graph(timm_graph(model, "logits" if model.num_classes else "pooler_output"), options)
     facts = {"task": own, "preprocessing": preprocessing(model, None).metadata()}
@@ -9481,10 +9309,9 @@ def check_options(options: argparse.Namespace) -> None:
             ExitStatus.USAGE, f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files"
         )
     if options.dtype == "bf16" and options.device == "cpu" and not options.no_verify:
-        other = "" if options.external_data == "link" else "--dtype fp16, or "  # links leave the weights as they are
         raise ConversionError(
             ExitStatus.USAGE,
-            f"--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass {other}"
+            "--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass --dtype fp16, or "
             "--no-verify for a graph without proof",
         )
     for name in ("model_class", "checkpoint_key", "input_shape", "dynamic_axes", "model_args", "allow_class"):
@@ -9505,9 +9332,6 @@ def check_pair_options(options: argparse.Namespace) -> None:
         if given:
             what = f"{flag}: this model becomes an encoder and a decoder, whose cache grows"
             raise ConversionError(ExitStatus.USAGE, f"{what}; leave {flag} out")
-    if options.external_data == "link":
-        what = "this model becomes an encoder and a decoder, whose weights are merged"
-        raise ConversionError(ExitStatus.USAGE, f"--external-data link: {what}; {WITHOUT_LINKS}")
 
 
 def vet_inner_folder(outer: VettedFolder, adapter: Adapter | None, *, trust: bool) -> VettedFolder:
@@ -9696,7 +9520,7 @@ def check_side_files(folder: Path, options: argparse.Namespace) -> None:
     ]
     if not others:
         return
-    names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    names = and_more(others, 3)
     graphs = [options.output, options.output.with_name("encoder_model.onnx")]
     if any((options.folder / name).exists() for name in WEIGHT_FILES) or not any(map(is_our_graph, graphs)):
         what = f"{names} with other content would be replaced there"
@@ -9736,7 +9560,6 @@ def convert_module(
             LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
             model.float()
         check_room(model, options)
-        check_links(model, options, {})
         for parameter in model.parameters():  # ScriptModule has no requires_grad_()
             parameter.requires_grad_(False)  # noqa: FBT003
         model.to(options.device)
@@ -9851,7 +9674,7 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         mode, converted = dispatch(source, options)
     except ConversionError as error:
         lasting = error.status in (ExitStatus.INPUT, ExitStatus.REFUSED, ExitStatus.RESOURCES)
-        if lasting or not options.streamed or options.external_data == "link":
+        if lasting or not options.streamed:
             raise
         LOG.info(f"{error}")
         LOG.info("once more with all weights in memory, as with --no-stream")
@@ -9860,13 +9683,11 @@ def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         mode, converted = dispatch(source, argparse.Namespace(**{**vars(options), "no_stream": True}))
     places = choose_places(converted, options)
     graphs = [describe_graph(item, options) for item in converted]
-    linked = sorted({str(options.output.with_name(link.name)) for item in converted for link in item.result.links})
     report = {
         "status": "ok",
         **graphs[0],
         "files": {str(place.target): place.file.stat().st_size for place in places},
         "steps": {kind: round(seconds, 2) for kind, seconds in LOG.seconds.items()},
-        **({"linked": linked} if linked else {}),
         "mode": mode,
         **({"graphs": graphs} if len(graphs) > 1 else {}),
         "seconds": round(time.monotonic() - start, 2),
@@ -9880,13 +9701,6 @@ def dispatch(source: Source, options: argparse.Namespace) -> tuple[str, list[Con
     if source.kind is Kind.HUGGINGFACE:
         return "huggingface", convert_huggingface_model(source, options)
     check_no_base(options)
-    linkable = (Kind.CHECKPOINT, Kind.SAFETENSORS, Kind.SHARDED_WEIGHTS)
-    if options.external_data == "link" and source.kind not in linkable:
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"--external-data link: a graph cannot refer to parts of {source.path}, for {source.why}; pass the weights "
-            f"as safetensors or as a zip checkpoint, or {WITHOUT_LINKS}",
-        )
     digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
     with LOG.step(f"load: {source.path}"), WALL.up(unless=options.trust_pickle):
         loaded = load(source, trust=options.trust_pickle)
@@ -10258,8 +10072,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 def describe_success(report: Mapping[str, Any]) -> str:
     """The last line of a run that went well."""
-    linked = sum(report["files"][name] for name in report.get("linked", ())) / 1e6
-    sizes = f"{sum(report['files'].values()) / 1e6 - linked:.1f} MB{f' and {linked:.1f} MB linked' if linked else ''}"
+    size = sum(report["files"].values()) / 1e6
     differences = [item for graph in report.get("graphs", [report]) for item in graph["verified"]]
     proof = "not verified"
     if differences:
@@ -10267,7 +10080,7 @@ def describe_success(report: Mapping[str, Any]) -> str:
         worst = max(difference["largest"] for difference in differences)
         proof = f"verified at {shapes} shape{'s' if shapes > 1 else ''}, largest difference {worst:.2g}"
     names = " and ".join(graph["output"] for graph in report.get("graphs", [report]))
-    return f"{names} ({sizes}, opset {report['opset']}, {report['exporter']} exporter), {proof}"
+    return f"{names} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
 
 
 def cgroup_memory_files() -> Iterator[Path]:

@@ -1,7 +1,6 @@
-"""Weights that stay in the checkpoint: the numbers, the bytes, the memory and the links."""
+"""Weights that stay in the checkpoint: the numbers, the bytes and the memory."""
 
 import hashlib
-import json
 import os
 import resource
 import shutil
@@ -220,139 +219,6 @@ class Net(torch.nn.Linear):
         np.testing.assert_allclose(found, (layer(given) + layer.weight.sum()).numpy(), rtol=1e-3, atol=1e-2)
 
 
-def test_links(tmp_path: Path) -> None:
-    """--external-data link: the graph reads the checkpoint's own bytes; nothing of them is written."""
-    folder, out = tmp_path / "in", tmp_path / "out"
-    tiny_models.make("llama", folder)
-    result = run_cli("-i", str(folder), "-o", f"{out}/", "--external-data", "link")
-    assert result.code == 0, result.err
-    assert (out / "model.safetensors").samefile(folder / "model.safetensors")
-    assert "write: model.onnx, 0.2 MB linked" in result.err
-    assert "(0.1 MB and 0.2 MB linked, " in result.err
-    again = run_cli("-i", str(folder), "-o", f"{out}/", "--external-data", "link")
-    assert again.code == 0, again.err
-    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
-    outside = {tensor.name for tensor in graph.initializer if tensor.external_data}
-    assert len(outside) > 10
-    shutil.copytree(out, tmp_path / "copy" / "out")  # onnx refuses to read hard links
-    (tmp_path / "copy" / "in").symlink_to(folder)
-    row = huggingface_sweep.check("llama", tmp_path / "copy")
-    assert row["status"] == "ok", row
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--dtype", "fp32"), ("bfloat16", "pass --dtype bf16 --no-verify", "leave --external-data link out")),
-        (("--dtype", "bf16"), ("; pass --no-verify for",)),
-        (("--no-stream",), ("drop --no-stream",)),
-        (("--device", "cuda"), ("drop --device cuda",)),
-        (("--exporter", "dynamo"), ("drop --exporter dynamo",)),
-    ],
-    ids=["another dtype", "unverified", "not streamed", "on a GPU", "the other exporter"],
-)
-def test_links_that_cannot_be(options: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
-    """A weight that has to change, or is not in a file: exit 2 before the work begins, and nothing is left."""
-    tiny_models.make("llama", tmp_path / "in", dtype="bfloat16")
-    result = run_cli("-i", str(tmp_path / "in"), "-o", f"{tmp_path}/out/", "--external-data", "link", *options)
-    check_error(result, 2, *words)
-    assert "export" not in result.err.partition("[ERROR]")[0]
-    assert not (tmp_path / "out").exists()
-
-
-def test_links_of_bfloat16(tmp_path: Path) -> None:
-    """What the error says to do works: the dtype of the checkpoint, at the first opset whose operators know it."""
-    tiny_models.make("llama", tmp_path / "in", dtype="bfloat16")
-    command = ["-i", str(tmp_path / "in"), "-o", f"{tmp_path}/out/", "--external-data", "link"]
-    result = run_cli(*command, "--dtype", "bf16", "--no-verify")
-    assert result.code == 0, result.err
-    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
-    assert [entry.version for entry in graph.opset_import] == [16]
-    assert (tmp_path / "out" / "model.safetensors").samefile(tmp_path / "in" / "model.safetensors")
-
-
-@pytest.mark.parametrize("name", ["scripted.pt", "legacy.pt", "static.pt2"])
-def test_files_that_cannot_be_linked(name: str, models: Path, tmp_path: Path) -> None:
-    """No --dtype helps them, so none is advised; told before they are loaded."""
-    result = run_cli("-i", str(models / name), "-o", f"{tmp_path}/out/", "--external-data", "link")
-    check_error(result, 2, name, "leave --external-data link out")
-    assert "dtype" not in result.err
-    assert "load" not in result.err
-
-
-def test_links_of_an_encoder_and_its_decoder(tmp_path: Path) -> None:
-    """Their weights are merged: exit 2 before the work begins."""
-    tiny_models.make("t5", tmp_path / "in")
-    result = run_cli("-i", str(tmp_path / "in"), "-o", f"{tmp_path}/out/", "--external-data", "link")
-    check_error(result, 2, "whose weights are merged", "leave --external-data link out")
-
-
-@pytest.mark.parametrize(
-    ("large", "words"),
-    [(torch.float32, None), (torch.bfloat16, "bfloat16 and the graph needs float32; leave --external-data link out")],
-    ids=str,
-)
-def test_links_of_mixed_weights(large: torch.dtype, words: str | None, tmp_path: Path) -> None:
-    """Small weights of another dtype become part of the graph; large ones cannot."""
-    torch.manual_seed(0)
-    model = torchvision.models.squeezenet1_1().eval()
-    weights = {
-        name: tensor.to(large if tensor.nbytes >= product.STORED_BYTES else torch.float16)
-        for name, tensor in model.state_dict().items()
-    }
-    save_file(weights, tmp_path / "in.safetensors")
-    result = run_cli("-i", str(tmp_path / "in.safetensors"), "-o", f"{tmp_path}/out/", "--external-data", "link")
-    if words:
-        check_error(result, 2, words)
-        return
-    assert result.code == 0, result.err
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    image = torch.rand(2, 3, 224, 224)
-    found = onnx_outputs(tmp_path / "out" / "model.onnx", {"input": image.numpy()})["output"]
-    with torch.no_grad():
-        np.testing.assert_allclose(found, model(image).numpy(), rtol=1e-3, atol=1e-4)
-
-
-def test_links_beside_the_checkpoint(tmp_path: Path) -> None:
-    """A graph in the checkpoint's own folder refers to it: no link is made, and the checkpoint is left alone."""
-    torch.manual_seed(0)
-    save_file(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "in.safetensors")
-    before = (tmp_path / "in.safetensors").stat()
-    result = run_cli("-i", str(tmp_path / "in.safetensors"), "-o", f"{tmp_path}/x.onnx", "--external-data", "link")
-    assert result.code == 0, result.err
-    assert "in.safetensors beside the graph is the checkpoint itself" in result.err
-    assert "hard link" not in result.err
-    after = (tmp_path / "in.safetensors").stat()
-    assert (after.st_ino, after.st_mtime_ns, after.st_nlink) == (before.st_ino, before.st_mtime_ns, 1)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.safetensors", "x.onnx"]
-    onnx.load(tmp_path / "x.onnx")
-
-
-def test_links_do_not_replace(tmp_path: Path) -> None:
-    """Another checkpoint of the same name in the output folder stays, and so does its graph: exit 2."""
-    for name in ("llama", "gpt2"):
-        tiny_models.make(name, tmp_path / name)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "gpt2" / name).unlink()  # which would be refused before
-    before = (tmp_path / "gpt2" / "model.safetensors").read_bytes()
-    command = ["-i", str(tmp_path / "llama"), "-o", f"{tmp_path}/gpt2/", "--external-data", "link"]
-    check_error(run_cli(*command), 2, "is taken by another file")
-    assert (tmp_path / "gpt2" / "model.safetensors").read_bytes() == before
-    assert not (tmp_path / "gpt2" / "model.onnx").exists()
-
-
-def test_links_between_file_systems(tmp_path: Path) -> None:
-    """Where a file cannot be linked to: exit 2 that says so."""
-    other = Path("/dev/shm")
-    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("there is one file system only")
-    tiny_models.make("llama", tmp_path / "in")
-    result = run_cli("-i", str(tmp_path / "in"), "-o", f"{other}/pt2onnx-{os.getpid()}/", "--external-data", "link")
-    check_error(result, 2, "cannot be linked", "file system")
-    assert "export" not in result.err
-    assert not (other / f"pt2onnx-{os.getpid()}").exists()
-
-
 def make_decoder(folder: Path) -> int:
     """A decoder of 230 million parameters in bfloat16, as shards; returns the bytes of its graph in float32."""
     config = transformers.Qwen2Config(
@@ -409,12 +275,3 @@ def test_space_is_checked_first(tmp_path: Path) -> None:
         assert not list(disk.iterdir())
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_the_report_counts_links(tmp_path: Path) -> None:
-    """--json lists the linked file among the files."""
-    tiny_models.make("gpt2", tmp_path / "in")
-    result = run_cli("-i", str(tmp_path / "in"), "-o", f"{tmp_path}/out/", "--external-data", "link", "--json")
-    assert result.code == 0, result.err
-    names = {Path(name).name for name in json.loads(result.out)["files"]}
-    assert {"model.onnx", "model.safetensors", "config.json"} <= names

@@ -1,15 +1,13 @@
 """Models larger than memory: what a conversion takes under a hard limit of memory, against other ways to export.
 
-    python tests/benchmarks/streaming.py [--shapes 0.5B 1.5B 3B] [--limit 2] [--ways pt2onnx link transformers]
+    python tests/benchmarks/streaming.py [--shapes 0.5B 1.5B 3B] [--limit 2] [--ways pt2onnx transformers]
     python tests/benchmarks/streaming.py --layers 8 16 32 64 80
 
-Decoders of the Qwen2 shapes with random weights in bfloat16 (for `link`: float32, as in the graph), in shards, made on
-the disk and removed again. `experts` is a Qwen3 mixture of 16 layers with 64 experts each, which lie in the checkpoint
-one by one. Each way is a process in a control group of its own (root is needed) with limited memory, of which the page
-cache gives up its part first; `over`: it was killed there. Peak: what was resident, with the pages of mapped files.
+Decoders of the Qwen2 shapes with random weights in bfloat16, in shards, made on the disk and removed again. `experts`
+is a Qwen3 mixture of 16 layers with 64 experts each, which lie in the checkpoint one by one. Each way is a process in a
+control group of its own (root is needed) with limited memory, of which the page cache gives up its part first; `over`:
+it was killed there. Peak: what was resident, with the pages of mapped files.
 write / cp: the time in which the weights were written, relative to `cp` and `sync` of as many bytes right after it.
-sparse-7B and sparse-72B hold zeros in float32 that take no disk, 30 and 288 GB, for `link`; the second is not verified,
-since a pass over it takes minutes.
 """
 
 from __future__ import annotations
@@ -48,17 +46,13 @@ SHAPES: dict[str, dict[str, Any]] = {  # those of Qwen2.5
         "moe_intermediate_size": 512,
         "head_dim": 64,
     },
-    "sparse-7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
-    "sparse-72B": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
-UNTIED = ("7B", "sparse-7B", "sparse-72B")
 COLUMNS = ("decoder", "way", "time", "peak", "anonymous", "written", "write / cp", "verified")
 MAKE = """
 import json, sys, torch, transformers
 from safetensors.torch import save_file
 folder, sizes = sys.argv[1], json.loads(sys.argv[2])
-dtype = sys.argv[3]
-config = transformers.AutoConfig.for_model(sizes.pop("model_type", "qwen2"), dtype=dtype, **sizes)
+config = transformers.AutoConfig.for_model(sizes.pop("model_type", "qwen2"), dtype="bfloat16", **sizes)
 with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(config)
 config.architectures = [type(model).__name__]
@@ -77,7 +71,7 @@ for name, parameter in model.named_parameters():
             shapes[f"{layer}.{expert}.{side}.weight"] = (rows // len(sides), columns)
 for name, shape in shapes.items():
     tensor = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=chance) / 50
-    shard[name] = tensor.to(getattr(torch, dtype))
+    shard[name] = tensor.bfloat16()
     if sum(tensor.nbytes for tensor in shard.values()) > 1 << 30 or len(index) + len(shard) == len(shapes):
         count += 1
         file = f"model-{count:05d}.safetensors"
@@ -86,23 +80,6 @@ for name, shape in shapes.items():
         shard = {}
 with open(f"{folder}/model.safetensors.index.json", "w") as file:
     json.dump({"metadata": {}, "weight_map": index}, file)
-"""
-MAKE_SPARSE = """
-import json, os, sys, torch, transformers
-folder, sizes = sys.argv[1], json.loads(sys.argv[2])
-config = transformers.Qwen2Config(architectures=["Qwen2ForCausalLM"], dtype="float32", **sizes)
-config.save_pretrained(folder)
-with torch.device("meta"):
-    model = transformers.Qwen2ForCausalLM(config)
-header, end = {}, 0
-for name, parameter in model.named_parameters():
-    header[name] = {"dtype": "F32", "shape": list(parameter.shape), "data_offsets": [end, end + 4 * parameter.numel()]}
-    end += 4 * parameter.numel()
-text = json.dumps(header).encode()
-text += b" " * (-len(text) % 8)
-with open(f"{folder}/model.safetensors", "wb") as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(8 + len(text) + end)
 """
 
 
@@ -184,8 +161,7 @@ def row(shape: str, way: str, result: Run, target: Path, folder: Path) -> str:
     if result.code:
         killed = result.code in (-signal.SIGKILL, 7)
         return f"| {shape} | {way} | {'over' if killed else f'exit {result.code}'} {'| ' * (len(COLUMNS) - 2)}".rstrip()
-    files = [file for file in target.rglob("*.onnx*") if file.is_file()]  # a link is not written
-    written = sum(file.stat().st_size for file in files)
+    written = sum(file.stat().st_size for file in target.rglob("*.onnx*"))
     ratio = ""
     copied = re.search(r"write: .*: ([\d.]+) MB in ([\d.]+) s", result.log)
     if copied and float(copied[1]) > 100:
@@ -204,7 +180,7 @@ def time_tracing(counts: list[int], folder: Path | None) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             source, target = Path(name, "in"), Path(name, "out")
             source.mkdir()
-            subprocess.run([sys.executable, "-c", MAKE, str(source), json.dumps(sizes), "bfloat16"], check=True)
+            subprocess.run([sys.executable, "-c", MAKE, str(source), json.dumps(sizes)], check=True)
             command = [sys.executable, str(CONVERT), "-i", str(source), "-o", f"{target}/", "--no-verify", "--json"]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             seconds = json.loads(done.stdout)["steps"]["export"]
@@ -215,9 +191,7 @@ def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1.5B", "3B"])
-    parser.add_argument(
-        "--ways", nargs="+", choices=("pt2onnx", "link", "transformers"), default=["pt2onnx", "transformers"]
-    )
+    parser.add_argument("--ways", nargs="+", choices=("pt2onnx", "transformers"), default=["pt2onnx", "transformers"])
     parser.add_argument("--limit", type=float, default=2, help="GB of memory that a process may have")
     parser.add_argument(
         "--folder", type=Path, help="where the models are made (default: the system's temporary folder)"
@@ -231,21 +205,17 @@ def main() -> None:
     print(f"{machine}; at most {options.limit:g} GB of memory\n")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for shape in options.shapes:
-        sparse, proved = shape.startswith("sparse"), shape != "sparse-72B"
-        sizes = {"num_key_value_heads": 2 if proved else 8, "tie_word_embeddings": shape not in UNTIED, **SHAPES[shape]}
+        sizes = {"num_key_value_heads": 2, "tie_word_embeddings": shape != "7B", **SHAPES[shape]}
         sizes["max_window_layers"] = sizes["num_hidden_layers"]
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             for way in options.ways:
                 folder = Path(name, way)
                 source, target = folder / "in", folder / "out"
                 source.mkdir(parents=True)
-                make = [MAKE_SPARSE if sparse else MAKE, str(source), json.dumps(sizes)]
-                dtype = "float32" if way == "link" else "bfloat16"
-                subprocess.run([sys.executable, "-c", *make, dtype], check=True, stderr=subprocess.DEVNULL)
-                ours = [sys.executable, str(CONVERT), "-i", str(source), "-o", f"{target}/"]
+                make = [sys.executable, "-c", MAKE, str(source), json.dumps(sizes)]
+                subprocess.run(make, check=True, stderr=subprocess.DEVNULL)
                 command = {
-                    "pt2onnx": ours,
-                    "link": [*ours, "--external-data", "link", *([] if proved else ["--no-verify"])],
+                    "pt2onnx": [sys.executable, str(CONVERT), "-i", str(source), "-o", f"{target}/"],
                     "transformers": [sys.executable, "-c", EXPORTER, str(source), str(target)],
                 }[way]
                 result = run(command, int(options.limit * 1e9))
