@@ -8989,11 +8989,10 @@ FINISHED_JOURNAL = "moved.json"  # its name once everything is in place
 
 
 class Place(NamedTuple):
-    """A staged file and its final name; `spare`: not needed where that has the same content already."""
+    """A staged file and its final name."""
 
     file: Path
     target: Path
-    spare: bool
 
 
 def choose_places(converted: Sequence[Converted], options: argparse.Namespace) -> list[Place]:
@@ -9003,8 +9002,8 @@ def choose_places(converted: Sequence[Converted], options: argparse.Namespace) -
     files = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
     files.sort(key=lambda file: file.suffix == ".onnx")
     return [
-        *(Place(file, options.folder / file.name, spare=True) for file in side_files),
-        *(Place(file, options.output.with_name(file.name), spare=False) for file in files),
+        *(Place(file, options.folder / file.name) for file in side_files),
+        *(Place(file, options.output.with_name(file.name)) for file in files),
     ]
 
 
@@ -9013,7 +9012,8 @@ def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging:
 
     Files beside the graph that are there already with the same content are left alone.
     """
-    moved = [place for place in places if not (place.spare and same_content(place.file, place.target))]
+    beside = staging / "beside"
+    moved = [place for place in places if place.file.parent != beside or not same_content(place.file, place.target)]
     write_journal(moved, report, staging)
     if len(moved) > 1:
         (staging / "old").mkdir()
