@@ -59,7 +59,7 @@ def staged_run(folder: Path, old: tuple[str, ...]) -> tuple[Path, list[product.P
         (staging / "model" / name).write_text("new", encoding="utf-8")
     for name in old:
         (folder / name).write_text("older", encoding="utf-8")
-    return staging, [product.Place(staging / "model" / name, folder / name, None) for name in FILES]
+    return staging, [product.Place(staging / "model" / name, folder / name) for name in FILES]
 
 
 def texts(folder: Path) -> dict[str, str]:
