@@ -109,7 +109,7 @@ EXIT_CODES = """exit codes:
   5  no exporter could express the model
   6  the exported model failed the checker or differs from PyTorch
   7  out of memory, disk or device
-  130/143  interrupted by Ctrl-C / SIGTERM before anything was written: what was there is as it was"""
+  130/143  interrupted by Ctrl-C / SIGTERM (129: SIGHUP) before anything was written: what was there is as it was"""
 
 
 class ConversionError(Exception):
