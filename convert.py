@@ -120,6 +120,20 @@ class ConversionError(Exception):
         self.status = status
 
 
+class UsageError(ConversionError):
+    """An option, a shape or an output path cannot work."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ExitStatus.USAGE, message)
+
+
+class InputError(ConversionError):
+    """The input cannot be read, or is not a model."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ExitStatus.INPUT, message)
+
+
 class RefusedFileError(ConversionError):
     """The file holds what could run code when it is opened in the ordinary way."""
 
@@ -127,11 +141,8 @@ class RefusedFileError(ConversionError):
         super().__init__(ExitStatus.REFUSED, message)
 
 
-class DamagedFileError(ConversionError):
+class DamagedFileError(InputError):
     """The file contradicts itself or ends too early."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(ExitStatus.INPUT, message)
 
 
 class WallError(RefusedFileError, PermissionError):
@@ -430,7 +441,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a usage error for main to report."""
-        raise ConversionError(ExitStatus.USAGE, f"{message} (--help lists the options)")
+        raise UsageError(f"{message} (--help lists the options)")
 
 
 def build_parser() -> Parser:
@@ -543,13 +554,13 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
     check_encoding(argv, (options.input, options.cache_dir or options.input))
     options.input = Path(options.input)
     if options.output is None and not options.inspect:
-        raise ConversionError(ExitStatus.USAGE, "the following arguments are required: -o/--output (or pass --inspect)")
+        raise UsageError("the following arguments are required: -o/--output (or pass --inspect)")
     if not options.inspect:
         options.folder, options.output = output_place(options.output, options.input, options.layout)
         # Work is done beside the target, so that the last step is a rename, in a folder that can be removed as a whole.
         options.staging = options.output.parent / f".pt2onnx.{run}.partial"
     if options.no_verify and (options.atol is not None or options.rtol is not None):
-        raise ConversionError(ExitStatus.USAGE, "--no-verify leaves nothing for --atol and --rtol to do: drop either")
+        raise UsageError("--no-verify leaves nothing for --atol and --rtol to do: drop either")
     if options.device == "cuda" and not cuda_devices():
         raise ConversionError(
             ExitStatus.RESOURCES,
@@ -560,13 +571,13 @@ def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
 
 
 def check_encoding(argv: Sequence[str], paths: tuple[str, ...]) -> None:
-    """Raise ConversionError (USAGE) where `argv` has more than `paths` that is not UTF-8: all text in ONNX files is."""
+    """Raise UsageError where `argv` has more than `paths` that is not UTF-8: all text in ONNX files is."""
     for text in argv:
         try:
             text.encode()
         except UnicodeEncodeError:
             if not text.endswith(paths):
-                raise ConversionError(ExitStatus.USAGE, f"{text} is not UTF-8, as names in ONNX files are") from None
+                raise UsageError(f"{text} is not UTF-8, as names in ONNX files are") from None
 
 
 def cuda_devices() -> int:
@@ -586,34 +597,28 @@ def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
     if path.is_dir() or text.endswith(os.sep) or not path.suffix:
         path = path / ("onnx/model.onnx" if layout == "transformersjs" else "model.onnx")
     elif layout == "transformersjs":
-        raise ConversionError(ExitStatus.USAGE, f"-o {text}: --layout transformersjs fills a directory; name one")
+        raise UsageError(f"-o {text}: --layout transformersjs fills a directory; name one")
     elif path.suffix != ".onnx":
-        raise ConversionError(ExitStatus.USAGE, f"-o {text}: name a .onnx file or a directory")
+        raise UsageError(f"-o {text}: name a .onnx file or a directory")
     if ".." in path.parts and not path.parent.exists():  # nobody wants the folder `a` of a/../b
         path = Path(os.path.realpath(path.parent), path.name)
     broken = next((folder for folder in path.parents if folder.is_symlink() and not folder.exists()), None)
     if broken:
-        raise ConversionError(
-            ExitStatus.USAGE, f"-o {text}: {broken} is a link to {broken.readlink()}, which is not there"
-        )
+        raise UsageError(f"-o {text}: {broken} is a link to {broken.readlink()}, which is not there")
     if path.exists() and not path.is_file():
-        raise ConversionError(ExitStatus.USAGE, f"-o {text}: {path} exists and is not a regular file")
+        raise UsageError(f"-o {text}: {path} exists and is not a regular file")
     if path.exists() and source.exists() and path.samefile(source):
-        raise ConversionError(ExitStatus.USAGE, f"-o {text}: the output would replace the input; name another file")
+        raise UsageError(f"-o {text}: the output would replace the input; name another file")
     place = path.parent.resolve()
     if any(is_snapshot(folder) for folder in (place, *place.parents)):
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"-o {text}: a snapshot of the hub's cache, where files are links; choose another directory",
-        )
+        raise UsageError(f"-o {text}: a snapshot of the hub's cache, where files are links; choose another directory")
     parent = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
     if not parent.is_dir():
-        raise ConversionError(ExitStatus.USAGE, f"-o {text}: {parent} is not a directory")
+        raise UsageError(f"-o {text}: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConversionError(
-            ExitStatus.USAGE,
+        raise UsageError(
             f"-o {text}: {parent} is not writable by uid {os.getuid()}; choose another directory, change its "
-            "permissions, or run the container with --user $(id -u):$(id -g)",
+            "permissions, or run the container with --user $(id -u):$(id -g)"
         )
     return path.parent.parent if layout == "transformersjs" else path.parent, path
 
@@ -891,27 +896,27 @@ HUB_ID = re.compile(r"(?!.*\.(pt|pth|pt2|bin|ckpt|onnx|zip|json|safetensors)$)[\
 
 
 def detect(path: Path) -> Source:
-    """Tell what the user's input holds, and admit it; raises ConversionError (INPUT) with advice for what is no model.
+    """Tell what the user's input holds, and admit it; raises InputError with advice for what is no model.
 
     An index of shards brings the folder that it lies in.
     """
     try:
         mode = path.stat().st_mode
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-            raise ConversionError(ExitStatus.INPUT, f"{path} is not a regular file; pass a model file or a directory")
+            raise InputError(f"{path} is not a regular file; pass a model file or a directory")
         admit(path)
         source = detect_directory(path) if stat.S_ISDIR(mode) else detect_file(path)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and HUB_ID.fullmatch(str(path)) and not path.parent.exists():
             return Source(path, Kind.HUB_ID, "there is no such file, and it is written as owner/model")
-        raise ConversionError(ExitStatus.INPUT, f"cannot read {path}: {error.strerror}; check -i") from None
+        raise InputError(f"cannot read {path}: {error.strerror}; check -i") from None
     if source.kind is Kind.SHARDED_WEIGHTS:
         admit(source.path.parent)
     return source
 
 
 def detect_file(path: Path) -> Source:
-    """Tell what a file of the input holds from its content; raises ConversionError (INPUT) with advice, or OSError."""
+    """Tell what a file of the input holds from its content; raises InputError with advice, or OSError."""
     try:
         with open_input(path) as file:
             head = file.read(512)
@@ -919,24 +924,22 @@ def detect_file(path: Path) -> Source:
     except (RefusedFileError, DamagedFileError) as error:
         raise ConversionError(error.status, f"{path}: {error}") from None
     if not head:
-        raise ConversionError(ExitStatus.INPUT, f"{path} is empty; copy or download it again")
+        raise InputError(f"{path} is empty; copy or download it again")
     if head.startswith(b"PK\x03\x04"):
         return detect_zip(path)
     for start, what in MISTAKES:
         if head.startswith(start):
-            raise ConversionError(ExitStatus.INPUT, f"{path} is {what}")
+            raise InputError(f"{path} is {what}")
     if head[8:9] == b"{" and (head[6:8] == b"\0\0" or not head.startswith(PICKLE_STARTS)):
         return Source(path, Kind.SAFETENSORS, "it begins with a safetensors header")
     if is_index:
         return Source(path, Kind.SHARDED_WEIGHTS, "it is JSON with a weight_map")
     if head[257:262] == b"ustar":
-        raise ConversionError(
-            ExitStatus.INPUT, f"{path} is a tar archive (PyTorch before 0.1.10?); open it there and save it again"
-        )
+        raise InputError(f"{path} is a tar archive (PyTorch before 0.1.10?); open it there and save it again")
     if head.startswith(PICKLE_STARTS) and not head.isascii():
         return Source(path, Kind.LEGACY_CHECKPOINT, "it begins as a pickle")
     what = "a text file" if head.isascii() else "no format that PyTorch writes"
-    raise ConversionError(ExitStatus.INPUT, f"{path} is {what}; pass a .pt, TorchScript, .pt2 or safetensors file")
+    raise InputError(f"{path} is {what}; pass a .pt, TorchScript, .pt2 or safetensors file")
 
 
 def detect_zip(path: Path) -> Source:
@@ -946,7 +949,7 @@ def detect_zip(path: Path) -> Source:
             names = {name.partition("/")[2] for name in archive.namelist()}
     except Exception as error:  # zipfile raises a dozen kinds for damaged directories
         message = f"{path} is a damaged or truncated archive ({first_line(error)}); copy or download it again"
-        raise ConversionError(ExitStatus.INPUT, message) from None
+        raise InputError(message) from None
     if any(name.startswith((".data/extern", ".data/python")) for name in names):
         raise ConversionError(
             ExitStatus.REFUSED,
@@ -958,12 +961,10 @@ def detect_zip(path: Path) -> Source:
     if "archive_format" in names:
         return Source(path, Kind.EXPORTED_PROGRAM, "the archive has archive_format, as torch.export.save writes")
     if "serialized_exported_program.json" in names or ("version" in names and "data.pkl" not in names):
-        raise ConversionError(
-            ExitStatus.INPUT, f"{path} has an old .pt2 layout; save it again with PyTorch 2.8 or newer"
-        )
+        raise InputError(f"{path} has an old .pt2 layout; save it again with PyTorch 2.8 or newer")
     if "data.pkl" in names:
         return Source(path, Kind.CHECKPOINT, "the archive has data.pkl, as torch.save writes")
-    raise ConversionError(ExitStatus.INPUT, f"{path} is a zip archive, but none that PyTorch writes")
+    raise InputError(f"{path} is a zip archive, but none that PyTorch writes")
 
 
 # Directories that other programs write: a name (or how it ends) that tells them, what they are and what to do.
@@ -986,12 +987,12 @@ FOLDER_MARKS = ("config.json", "adapter_config.json", "modules.json")
 
 
 def check_library(place: object, names: Collection[str]) -> None:
-    """Raise ConversionError (INPUT) where the `names` of a folder's files tell another library's."""
+    """Raise InputError where the `names` of a folder's files tell another library's."""
     if any(name in names for name in FOLDER_MARKS):
         return
     for mark, what in DIRECTORIES:
         if any(name.endswith(mark) for name in names):
-            raise ConversionError(ExitStatus.INPUT, f"{place} is {what}")
+            raise InputError(f"{place} is {what}")
 
 
 def detect_directory(path: Path) -> Source:
@@ -1006,12 +1007,11 @@ def detect_directory(path: Path) -> Source:
     check_library(path, names)
     models = [name for name in names if name.endswith((".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors"))]
     if models:
-        raise ConversionError(
-            ExitStatus.INPUT,
-            f"{path} is a directory without config.json; pass one of its files: {and_more(models, 5, 255)}",
+        raise InputError(
+            f"{path} is a directory without config.json; pass one of its files: {and_more(models, 5, 255)}"
         )
     what = "holds no model file" if names else "is an empty directory"
-    raise ConversionError(ExitStatus.INPUT, f"{path} {what}; check -i and, in a container, what is mounted there")
+    raise InputError(f"{path} {what}; check -i and, in a container, what is mounted there")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3368,7 +3368,8 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
     if unknown:
         raise DamagedFileError(f"it holds {', '.join(unknown)} numbers, which PyTorch lacks; save it in another dtype")
     mapped = map_file(source.path)
-    data = torch.empty(0, dtype=torch.uint8).set_(mapped)[mapped.nbytes() - data_size(header) :]
+    size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    data = torch.empty(0, dtype=torch.uint8).set_(mapped)[mapped.nbytes() - size :]
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
@@ -3377,11 +3378,6 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
         aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
         tensors[name] = aligned.view(dtype).view(entry["shape"])
     return Loaded(tensors, "weights without a model (safetensors)")
-
-
-def data_size(header: Mapping[str, Any]) -> int:
-    """The bytes of data that belong to a safetensors header."""
-    return max((entry["data_offsets"][1] for entry in header.values()), default=0)
 
 
 def is_file_name(name: str) -> bool:
@@ -3616,15 +3612,13 @@ class Recognition(NamedTuple):
 
 @functools.cache
 def read_architectures() -> Architectures:
-    """The data file beside this script; raises ConversionError (USAGE) where it is not there."""
+    """The data file beside this script; raises UsageError where it is not there."""
     import lzma
 
     try:
         content = json.loads(lzma.decompress(ARCHITECTURES.read_bytes()))
     except (OSError, lzma.LZMAError, ValueError) as error:
-        raise ConversionError(
-            ExitStatus.USAGE, f"{ARCHITECTURES.name} cannot be read ({first_line(error)}); pass --model-class"
-        ) from None
+        raise UsageError(f"{ARCHITECTURES.name} cannot be read ({first_line(error)}); pass --model-class") from None
     names, sizes = content["names"], content["sizes"]
     numbers: dict[str, int] = {}
     patterns: dict[str, list[int]] = {}
@@ -3908,9 +3902,7 @@ def find_weights(content: Any, key: str | None) -> Weights:
     first, *others = found
     names = ", ".join(item.key for item in others[:4])
     if others and first.key.partition(".")[0] not in WEIGHT_KEYS:
-        raise ConversionError(
-            ExitStatus.USAGE, f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key"
-        )
+        raise UsageError(f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key")
     if first.key:
         also = f"; it also has {names} (--checkpoint-key)" if others else ""
         kind = "model" if isinstance(first.content, nn.Module) else "weights"
@@ -3919,7 +3911,7 @@ def find_weights(content: Any, key: str | None) -> Weights:
 
 
 def entry_at(found: Iterable[Weights], key: str, content: Any) -> Weights:
-    """The entry of `found` that --checkpoint-key names; raises ConversionError (USAGE) that lists what there is."""
+    """The entry of `found` that --checkpoint-key names; raises UsageError that lists what there is."""
     for item in found:
         if item.key == key:
             return item
@@ -3928,7 +3920,7 @@ def entry_at(found: Iterable[Weights], key: str, content: Any) -> Weights:
             part = {n.removeprefix(prefix): tensor for n, tensor in item.content.items() if n.startswith(prefix)}
             if part:
                 return Weights(part, key)
-    raise ConversionError(ExitStatus.USAGE, f"--checkpoint-key {key}: no weights there; it has {keys_of(content)}")
+    raise UsageError(f"--checkpoint-key {key}: no weights there; it has {keys_of(content)}")
 
 
 def keys_of(content: Any) -> str:
@@ -3937,20 +3929,19 @@ def keys_of(content: Any) -> str:
 
 
 def resolve_model_class(name: str) -> Callable[..., nn.Module]:
-    """The class or builder function that --model-class names; raises ConversionError (USAGE) with near misses."""
+    """The class or builder function that --model-class names; raises UsageError with near misses."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         load = import_library if belongs(module, ("torchvision", "timm")) else importlib.import_module
         try:
             target = functools.reduce(getattr, attribute.split("."), load(module))
         except (ImportError, AttributeError, ValueError) as error:
-            raise ConversionError(
-                ExitStatus.USAGE,
-                f"--model-class {name}: {first_line(error)}; install its package, or put its folder on PYTHONPATH",
+            raise UsageError(
+                f"--model-class {name}: {first_line(error)}; install its package, or put its folder on PYTHONPATH"
             ) from None
         if not callable(target):
             what = type(target).__name__
-            raise ConversionError(ExitStatus.USAGE, f"--model-class {name}: that is a {what}, not a class")
+            raise UsageError(f"--model-class {name}: that is a {what}, not a class")
     else:
         target = library_model(name)
     own = belongs(getattr(target, "__module__", ""), ("torchvision",))
@@ -3960,7 +3951,7 @@ def resolve_model_class(name: str) -> Callable[..., nn.Module]:
 
 
 def library_model(name: str) -> Callable[..., nn.Module]:
-    """The builder of that name, torchvision's first, or timm's; raises ConversionError (USAGE) with near misses."""
+    """The builder of that name, torchvision's first, or timm's; raises UsageError with near misses."""
     import difflib
 
     own = import_library("torchvision.models")
@@ -3972,10 +3963,9 @@ def library_model(name: str) -> Callable[..., nn.Module]:
     lists = (own.list_models(), timm.list_models())
     near = itertools.chain.from_iterable(difflib.get_close_matches(name.lower(), n, n=3, cutoff=0.4) for n in lists)
     text = ", ".join(dict.fromkeys(near)) or "none"
-    raise ConversionError(
-        ExitStatus.USAGE,
+    raise UsageError(
         f"--model-class {name}: torchvision and timm have no such model (near: {text}); a class of another package is "
-        "written package.module:Class",
+        "written package.module:Class"
     )
 
 
@@ -4092,7 +4082,7 @@ def check_sizes(settings: object, weights: Mapping[str, Tensor]) -> None:
 def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """`weights` under the names of `model`: without wrappers' prefixes and counters, and of a larger model its part.
 
-    The batch counters that PyTorch before 0.4.1 lacked are added. Raises ConversionError (USAGE) where two parts fit.
+    The batch counters that PyTorch before 0.4.1 lacked are added. Raises UsageError where two parts fit.
     """
     import torch
 
@@ -4113,9 +4103,8 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
 def unwrap_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`weights` without counters and without what wrappers put into names; raises ConversionError for FSDP's shards."""
     if any(name.endswith("_flat_param") for name in weights):
-        raise ConversionError(
-            ExitStatus.INPUT,
-            "the weights are FSDP's flattened shards; save a full state dict (StateDictType.FULL_STATE_DICT) instead",
+        raise InputError(
+            "the weights are FSDP's flattened shards; save a full state dict (StateDictType.FULL_STATE_DICT) instead"
         )
     result = {
         WRAPPER_PARTS.sub("", name): tensor
@@ -4140,7 +4129,7 @@ def common_prefix(weights: Collection[str], expected: Collection[str]) -> str:
 def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
     """The prefix of the part that has exactly the class's names, of a checkpoint that holds more than that part.
 
-    Raises ConversionError (USAGE) where several parts do.
+    Raises UsageError where several parts do.
     """
 
     def lasting(names: Iterable[str]) -> set[str]:
@@ -4159,9 +4148,7 @@ def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
             parts.append(prefix)
     if len(parts) > 1:
         names = ", ".join(part.rstrip(".") for part in parts[:8])
-        raise ConversionError(
-            ExitStatus.USAGE, f"the class's weights are there several times; pass --checkpoint-key: {names}"
-        )
+        raise UsageError(f"the class's weights are there several times; pass --checkpoint-key: {names}")
     return parts[0] if parts else ""
 
 
@@ -4244,7 +4231,7 @@ def model_from_weights(
     """The class `name` with `tensors` loaded, every one of them; arguments not `given` are told by `hints` or shapes.
 
     `hints` are the hyper_parameters that Lightning stores: those that the constructor names are tried first. Raises
-    ConversionError (USAGE) that lists what is missing, unexpected or of another shape.
+    UsageError that lists what is missing, unexpected or of another shape.
     """
     build = resolve_model_class(name)
     fitting = {key: hints[key] for key in hints if key not in given and accepts(build, str(key), by_name=True)}
@@ -4271,7 +4258,7 @@ def model_from_weights(
                 return model
     misfit = describe_misfit(first, weights) or refusal
     advice = "pass the class they were saved from, or its arguments with --model-args"
-    raise ConversionError(ExitStatus.USAGE, f"the weights do not fit --model-class {name}: {misfit}; {advice}")
+    raise UsageError(f"the weights do not fit --model-class {name}: {misfit}; {advice}")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
@@ -4296,7 +4283,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 
 def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any], name: str) -> nn.Module:
-    """Build the class; raises ConversionError (USAGE) where its constructor fails."""
+    """Build the class; raises UsageError where its constructor fails."""
     from torch import nn
 
     try:
@@ -4304,15 +4291,12 @@ def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any],
             model = build(**arguments)
     except Exception as error:  # whatever the user's constructor raises
         raise_out_of_memory(error)
-        raise ConversionError(
-            ExitStatus.USAGE,
+        raise UsageError(
             f"--model-class {name}: it cannot be built ({first_line(error)}); "
-            "pass what its constructor needs with --model-args",
+            "pass what its constructor needs with --model-args"
         ) from error
     if not isinstance(model, nn.Module):
-        raise ConversionError(
-            ExitStatus.USAGE, f"--model-class {name}: it made a {type(model).__name__}, not a torch.nn.Module"
-        )
+        raise UsageError(f"--model-class {name}: it made a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
@@ -4828,7 +4812,7 @@ def import_transformers() -> Any:
 
 
 def download(name: str, revision: str | None, options: argparse.Namespace, *, otherwise: str) -> Source:
-    """The folder of a model on the hub, downloaded into the cache; raises ConversionError (INPUT).
+    """The folder of a model on the hub, downloaded into the cache; raises InputError.
 
     `otherwise` is what to do where the hub was not meant.
 
@@ -4860,10 +4844,7 @@ def download(name: str, revision: str | None, options: argparse.Namespace, *, ot
                 folder = snapshot_download(name, cache_dir=options.cache_dir, local_files_only=True, **where)
                 LOG.warn(f"the hub cannot be reached: {name} is what was downloaded before")
                 return detect(Path(folder))
-        raise ConversionError(
-            ExitStatus.INPUT,
-            f"cannot download {name}: {problem or first_line(error)} ({otherwise})",
-        ) from error
+        raise InputError(f"cannot download {name}: {problem or first_line(error)} ({otherwise})") from error
     return detect(Path(folder))
 
 
@@ -5024,7 +5005,7 @@ def part_class(owner: type, key: str, value: Mapping[str, Any]) -> Any:
 
 
 def read_config(folder: Path, weights: Mapping[str, Tensor], options: argparse.Namespace) -> Any:
-    """The configuration as transformers has it, whose sizes may be those of `weights`; raises ConversionError (INPUT).
+    """The configuration as transformers has it, whose sizes may be those of `weights`; raises InputError.
 
     What the configuration's class does not know, and does not describe a network, is taken out of config.json.
     """
@@ -5077,7 +5058,7 @@ def choose_task(
 ) -> tuple[str, Any]:
     """The task and the class for it: --task, what an adapter was trained for, or what config.json's class is for.
 
-    Raises ConversionError (USAGE) that lists the tasks that fit.
+    Raises UsageError that lists the tasks that fit.
     """
     from optimum.exporters.tasks import TasksManager
 
@@ -5100,9 +5081,7 @@ def choose_task(
         LOG.info(f"task: {task}, told by {why} (--task overrides)")
     if task not in fitting:
         fits = ", ".join(fitting) or "none"
-        raise ConversionError(
-            ExitStatus.USAGE, f"--task {task} does not fit a model of type {config.model_type}; it can do: {fits}"
-        )
+        raise UsageError(f"--task {task} does not fit a model of type {config.model_type}; it can do: {fits}")
     return task, fitting[task]
 
 
@@ -5117,7 +5096,7 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
 ) -> FolderModel:
     """The model with every weight that it needs, and with its `adapter`'s, in the dtype of --dtype.
 
-    Raises ConversionError (INPUT) where one lacks or has another shape.
+    Raises InputError where one lacks or has another shape.
     """
     import torch
 
@@ -5141,14 +5120,14 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     for name in sorted(resized.keys() - own.keys()):
         stored, wanted = resized[name]
         sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
-        raise ConversionError(ExitStatus.INPUT, f"{options.input}: {sizes}; they do not belong together")
+        raise InputError(f"{options.input}: {sizes}; they do not belong together")
     unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
     missing = sorted(told["missing_keys"] - own.keys())
     needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
     if needed:
         what = f"{options.input} lacks weights that {cls.__name__} needs for {task}: {and_more(needed, 3)}"
         advice = "pass the --task that it was trained for, or the complete checkpoint"
-        raise ConversionError(ExitStatus.INPUT, f"{what}; {advice}")
+        raise InputError(f"{what}; {advice}")
     if adapter:
         merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
     if extra := sorted(told["unexpected_keys"]):
@@ -5169,11 +5148,10 @@ def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
                 file = file.resolve()
             content = state_dict_of(load(detect_file(file), trust=trust).content)
             if content is None:
-                raise ConversionError(ExitStatus.INPUT, f"{name} does not hold a state dict; save the model again")
+                raise InputError(f"{name} does not hold a state dict; save the model again")
             return content
-    raise ConversionError(
-        ExitStatus.INPUT,
-        f"its weights are incomplete: none of {', '.join(WEIGHT_FILES)} is there; copy or download the whole folder",
+    raise InputError(
+        f"its weights are incomplete: none of {', '.join(WEIGHT_FILES)} is there; copy or download the whole folder"
     )
 
 
@@ -5206,7 +5184,7 @@ def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
     """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
 
     transformers 5.23's own class for it refuses what timm 1.0.31 writes (num_classes among the model_args, too). Raises
-    ConversionError (INPUT) for an architecture that timm does not know, and weights that do not fit it.
+    InputError for an architecture that timm does not know, and weights that do not fit it.
     """
     import torch
 
@@ -5228,16 +5206,13 @@ def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
             model = timm.create_model(name, pretrained=False, pretrained_cfg=config, checkpoint_path="", **arguments)
     if len(preprocessing(model, None).size or ()) != 3 or not isinstance(getattr(model, "num_classes", None), int):
         what = "needs an input_size and no features_only to be an image model"
-        raise ConversionError(ExitStatus.INPUT, f"{options.input}: config.json {what}; repair it")
+        raise InputError(f"{options.input}: config.json {what}; repair it")
     model = (
         model.eval().requires_grad_(requires_grad=False).to(options.device, getattr(torch, DTYPE_NAMES[options.dtype]))
     )
     if refusal := load_weights(model, store_all(weights, options)):
         misfit = describe_misfit(model, weights) or refusal
-        raise ConversionError(
-            ExitStatus.INPUT,
-            f"{options.input}: its weights do not fit {name} of config.json: {misfit}; copy both again",
-        )
+        raise InputError(f"{options.input}: its weights do not fit {name} of config.json: {misfit}; copy both again")
     return model
 
 
@@ -5351,10 +5326,10 @@ def read_adapter(folder: VettedFolder, options: argparse.Namespace) -> Adapter |
 
 
 def check_no_base(options: argparse.Namespace) -> None:
-    """Raise ConversionError (USAGE) for --base with what is no adapter."""
+    """Raise UsageError for --base with what is no adapter."""
     if options.base:
         what = f"--base {options.base}: {options.input} is no adapter, which alone has a base"
-        raise ConversionError(ExitStatus.USAGE, f"{what}; leave --base out")
+        raise UsageError(f"{what}; leave --base out")
 
 
 def adapter_tensors(folder: Path, options: argparse.Namespace) -> dict[str, Tensor]:
@@ -5371,7 +5346,7 @@ def base_folder(folder: Path, settings: Settings, options: argparse.Namespace) -
     """The folder of the model that an adapter belongs to: what --base names, else one inside the adapter's own folder.
 
     A file is never followed to another place, on this machine or on the hub. Raises DamagedFileError, or
-    ConversionError (INPUT), that says how to supply it.
+    InputError, that says how to supply it.
     """
     recorded = settings.name("base_model_name_or_path") or "."
     base = named_base(options.base, recorded, settings, options) if options.base else inner_base(folder, recorded)
@@ -5401,7 +5376,7 @@ def named_base(name: str, recorded: str, settings: Settings, options: argparse.N
         admit(base)
         return base.resolve()
     if not HUB_NAME.fullmatch(name):
-        raise ConversionError(ExitStatus.USAGE, f"--base {name}: there is no such folder, nor can the hub have it")
+        raise UsageError(f"--base {name}: there is no such folder, nor can the hub have it")
     revision = settings.name("revision") if name == recorded else None
     if revision is not None and not REVISION.fullmatch(revision):
         raise settings.misfit("revision", "a branch, tag or commit")
@@ -5446,7 +5421,7 @@ def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
 def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
     """Replace the tensors of `model` that the adapter brings whole, and merge LoRA's products into its layers.
 
-    `lost` are those that the base's files do not have in their sizes. Raises ConversionError (INPUT) for a tensor that
+    `lost` are those that the base's files do not have in their sizes. Raises InputError for a tensor that
     has no place, and where another is tied to a lost one.
     """
     import torch
@@ -5454,7 +5429,7 @@ def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
     def misfit(what: str) -> ConversionError:
         advice = "pass the --task that it was trained for, or its true base with --base"
         where = f"{adapter.folder}: the adapter does not fit {type(model).__name__} of {adapter.base}"
-        return ConversionError(ExitStatus.INPUT, f"{where}: {shorten(what, 300)}; {advice}")
+        return InputError(f"{where}: {shorten(what, 300)}; {advice}")
 
     expected, own = model.state_dict(keep_vars=True), {}
     for name, tensor in adapter.own.items():
@@ -5708,13 +5683,10 @@ def input_guesses(model: nn.Module, loaded: Loaded, known: Preprocessing) -> Ite
     if loaded.examples:
         yield Guess(list(loaded.examples), "the inputs recorded in the file")
         return
-    yield from (guess for guess in told_guesses(model, known) if guess_bytes(guess) <= MAX_EXAMPLE_BYTES)
+    for guess in told_guesses(model, known):
+        if 4 * sum(math.prod(shape.dims) for shape in guess.shapes) <= MAX_EXAMPLE_BYTES:
+            yield guess
     yield Guess([InputShape((1, 3, 224, 224))], "no layer of the model, so it is the default")
-
-
-def guess_bytes(guess: Guess) -> int:
-    """Bytes of the inputs of these shapes, of 4 bytes a number."""
-    return 4 * sum(math.prod(shape.dims) for shape in guess.shapes)
 
 
 def told_guesses(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
@@ -5756,7 +5728,7 @@ def free_axes(
 ) -> list[InputSpec]:
     """Mark the batch and --dynamic-axes as free, or the axes that an exported program leaves free.
 
-    Axes of one name have one size, in every input. Raises ConversionError (USAGE) for an axis that is not there.
+    Axes of one name have one size, in every input. Raises UsageError for an axis that is not there.
     """
     wanted = list(itertools.chain.from_iterable(options.dynamic_axes or ()))
     for axis in wanted:
@@ -5777,18 +5749,14 @@ def free_axes(
 
 
 def check_axis(wanted: DynamicAxis, specs: Sequence[InputSpec]) -> None:
-    """Raise ConversionError (USAGE) where no input has the axis."""
+    """Raise UsageError where no input has the axis."""
     if wanted.input_name is not None and wanted.input_name not in {spec.name for spec in specs}:
         names = ", ".join(spec.name for spec in specs)
-        raise ConversionError(
-            ExitStatus.USAGE, f"--dynamic-axes: there is no input {wanted.input_name}; there is {names}"
-        )
+        raise UsageError(f"--dynamic-axes: there is no input {wanted.input_name}; there is {names}")
     for spec in specs:
         if wanted.input_name in (None, spec.name) and wanted.axis >= len(spec.dims):
             shape = shape_text(spec.dims)
-            raise ConversionError(
-                ExitStatus.USAGE, f"--dynamic-axes: {spec.name} is {shape} and has no axis {wanted.axis}"
-            )
+            raise UsageError(f"--dynamic-axes: {spec.name} is {shape} and has no axis {wanted.axis}")
 
 
 def axis_name(spec: InputSpec, axis: int) -> str:
@@ -6073,15 +6041,14 @@ def check_finite(case: Case) -> None:
 def propose_inputs(
     model: nn.Module, loaded: Loaded, known: Preprocessing, options: argparse.Namespace
 ) -> Iterator[Guess]:
-    """The user's shapes, or what the model tells; raises ConversionError (USAGE) where the number cannot be right."""
+    """The user's shapes, or what the model tells; raises UsageError where the number cannot be right."""
     names, required = forward_parameters(model)
     if options.input_shape:
         count, most = len(options.input_shape), len(names) or len(options.input_shape)
         if not required <= count <= most:
             wanted = ", ".join(names[:required]) or "none"
-            raise ConversionError(
-                ExitStatus.USAGE,
-                f"--input-shape gives {count} shape{'s' * (count != 1)}, the model needs {required} ({wanted})",
+            raise UsageError(
+                f"--input-shape gives {count} shape{'s' * (count != 1)}, the model needs {required} ({wanted})"
             )
         recurrent = next(iter(input_guesses(model, loaded, known))).batch_axis
         batch_axis = recurrent if len(options.input_shape[0].dims) > recurrent else 0
@@ -6092,9 +6059,8 @@ def propose_inputs(
         return
     if required > 1 and len(loaded.examples) < required:
         example = " ".join(f"{name}:1,..." for name in names[:required])
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"the model takes {required} inputs ({', '.join(names[:required])}); pass --input-shape {example}",
+        raise UsageError(
+            f"the model takes {required} inputs ({', '.join(names[:required])}); pass --input-shape {example}"
         )
     yield from input_guesses(model, loaded, known)
 
@@ -6120,14 +6086,12 @@ def settle_inputs(
     shapes = " ".join(map(str, options.input_shape or ())) or "any shape tried"
     cause = failure.__cause__ if failure else None
     if isinstance(cause, AttributeError):
-        raise ConversionError(
-            ExitStatus.INPUT,
+        raise InputError(
             f"the model cannot run: {failure}; was it saved with another version of its library? "
-            "Install that version, or save a state dict",
+            "Install that version, or save a state dict"
         ) from cause
-    raise ConversionError(
-        ExitStatus.USAGE,
-        f"the model does not accept {shapes}: {failure}; pass the right --input-shape, e.g. 1,3,224,224",
+    raise UsageError(
+        f"the model does not accept {shapes}: {failure}; pass the right --input-shape, e.g. 1,3,224,224"
     ) from cause
 
 
@@ -6178,9 +6142,7 @@ def make_plan(model: nn.Module, loaded: Loaded, known: Preprocessing, options: a
             )
             return make_plan(model, loaded, known, fixed_batch(options, reference.specs))
         if case is None:
-            raise ConversionError(
-                ExitStatus.USAGE, f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static"
-            )
+            raise UsageError(f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static")
         cases.append(case)
     check_outputs(given)
     for case in cases:
@@ -6212,15 +6174,12 @@ def accepted_case(
 
 
 def accepted_size(reference: Reference, base: Mapping[str, int], name: str, tries: Iterable[int], given: Case) -> int:
-    """The first of `tries` that the model accepts for the axis `name`; raises ConversionError (USAGE) for none."""
+    """The first of `tries` that the model accepts for the axis `name`; raises UsageError for none."""
     for size in tries:
         if accepted_case(reference, {**base, name: size}, (base.get(BATCH, 1),), 0, given) is not None:
             return size
     if any(size > base[name] for size in tries):
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"--dynamic-axes: the model accepts no other {name} than {base[name]}; leave that axis out",
-        )
+        raise UsageError(f"--dynamic-axes: the model accepts no other {name} than {base[name]}; leave that axis out")
     return base[name]
 
 
@@ -6387,7 +6346,7 @@ def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
 def config_number(config: Any, names: str, otherwise: int, high: int) -> int:
     """The first of the attributes `names` of a configuration that is set, a whole number from 1 to `high`.
 
-    Raises ConversionError (INPUT) for one of another kind.
+    Raises InputError for one of another kind.
     """
     name = next((name for name in names.split() if getattr(config, name, None)), None)
     value = getattr(config, name) if name else otherwise
@@ -6534,7 +6493,7 @@ def module_folder(module: Settings) -> str:
 def sentence_steps(folder: VettedFolder, *, trust: bool) -> list[SentenceStep]:
     """What a sentence-transformers folder does with the states: functions of states, mask and the vector so far.
 
-    Raises ConversionError (INPUT) for a module that is not known. Without modules.json the mean, as
+    Raises InputError for a module that is not known. Without modules.json the mean, as
     sentence-transformers itself does.
     """
     import torch
@@ -7939,7 +7898,8 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
     whole = plan
     if plan.step is not None:
-        plan = plan_of_step(plan.step, plan)
+        module, specs, traced, outputs = plan.step
+        plan = plan._replace(model=module, specs=specs, traced=traced, outputs=outputs, cases=[], step=None)
     flat = flat_module(plan.model, [spec.name for spec in plan.specs])
     if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
@@ -7966,13 +7926,6 @@ def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     if whole.step is not None:
         repeat_for_tokens(model, plan, whole)
     return model, fixed_by_tracing(caught)
-
-
-def plan_of_step(step: TokenStep, plan: Plan) -> Plan:
-    """The plan to export the work on one token."""
-    return plan._replace(
-        model=step.module, specs=step.specs, traced=step.traced, outputs=step.outputs, cases=[], step=None
-    )
 
 
 def repeat_for_tokens(model: ir.Model, single: Plan, whole: Plan) -> None:
@@ -8933,9 +8886,8 @@ def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse
         LOG.warn("--no-verify: nothing proves that the exported model computes the same")
     rungs = plan_rungs(options.exporter, options.opset)
     if not rungs:
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"--exporter dynamo writes opset {DYNAMO_MIN_OPSET} and up; pass such an --opset, or another --exporter",
+        raise UsageError(
+            f"--exporter dynamo writes opset {DYNAMO_MIN_OPSET} and up; pass such an --opset, or another --exporter"
         )
 
     def attempt(rung: Rung) -> Result:
@@ -9164,10 +9116,7 @@ def convert_pytorch_model(loaded: Loaded, options: argparse.Namespace, metadata:
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
     if not isinstance(model, torch.nn.Module):
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"{options.input} holds {loaded.what}, not a model; pass --mode state_dict and --model-class",
-        )
+        raise UsageError(f"{options.input} holds {loaded.what}, not a model; pass --mode state_dict and --model-class")
     store_parameters(model, options)
     return convert_module(model, loaded, options, metadata)
 
@@ -9187,11 +9136,9 @@ def convert_state_dict_model(
 
 
 def check_weights(tensors: Iterable[Tensor], path: Path) -> None:
-    """Raise ConversionError (INPUT) where `tensors` have sizes only."""
+    """Raise InputError where `tensors` have sizes only."""
     if any(tensor.is_meta for tensor in tensors):
-        raise ConversionError(
-            ExitStatus.INPUT, f"{path} holds no weights, only sizes (the meta device); save it again with its weights"
-        )
+        raise InputError(f"{path} holds no weights, only sizes (the meta device); save it again with its weights")
 
 
 def recognised_class(
@@ -9199,7 +9146,7 @@ def recognised_class(
 ) -> argparse.Namespace:
     """The same options with the class that the `weights` in the checkpoint `content` tell.
 
-    Raises ConversionError (USAGE) unless there is exactly one.
+    Raises UsageError unless there is exactly one.
     """
     recognition = choose_recorded(recognise({name: tuple(tensor.shape) for name, tensor in weights.items()}), content)
     if len(recognition.candidates) == 1:
@@ -9208,10 +9155,9 @@ def recognised_class(
         told = {"model_class": recognition.candidates[0][0], "model_args": arguments}
         return argparse.Namespace(**{**vars(options), **told})
     some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in list(weights)[:2])
-    raise ConversionError(
-        ExitStatus.USAGE,
+    raise UsageError(
         f"{options.input} holds weights only ({len(weights)} tensors: {some}, ...); {recognition.explanation}; pass "
-        "--model-class with their class: a torchvision or timm name, or package.module:Class",
+        "--model-class with their class: a torchvision or timm name, or package.module:Class"
     )
 
 
@@ -9230,7 +9176,7 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
     check_side_files(folder, options)
     if is_timm(inner.settings("config.json").content):
         if adapter:
-            raise ConversionError(ExitStatus.INPUT, f"{source.path}: the adapter's base is a model of timm; {MERGE_IT}")
+            raise InputError(f"{source.path}: the adapter's base is a model of timm; {MERGE_IT}")
         return convert_timm_folder(folder, {"mode": "huggingface", "source_sha256": digest.result()}, options)
     found = load_folder_model(outer, folder, adapter, options)
     LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {found.task}: {source.why}")
@@ -9285,9 +9231,7 @@ def convert_timm_folder(folder: Path, metadata: Mapping[str, str], options: argp
         model: Any = timm_model(folder, options)
     own = "image-classification" if model.num_classes else "feature-extraction"
     if options.task not in (None, own):
-        raise ConversionError(
-            ExitStatus.USAGE, f"--task {options.task} does not fit this model of timm; it can do: {own}"
-        )
+        raise UsageError(f"--task {options.task} does not fit this model of timm; it can do: {own}")
     LOG.info(f"mode: huggingface; {options.input.name} holds {type(model).__name__} of timm for {own}")
     check_room(model, options)
     with LOG.step("reference: PyTorch's answers"), wall():
@@ -9303,35 +9247,28 @@ def convert_timm_folder(folder: Path, metadata: Mapping[str, str], options: argp
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise ConversionError (USAGE) for options of the other modes."""
+    """Raise UsageError for options of the other modes."""
     if options.mode not in ("auto", "huggingface"):
-        raise ConversionError(
-            ExitStatus.USAGE, f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files"
-        )
+        raise UsageError(f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files")
     if options.dtype == "bf16" and options.device == "cpu" and not options.no_verify:
-        raise ConversionError(
-            ExitStatus.USAGE,
+        raise UsageError(
             "--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass --dtype fp16, or "
-            "--no-verify for a graph without proof",
+            "--no-verify for a graph without proof"
         )
     for name in ("model_class", "checkpoint_key", "input_shape", "dynamic_axes", "model_args", "allow_class"):
         if getattr(options, name):
             flag = name.replace("_", "-")
-            raise ConversionError(
-                ExitStatus.USAGE, f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out"
-            )
+            raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out")
 
 
 def check_pair_options(options: argparse.Namespace) -> None:
-    """Raise ConversionError (USAGE) for options that an encoder and its decoder cannot have."""
+    """Raise UsageError for options that an encoder and its decoder cannot have."""
     if options.output.name != "model.onnx":
-        raise ConversionError(
-            ExitStatus.USAGE, f"-o {options.output}: this model becomes an encoder and a decoder; name a directory"
-        )
+        raise UsageError(f"-o {options.output}: this model becomes an encoder and a decoder; name a directory")
     for flag, given in (("--static", options.static), ("--no-cache", options.no_cache)):
         if given:
             what = f"{flag}: this model becomes an encoder and a decoder, whose cache grows"
-            raise ConversionError(ExitStatus.USAGE, f"{what}; leave {flag} out")
+            raise UsageError(f"{what}; leave {flag} out")
 
 
 def vet_inner_folder(outer: VettedFolder, adapter: Adapter | None, *, trust: bool) -> VettedFolder:
@@ -9347,11 +9284,11 @@ def vet_inner_folder(outer: VettedFolder, adapter: Adapter | None, *, trust: boo
 
 
 def check_folder(vetted: VettedFolder) -> None:
-    """Raise ConversionError (INPUT) for what is missing or of a wrong type, before anything heavy is imported."""
+    """Raise InputError for what is missing or of a wrong type, before anything heavy is imported."""
     folder = vetted.path
     names = sorted(entry.name for entry in folder.iterdir())
     if "config.json" not in vetted.files:
-        raise ConversionError(ExitStatus.INPUT, f"{folder} holds no config.json; copy or download the whole folder")
+        raise InputError(f"{folder} holds no config.json; copy or download the whole folder")
     with naming(folder):
         settings = vetted.settings("config.json")
         settings.names("architectures")
@@ -9362,20 +9299,18 @@ def check_folder(vetted: VettedFolder) -> None:
         what = "has no model_type; pass the weights' file and --model-class"
         if "_diffusers_version" in config:
             what = "is that of a model of diffusers; pass the model as torch.export.save writes it"
-        raise ConversionError(ExitStatus.INPUT, f"{folder}/config.json {what}")
+        raise InputError(f"{folder}/config.json {what}")
     weights = [name for name in names if SAFETENSORS_FILE.fullmatch(name)]
     if not weights and not any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
         foreign = [name for name in names if name.endswith(FOREIGN_FILES)]
         there = f" (there is {', '.join(foreign[:3])}, which PyTorch does not read)" if foreign else ""
-        raise ConversionError(
-            ExitStatus.INPUT,
-            f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them",
+        raise InputError(
+            f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them"
         )
     if not any(name in names for name in WEIGHT_FILES):
-        raise ConversionError(
-            ExitStatus.INPUT,
+        raise InputError(
             f"{folder} has weights, but neither one file of all nor the index of its shards "
-            f"({', '.join(WEIGHT_FILES)}); copy or download it too",
+            f"({', '.join(WEIGHT_FILES)}); copy or download it too"
         )
     for name in weights:
         detect_file(folder / name)  # says what it is that is none: a pointer of Git LFS, an HTML page
@@ -9510,7 +9445,7 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def check_side_files(folder: Path, options: argparse.Namespace) -> None:
-    """Before the work begins: would files of another model be replaced? Raises ConversionError (USAGE).
+    """Before the work begins: would files of another model be replaced? Raises UsageError.
 
     Those that an earlier conversion left beside its graph, which is replaced too, may be, unless weights are there.
     """
@@ -9524,9 +9459,7 @@ def check_side_files(folder: Path, options: argparse.Namespace) -> None:
     graphs = [options.output, options.output.with_name("encoder_model.onnx")]
     if any((options.folder / name).exists() for name in WEIGHT_FILES) or not any(map(is_our_graph, graphs)):
         what = f"{names} with other content would be replaced there"
-        raise ConversionError(
-            ExitStatus.USAGE, f"-o {options.folder}: {what}; choose another directory, or remove what is not needed"
-        )
+        raise UsageError(f"-o {options.folder}: {what}; choose another directory, or remove what is not needed")
     LOG.warn(f"{names} of an earlier conversion in {options.folder} will be replaced")
 
 
@@ -9581,7 +9514,7 @@ def has_own_code(options: argparse.Namespace) -> bool:
 
 
 def stored_plan(model: nn.Module, loaded: Loaded, options: argparse.Namespace) -> tuple[dict[str, Any], Plan]:
-    """What the library tells about the images, and the plan; raises ConversionError (INPUT) where the model is broken.
+    """What the library tells about the images, and the plan; raises InputError where the model is broken.
 
     Its attributes may be anything: they come from a file.
     """
@@ -9595,7 +9528,7 @@ def stored_plan(model: nn.Module, loaded: Loaded, options: argparse.Namespace) -
         raise_out_of_memory(error)
         what = f"{options.input}: the attributes of the model in it are not what {type(model).__name__} needs"
         advice = "save it again, or its state dict"
-        raise ConversionError(ExitStatus.INPUT, f"{what} ({first_line(error)}); {advice}") from error
+        raise InputError(f"{what} ({first_line(error)}); {advice}") from error
 
 
 def take_out(loaded: Loaded, options: argparse.Namespace) -> Loaded:
@@ -9613,15 +9546,10 @@ def choose_mode(source: Source, loaded: Loaded, options: argparse.Namespace) -> 
     """The mode that takes what was loaded, told with the reason; raises ConversionError where --mode contradicts it."""
     natural = "state_dict" if isinstance(loaded.content, Mapping) else "pytorch"
     if options.mode not in ("auto", natural):
-        raise ConversionError(
-            ExitStatus.USAGE,
-            f"--mode {options.mode}: {source.path} holds {loaded.what}; pass --mode {natural}, or none",
-        )
+        raise UsageError(f"--mode {options.mode}: {source.path} holds {loaded.what}; pass --mode {natural}, or none")
     if natural == "pytorch" and (options.model_class or (options.checkpoint_key and not loaded.around)):
         unused = "--model-class" if options.model_class else "--checkpoint-key"
-        raise ConversionError(
-            ExitStatus.USAGE, f"{unused} is for weights, but {source.path} holds {loaded.what}: leave it out"
-        )
+        raise UsageError(f"{unused} is for weights, but {source.path} holds {loaded.what}: leave it out")
     LOG.info(f"mode: {natural}; {source.path.name} holds {loaded.what}: {source.why}")
     return natural
 
@@ -9647,7 +9575,7 @@ def file_digest(path: Path) -> str:
 
 
 def check_records(path: Path) -> None:
-    """Compare the stored records of an archive with their CRC-32; raises ConversionError (INPUT).
+    """Compare the stored records of an archive with their CRC-32; raises InputError.
 
     A zero means that none was computed (torch.serialization.set_crc32_options).
     """
@@ -9660,7 +9588,7 @@ def check_records(path: Path) -> None:
                             pass
     except Exception as error:  # zipfile raises a dozen kinds: offsets before the file, flags of encryption
         message = f"{path} is damaged ({first_line(error)}); copy or download it again"
-        raise ConversionError(ExitStatus.INPUT, message) from None
+        raise InputError(message) from None
 
 
 def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
@@ -10126,7 +10054,7 @@ def as_conversion_error(error: BaseException) -> ConversionError | None:
         return ConversionError(ExitStatus.RESOURCES, message)
     if isinstance(error, OSError) and error.errno in BAD_PATH:
         message = f"cannot use {error.filename}: {error.strerror} (uid {os.getuid()}); check -i and -o"
-        return ConversionError(ExitStatus.USAGE, message)
+        return UsageError(message)
     return None
 
 
@@ -10225,8 +10153,8 @@ def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
     crashed = f"a library crashed ({name}); run again with --verbose, and try another --exporter"
     known = {
         signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
-        signal.SIGBUS: ConversionError(ExitStatus.INPUT, changed),  # what a mapped file does that has lost its end
-        signal.SIGALRM: ConversionError(ExitStatus.INPUT, endless),  # time_limit
+        signal.SIGBUS: InputError(changed),  # what a mapped file does that has lost its end
+        signal.SIGALRM: InputError(endless),  # time_limit
     }
     return known.get(signal.Signals(number)) or ConversionError(ExitStatus.BUG, crashed)
 
@@ -10265,7 +10193,7 @@ def conclude(code: int, report: Mapping[str, Any] | None, options: argparse.Name
         return report_failure(worker_error(-code, options), 1, as_json=options.json)
     if code == ExitStatus.OK and not options.inspect:
         what = f"{options.output.parent} was removed while the model was converted; run it again"
-        return report_failure(ConversionError(ExitStatus.USAGE, what), 1, as_json=options.json)
+        return report_failure(UsageError(what), 1, as_json=options.json)
     return code
 
 
