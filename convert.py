@@ -3441,7 +3441,7 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
         vet_torchscript(source.path)
     try:
         size = source.path.stat().st_size
-        limits = time_limit(CODE_SECONDS + size / BYTES_PER_SECOND), memory_bound(RUN_BYTES + 3 * size)
+        limits = time_limit(RUN_SECONDS + size / BYTES_PER_SECOND), memory_bound(RUN_BYTES + 3 * size)
         with open_input(source.path) as file, limits[0], limits[1]:
             module = torch.jit.load(file, map_location="cpu")
     except Exception as error:  # the compiler of TorchScript raises whatever its C++ code does
@@ -10142,7 +10142,7 @@ def run_worker(arguments: Sequence[str], run: str) -> int:
 
 def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
     """What it means that signal `number` ended the worker before anything was written."""
-    name = signal.Signals(number).name
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     if number in STOP_SIGNALS:
         return ConversionError(128 + number, f"interrupted by {name}: nothing was written; run it again")
     killed = f"killed, most likely for using too much memory; {memory_limit()}: give it more"
@@ -10151,12 +10151,12 @@ def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
     patience = f"if it is only slow, pass --run-timeout {10 * (options.run_timeout or 6):g}"
     endless = f"{options.input}: running the model took longer than {limit}; {patience}"
     crashed = f"a library crashed ({name}); run again with --verbose, and try another --exporter"
-    known = {
+    known: dict[int, ConversionError] = {
         signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
         signal.SIGBUS: InputError(changed),  # what a mapped file does that has lost its end
         signal.SIGALRM: InputError(endless),  # time_limit
     }
-    return known.get(signal.Signals(number)) or ConversionError(ExitStatus.BUG, crashed)
+    return known.get(number) or ConversionError(ExitStatus.BUG, crashed)
 
 
 def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
