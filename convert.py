@@ -629,7 +629,7 @@ def is_snapshot(folder: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# opening: the one way to the input's files, and the wall around everything else
+# opening: the one way to the input's files, the wall around everything else, and what running it may take
 #
 # Takes paths, gives open files. A file of the input lies, resolved, in what the user named, is a regular file and the
 # same one each time that it is opened. While the input is loaded and a model is built from it, nothing else is opened,
@@ -695,7 +695,7 @@ OUTSIDE_EVENTS = (
 # ... and this is, unless all its paths (as many first arguments) lie in a folder that we work in.
 CHANGING_EVENTS = {
     "os.mkdir": 1, "os.rmdir": 1, "os.remove": 1, "os.truncate": 1, "os.chmod": 1, "os.chown": 1, "os.utime": 1,
-    "os.setxattr": 1, "os.removexattr": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "ctypes.dlopen": 1,
+    "os.setxattr": 1, "os.removexattr": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2,
 }  # fmt: skip
 HARMLESS_EVENTS = ("socket.gethostname",)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -713,7 +713,7 @@ class Wall:
     """
 
     def __init__(self) -> None:
-        self.is_up, self.installed, self.bytecode = False, False, sys.dont_write_bytecode
+        self.is_up, self.installed = False, False
         self.workplaces: tuple[Path, ...] = ()
 
     @contextlib.contextmanager
@@ -742,8 +742,9 @@ class Wall:
             path, _, flags = arguments
             written = isinstance(flags, int) and flags & WRITING
             return not isinstance(path, (str, bytes)) or (self.is_ours(path) if written else self.is_readable(path))
-        if event == "ctypes.dlopen" and (arguments[0] is None or os.sep not in str(arguments[0])):
-            return True  # a library that the loader finds by its name
+        if event == "ctypes.dlopen":  # a library that the loader finds by its name, or one of a package
+            name = str(arguments[0])
+            return os.sep not in name or os.path.abspath(name).startswith(library_places())  # noqa: PTH100
         if event in CHANGING_EVENTS:
             return all(self.is_ours(path, links=False) for path in arguments[: CHANGING_EVENTS[event]])
         return not event.startswith(OUTSIDE_EVENTS)
