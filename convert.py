@@ -2011,7 +2011,9 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             raise DamagedFileError(f"the state of a {qualified_name(type(target))} is damaged")
         kept = {key: plain(value) for key, value in state.items() if keeps_attribute(type(target), key, value)}
         self.left_out |= dict.fromkeys(
-            f"{key} of {type(target).__name__}" for key in state if key not in kept and state[key] is not None
+            f"{key} of {type(target).__name__}"
+            for key in state
+            if key not in kept and state[key] is not None and not LOADING_MARKS.fullmatch(key)
         )
         check_attributes(target, kept, self.settled)
         return kept
@@ -2107,17 +2109,24 @@ InertUnpickler.dispatch.update(
 Unpickler = Callable[[Any, int, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, size, read_storage)
 
 
+MODEL_MODULES = ("transformers.models", "transformers.backbone_utils")
+# Marks of transformers' loading and of models on several devices, which no answer depends on.
+LOADING_MARKS = re.compile(r"_is_hf_initialized|_output_capturing_hooks_installed|_original_object_hash|\w*_plan")
+
+
 @functools.cache
 def assigned_names(cls: type) -> frozenset[str]:
     """The attributes that methods of `cls` and its bases assign to self, read off their bytecode, and annotations.
 
-    Private ones count where a constructor assigns them: others are switches that later calls set.
+    What the library's own bases assign, and private ones, count where a constructor does it: the others are switches
+    that later calls set.
     """
     import dis
 
     names: set[str] = set()
     for base in cls.__mro__:
-        names.update(vars(base).get("__annotations__", ()))
+        is_model = not belongs(base.__module__, ("transformers",)) or belongs(base.__module__, MODEL_MODULES)
+        names.update(vars(base).get("__annotations__", ()) if is_model else ())
         for method, function in vars(base).items():
             code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
             constructs = method in ("__init__", "__post_init__", "post_init")
@@ -2126,7 +2135,7 @@ def assigned_names(cls: type) -> frozenset[str]:
                 after.argval
                 for before, after in itertools.pairwise(steps)
                 if after.opname == "STORE_ATTR" and before.argval == code.co_varnames[0]
-                if constructs or not after.argval.startswith("_")
+                if constructs or (is_model and not after.argval.startswith("_"))
             )
     return frozenset(names)
 
@@ -2139,7 +2148,7 @@ def keeps_attribute(cls: type, name: str, value: object) -> bool:
     """
     bases = {qualified_name(base) for base in cls.__mro__}
     if "transformers.modeling_utils.PreTrainedModel" in bases:
-        return name in assigned_names(cls)
+        return name in assigned_names(cls) and not (value and ACTING_ATTRIBUTES.fullmatch(name))
     if bases.isdisjoint(CONFIG_CLASSES) or name.startswith("__") or callable(value):
         return True  # check_attributes has the rest
     verdict = config_attribute(cls, name, value)
