@@ -2116,27 +2116,30 @@ LOADING_MARKS = re.compile(r"_is_hf_initialized|_output_capturing_hooks_installe
 
 @functools.cache
 def assigned_names(cls: type) -> frozenset[str]:
-    """The attributes that methods of `cls` and its bases assign to self, read off their bytecode, and annotations.
+    """The attributes that methods of `cls` and its bases assign to self, and annotate."""
+    return frozenset(itertools.chain.from_iterable(map(names_assigned_in, cls.__mro__)))
+
+
+@functools.cache
+def names_assigned_in(cls: type) -> frozenset[str]:
+    """The attributes that the methods of this very class assign to self, read off their bytecode, and annotations.
 
     What the library's own bases assign, and private ones, count where a constructor does it: the others are switches
     that later calls set.
     """
     import dis
 
-    names: set[str] = set()
-    for base in cls.__mro__:
-        is_model = not belongs(base.__module__, ("transformers",)) or belongs(base.__module__, MODEL_MODULES)
-        names.update(vars(base).get("__annotations__", ()) if is_model else ())
-        for method, function in vars(base).items():
-            code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
-            constructs = method in ("__init__", "__post_init__", "post_init")
-            steps = list(dis.get_instructions(code)) if code else []
-            names.update(
-                after.argval
-                for before, after in itertools.pairwise(steps)
-                if after.opname == "STORE_ATTR" and before.argval == code.co_varnames[0]
-                if constructs or (is_model and not after.argval.startswith("_"))
-            )
+    is_model = not belongs(cls.__module__, ("transformers",)) or belongs(cls.__module__, MODEL_MODULES)
+    names = set(vars(cls).get("__annotations__", ()) if is_model else ())
+    for method, function in vars(cls).items():
+        code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
+        constructs = method in ("__init__", "__post_init__", "post_init")
+        for before, after in itertools.pairwise(dis.get_instructions(code) if code else ()):
+            loaded = (
+                before.argval[-1:] if isinstance(before.argval, tuple) else (before.argval,)
+            )  # from 3.13 on, a pair
+            if after.opname == "STORE_ATTR" and code.co_varnames[:1] == loaded:
+                names.update({after.argval} if constructs or (is_model and after.argval[0] != "_") else ())
     return frozenset(names)
 
 
