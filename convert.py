@@ -109,7 +109,7 @@ EXIT_CODES = """exit codes:
   5  no exporter could express the model
   6  the exported model failed the checker or differs from PyTorch
   7  out of memory, disk or device
-  130/143  interrupted by Ctrl-C / SIGTERM before anything was written: what was there is as it was"""
+  130/143  interrupted by Ctrl-C / SIGTERM (129: SIGHUP) before anything was written: what was there is as it was"""
 
 
 class ConversionError(Exception):
@@ -629,7 +629,7 @@ def is_snapshot(folder: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# opening: the one way to the input's files, and the wall around everything else
+# opening: the one way to the input's files, the wall around everything else, and what running it may take
 #
 # Takes paths, gives open files. A file of the input lies, resolved, in what the user named, is a regular file and the
 # same one each time that it is opened. While the input is loaded and a model is built from it, nothing else is opened,
@@ -695,7 +695,7 @@ OUTSIDE_EVENTS = (
 # ... and this is, unless all its paths (as many first arguments) lie in a folder that we work in.
 CHANGING_EVENTS = {
     "os.mkdir": 1, "os.rmdir": 1, "os.remove": 1, "os.truncate": 1, "os.chmod": 1, "os.chown": 1, "os.utime": 1,
-    "os.setxattr": 1, "os.removexattr": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "ctypes.dlopen": 1,
+    "os.setxattr": 1, "os.removexattr": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2,
 }  # fmt: skip
 HARMLESS_EVENTS = ("socket.gethostname",)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -713,7 +713,7 @@ class Wall:
     """
 
     def __init__(self) -> None:
-        self.is_up, self.installed, self.bytecode = False, False, sys.dont_write_bytecode
+        self.is_up, self.installed = False, False
         self.workplaces: tuple[Path, ...] = ()
 
     @contextlib.contextmanager
@@ -742,8 +742,9 @@ class Wall:
             path, _, flags = arguments
             written = isinstance(flags, int) and flags & WRITING
             return not isinstance(path, (str, bytes)) or (self.is_ours(path) if written else self.is_readable(path))
-        if event == "ctypes.dlopen" and (arguments[0] is None or os.sep not in str(arguments[0])):
-            return True  # a library that the loader finds by its name
+        if event == "ctypes.dlopen":  # a library that the loader finds by its name, or one of a package
+            name = str(arguments[0])
+            return os.sep not in name or os.path.abspath(name).startswith(library_places())  # noqa: PTH100
         if event in CHANGING_EVENTS:
             return all(self.is_ours(path, links=False) for path in arguments[: CHANGING_EVENTS[event]])
         return not event.startswith(OUTSIDE_EVENTS)
@@ -2010,7 +2011,9 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             raise DamagedFileError(f"the state of a {qualified_name(type(target))} is damaged")
         kept = {key: plain(value) for key, value in state.items() if keeps_attribute(type(target), key, value)}
         self.left_out |= dict.fromkeys(
-            f"{key} of {type(target).__name__}" for key in state if key not in kept and state[key] is not None
+            f"{key} of {type(target).__name__}"
+            for key in state
+            if key not in kept and state[key] is not None and not LOADING_MARKS.fullmatch(key)
         )
         check_attributes(target, kept, self.settled)
         return kept
@@ -2106,27 +2109,37 @@ InertUnpickler.dispatch.update(
 Unpickler = Callable[[Any, int, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, size, read_storage)
 
 
+MODEL_MODULES = ("transformers.models", "transformers.backbone_utils")
+# Marks of transformers' loading and of models on several devices, which no answer depends on.
+LOADING_MARKS = re.compile(r"_is_hf_initialized|_output_capturing_hooks_installed|_original_object_hash|\w*_plan")
+
+
 @functools.cache
 def assigned_names(cls: type) -> frozenset[str]:
-    """The attributes that methods of `cls` and its bases assign to self, read off their bytecode, and annotations.
+    """The attributes that methods of `cls` and its bases assign to self, and annotate."""
+    return frozenset(itertools.chain.from_iterable(map(names_assigned_in, cls.__mro__)))
 
-    Private ones count where a constructor assigns them: others are switches that later calls set.
+
+@functools.cache
+def names_assigned_in(cls: type) -> frozenset[str]:
+    """The attributes that the methods of this very class assign to self, read off their bytecode, and annotations.
+
+    What the library's own bases assign, and private ones, count where a constructor does it: the others are switches
+    that later calls set.
     """
     import dis
 
-    names: set[str] = set()
-    for base in cls.__mro__:
-        names.update(vars(base).get("__annotations__", ()))
-        for method, function in vars(base).items():
-            code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
-            constructs = method in ("__init__", "__post_init__", "post_init")
-            steps = list(dis.get_instructions(code)) if code else []
-            names.update(
-                after.argval
-                for before, after in itertools.pairwise(steps)
-                if after.opname == "STORE_ATTR" and before.argval == code.co_varnames[0]
-                if constructs or not after.argval.startswith("_")
-            )
+    is_model = not belongs(cls.__module__, ("transformers",)) or belongs(cls.__module__, MODEL_MODULES)
+    names = set(vars(cls).get("__annotations__", ()) if is_model else ())
+    for method, function in vars(cls).items():
+        code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
+        constructs = method in ("__init__", "__post_init__", "post_init")
+        for before, after in itertools.pairwise(dis.get_instructions(code) if code else ()):
+            loaded = (
+                before.argval[-1:] if isinstance(before.argval, tuple) else (before.argval,)
+            )  # from 3.13 on, a pair
+            if after.opname == "STORE_ATTR" and code.co_varnames[:1] == loaded:
+                names.update({after.argval} if constructs or (is_model and after.argval[0] != "_") else ())
     return frozenset(names)
 
 
@@ -2138,7 +2151,7 @@ def keeps_attribute(cls: type, name: str, value: object) -> bool:
     """
     bases = {qualified_name(base) for base in cls.__mro__}
     if "transformers.modeling_utils.PreTrainedModel" in bases:
-        return name in assigned_names(cls)
+        return name in assigned_names(cls) and not (value and ACTING_ATTRIBUTES.fullmatch(name))
     if bases.isdisjoint(CONFIG_CLASSES) or name.startswith("__") or callable(value):
         return True  # check_attributes has the rest
     verdict = config_attribute(cls, name, value)
@@ -3441,7 +3454,7 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
         vet_torchscript(source.path)
     try:
         size = source.path.stat().st_size
-        limits = time_limit(CODE_SECONDS + size / BYTES_PER_SECOND), memory_bound(RUN_BYTES + 3 * size)
+        limits = time_limit(RUN_SECONDS + size / BYTES_PER_SECOND), memory_bound(RUN_BYTES + 3 * size)
         with open_input(source.path) as file, limits[0], limits[1]:
             module = torch.jit.load(file, map_location="cpu")
     except Exception as error:  # the compiler of TorchScript raises whatever its C++ code does
@@ -10142,7 +10155,7 @@ def run_worker(arguments: Sequence[str], run: str) -> int:
 
 def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
     """What it means that signal `number` ended the worker before anything was written."""
-    name = signal.Signals(number).name
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     if number in STOP_SIGNALS:
         return ConversionError(128 + number, f"interrupted by {name}: nothing was written; run it again")
     killed = f"killed, most likely for using too much memory; {memory_limit()}: give it more"
@@ -10151,12 +10164,12 @@ def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
     patience = f"if it is only slow, pass --run-timeout {10 * (options.run_timeout or 6):g}"
     endless = f"{options.input}: running the model took longer than {limit}; {patience}"
     crashed = f"a library crashed ({name}); run again with --verbose, and try another --exporter"
-    known = {
+    known: dict[int, ConversionError] = {
         signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
         signal.SIGBUS: InputError(changed),  # what a mapped file does that has lost its end
         signal.SIGALRM: InputError(endless),  # time_limit
     }
-    return known.get(signal.Signals(number)) or ConversionError(ExitStatus.BUG, crashed)
+    return known.get(number) or ConversionError(ExitStatus.BUG, crashed)
 
 
 def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:

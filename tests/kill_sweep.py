@@ -8,6 +8,9 @@ from a copy that writes weights outside the graph from 1 kB on). SIGINT, SIGTERM
 three followed by a second one within 50 ms, go to the supervisor, to the worker or to both: at any moment, around the
 start, around the end, and between the renames, which are slowed down so that they can be hit. Moments are counted from
 when the product has begun to listen; before that, it is Python itself that answers Ctrl-C.
+
+Ran on 2 busy cores: 200 kills (100 with seed 0, 100 with seed 1), nothing found. Exit codes: 76 times 0, 24 times 129,
+21 times 130, 34 times 143, 4 times 7, and 41 times the supervisor itself was killed.
 """
 
 from __future__ import annotations
