@@ -2152,8 +2152,9 @@ def keeps_attribute(cls: type, name: str, value: object) -> bool:
     bases = {qualified_name(base) for base in cls.__mro__}
     if "transformers.modeling_utils.PreTrainedModel" in bases:
         return name in assigned_names(cls) and not (value and ACTING_ATTRIBUTES.fullmatch(name))
-    if bases.isdisjoint(CONFIG_CLASSES) or name.startswith("__") or callable(value):
-        return True  # check_attributes has the rest
+    refused_later = name.startswith("__") or name in NEVER_ATTRIBUTES or IMPLEMENTATION_KEY.fullmatch(name)
+    if bases.isdisjoint(CONFIG_CLASSES) or refused_later or callable(value):
+        return True  # check_attributes says what is wrong with it
     verdict = config_attribute(cls, name, value)
     if verdict is Verdict.REFUSE:
         raise RefusedFileError(f"a {qualified_name(cls)} has {shorten(name, 60)} {shorten(repr(value), 60)}")

@@ -102,8 +102,7 @@ def convert_in_child(source: Path, folder: Path, *options: str, seconds: float =
         return product.main(["-i", str(source), "-o", str(folder / "out" / "model.onnx"), *options])
 
     outcome = in_child(action, folder, seconds)
-    if outcome.code:
-        product.remove_debris(folder / "out" / ".pt2onnx.1.partial", [folder / "out"])
+    product.remove_debris(folder / "out" / ".pt2onnx.1.partial", [folder / "out"] if outcome.code else [])
     return outcome
 
 

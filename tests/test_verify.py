@@ -30,7 +30,7 @@ def export(model: nn.Module, shape: tuple[int, ...], folder: Path) -> tuple[prod
     options = argparse.Namespace(
         **{**vars(OPTIONS), "input_shape": [product.InputShape(shape)], "output": folder / "m"}
     )
-    plan = product.make_plan(model, product.Loaded(None, "a test"), {}, options)
+    plan = product.make_plan(model, product.Loaded(None, "a test"), product.Preprocessing(), options)
     flat = product.flat_module(plan.model, ["input"]).eval()
     graph = product.finish_graph(product.export_torchscript(flat, plan, 14, folder), plan, {})
     product.write_graph(graph, folder / "right.onnx")
