@@ -21,7 +21,14 @@ from torch import nn
 import convert as product
 
 OPTIONS = argparse.Namespace(
-    atol=None, rtol=None, device="cpu", dynamic_axes=None, static=False, input_shape=None, output=Path("model.onnx")
+    atol=None,
+    rtol=None,
+    device="cpu",
+    dynamic_axes=None,
+    static=False,
+    input_shape=None,
+    output=Path("model.onnx"),
+    run_timeout=60.0,
 )
 
 
