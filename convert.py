@@ -787,7 +787,7 @@ def is_importing() -> bool:
 # What running an input may take. A model of a few megabytes answers within a second; the size of the file counts, since
 # large models are slow and slow disks are, too. Who gives the shapes knows how long these take.
 CODE_SECONDS = 5  # for the code of an archive
-RUN_SECONDS = 30  # for that of a library, which ends
+RUN_SECONDS = 20  # for that of a library, which ends, and for opening a file
 BYTES_PER_SECOND = 10_000_000
 SHAPE_FACTOR = 20  # times as long, where --input-shape says what is to be run
 LATER_RUNS = 40  # times as long as the first run: batches of 5, and longer axes; ...
@@ -2078,6 +2078,13 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         self.count_keys(items)
         self.append(frozenset(hashable(item) for item in items))
 
+    def run_long(self) -> None:
+        """LONG4: an integer of any length, of which Python cannot even write the digits; models' fit LONG1."""
+        (length,) = struct.unpack("<i", self.read(4))
+        if not 0 <= length < 256:
+            raise DamagedFileError("its pickle has an integer that is longer than that of any known model")
+        self.append(pickle.decode_long(self.read(length)))
+
     def refuse_opcode(self) -> NoReturn:
         """Opcodes that PyTorch never writes."""
         raise RefusedFileError("the pickle has an opcode that PyTorch never writes")
@@ -2098,6 +2105,7 @@ InertUnpickler.dispatch.update(
             (InertUnpickler.run_appends, pickle.APPENDS),
             (InertUnpickler.run_additems, pickle.ADDITEMS),
             (InertUnpickler.run_frozenset, pickle.FROZENSET),
+            (InertUnpickler.run_long, pickle.LONG4),
             (InertUnpickler.refuse_opcode, pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4,
              pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
         )
@@ -2141,6 +2149,11 @@ def names_assigned_in(cls: type) -> frozenset[str]:
             if after.opname == "STORE_ATTR" and code.co_varnames[:1] == loaded:
                 names.update({after.argval} if constructs or (is_model and after.argval[0] != "_") else ())
     return frozenset(names)
+
+
+def is_text(name: object) -> bool:
+    """Whether `name` is text that can be written down: half a surrogate pair cannot."""
+    return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def keeps_attribute(cls: type, name: str, value: object) -> bool:
@@ -2204,7 +2217,7 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
         if not isinstance(entries, dict):
             raise DamagedFileError(f"{key} of a {name} holds something else")
         attributes[key] = {entry: value for entry, value in entries.items() if not isinstance(value, Ignored)}
-        if not all(isinstance(k, str) and (v is None or isinstance(v, kind)) for k, v in attributes[key].items()):
+        if not all(is_text(k) and (v is None or isinstance(v, kind)) for k, v in attributes[key].items()):
             raise DamagedFileError(f"{key} of a {name} holds something else")
     if issubclass(cls, nn.RNNBase) and attributes.get("num_layers", 1) not in range(MAX_LAYERS):
         raise DamagedFileError(f"a {name} has too many layers")
@@ -2946,7 +2959,9 @@ def load(source: Source, *, trust: bool) -> Loaded:
     }
     problem: ConversionError | None = None
     try:
-        loaded = loaders[source.kind](source, trust=trust)
+        seconds = RUN_SECONDS + input_size(source.path) / BYTES_PER_SECOND
+        with time_limit(seconds) if not trust else contextlib.nullcontext():
+            loaded = loaders[source.kind](source, trust=trust)
     except (RefusedFileError, DamagedFileError) as error:
         problem = error
     except RecursionError:
@@ -3455,8 +3470,7 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
         vet_torchscript(source.path)
     try:
         size = source.path.stat().st_size
-        limits = time_limit(RUN_SECONDS + size / BYTES_PER_SECOND), memory_bound(RUN_BYTES + 3 * size)
-        with open_input(source.path) as file, limits[0], limits[1]:
+        with open_input(source.path) as file, memory_bound(RUN_BYTES + 3 * size):
             module = torch.jit.load(file, map_location="cpu")
     except Exception as error:  # the compiler of TorchScript raises whatever its C++ code does
         raise_out_of_memory(error)
@@ -3873,6 +3887,8 @@ def state_dict_of(value: object) -> dict[str, Tensor] | None:
 
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return None
+    if not all(map(is_text, value)):
+        raise DamagedFileError("a name in it is no text; save its state dict again")
     longest = max(map(len, value), default=0)
     if longest > MAX_NAME:
         raise DamagedFileError(f"a name in it has {longest} characters, as no model's has; save its state dict again")
@@ -9130,7 +9146,8 @@ def convert_pytorch_model(loaded: Loaded, options: argparse.Namespace, metadata:
         model = model.module()
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{options.input} holds {loaded.what}, not a model; pass --mode state_dict and --model-class")
-    store_parameters(model, options)
+    with explained(ExitStatus.INPUT, f"{options.input}: its weights cannot be used", "save its state dict"):
+        store_parameters(model, options)
     return convert_module(model, loaded, options, metadata)
 
 
@@ -9448,7 +9465,7 @@ def folder_digest(*folders: Path) -> str:
         if file.is_file() and not file.name.startswith(".")
     ]
     text = "\n".join(f"{file.name} {file_digest(file)}" for file in files)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -9499,7 +9516,9 @@ def convert_module(
     import torch
 
     check_weights(itertools.chain(model.parameters(), model.buffers()), options.input)
-    with WALL.up(unless=has_own_code(options)):
+    unusual = f"{options.input}: the model in it cannot be used"
+    wall = WALL.up(unless=has_own_code(options))
+    with wall, explained(ExitStatus.INPUT, unusual, "save it again, or its state dict"):
         if not isinstance(model, torch.fx.GraphModule):
             model.eval()
         if float_dtype(model) is torch.bfloat16:
@@ -9721,8 +9740,10 @@ def inspect(source: Source, options: argparse.Namespace) -> dict[str, Any]:
         Kind.SHARDED_WEIGHTS: inspect_shards,
         Kind.HUGGINGFACE: inspect_folder,
     }
+    unusual = f"{source.path}: what it holds is not what its classes need"
     try:
-        facts |= inspectors[source.kind](source, options)
+        with explained(ExitStatus.INPUT, unusual, "save it again, or its state dict"):
+            facts |= inspectors[source.kind](source, options)
     except ConversionError as error:
         facts |= {"problem": str(error), "exit_code": int(error.status)}
     return facts
@@ -10162,7 +10183,7 @@ def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
     changed = f"{options.input} changed while it was read; convert it once it is whole"
     limit = f"{options.run_timeout:g} s" if options.run_timeout else "a model of its size should"
     patience = f"if it is only slow, pass --run-timeout {10 * (options.run_timeout or 6):g}"
-    endless = f"{options.input}: running the model took longer than {limit}; {patience}"
+    endless = f"{options.input}: opening it or running the model took longer than {limit}; {patience}"
     crashed = f"a library crashed ({name}); run again with --verbose, and try another --exporter"
     known: dict[int, ConversionError] = {
         signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
