@@ -2559,11 +2559,16 @@ def denied_script_name(parts: Sequence[str]) -> bool:
     """
     root, *rest = parts
     if root == "ops":
-        return len(rest) < 2 or rest[0] not in OPERATOR_NAMESPACES or not DENIED_OPERATORS.isdisjoint(rest)
+        return len(rest) < 2 or rest[0] not in OPERATOR_NAMESPACES or is_denied_operator(rest)
     if root == "__torch__":
         known = rest[:2] != ["torch", "classes"] or (len(rest) > 2 and rest[2] in SCRIPT_CLASSES)
         return rest in ([], ["torch"]) or not known
-    return not DENIED_OPERATORS.isdisjoint(rest)
+    return is_denied_operator(rest)
+
+
+def is_denied_operator(names: Sequence[str]) -> bool:
+    """Whether one of `names` is an operator that acts, or one that makes sparse tensors without looking at indices."""
+    return not DENIED_OPERATORS.isdisjoint(names) or any(re.fullmatch(r"_sparse_\w+_unsafe", name) for name in names)
 
 
 def called_while_loading(tree: ast.AST) -> Iterator[str]:
