@@ -1789,7 +1789,8 @@ def pickle_items() -> list[Item]:
         "bytes-of-an-exabyte": (lambda: archive(program(b"\x8e" + exa, protocol=4)), 3, TOO_EARLY),
         "text-of-an-exabyte": (lambda: archive(program(b"\x8d" + exa, protocol=4)), 3, TOO_EARLY),
         "frame-of-an-exabyte": (lambda: archive(program(b"\x95" + exa, protocol=4)), 3, TOO_EARLY),
-        "long-of-2-gigabytes": (lambda: archive(program(b"\x8b\xff\xff\xff\x7f")), 3, TOO_EARLY),
+        "long-of-2-gigabytes": (
+            lambda: archive(program(b"\x8b\xff\xff\xff\x7f")), 3, "an integer that is longer than that of any known"),
         "negative-length": (lambda: archive(program(b"T\xff\xff\xff\xff")), 3, "negative byte count"),
         "legacy-bytes-of-an-exabyte": (lambda: legacy_stream(program(b"\x8e" + exa, protocol=4)), 3, TOO_EARLY),
         "legacy-text-of-4-gigabytes": (lambda: legacy_stream(program(b"X\xff\xff\xff\xff")), 3, TOO_EARLY),
@@ -1852,8 +1853,10 @@ def pickle_items() -> list[Item]:
         "no-weights": (
             lambda: archive(program(value({"a": 1}))), 3, "no weights found in the checkpoint; it has the keys a"),
         "keys-with-escapes": (
-            lambda: archive(program(value({"\x1b[31m\n\u202e\ud800": 1}))),
-            3, r"it has the keys \x1b[31m\n\u202e\ud800"),
+            lambda: archive(program(value({"\x1b[31m\n\u202e": 1}))),
+            3, r"it has the keys \x1b[31m\n\u202e"),
+        "keys-with-half-surrogates": (
+            lambda: archive(program(value({"weight\ud800": 1}))), 3, "a name in it is no text"),
         "unknown-storage-type": (lambda: archive(program(storage("StrangeStorage"))), 3, "StrangeStorage"),
         "storage-of-a-string": (
             lambda: archive(program(b"(", text("storage"), text("0"), b"tQ")),
