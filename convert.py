@@ -32,6 +32,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -84,6 +85,7 @@ NO_MEMORY = re.compile(
     r"can't allocate memory|[Cc]annot allocate memory|failed to map segment|std::bad_alloc|[Uu]nable to allocate"
 )
 SCREEN = 1800  # characters of a message: somewhat less than 24 lines of 80
+STEP_BYTES = 200  # of the name of a step that another process reads
 LONGEST_WORD = 500  # characters without a space, such as a path
 
 
@@ -170,6 +172,20 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def shown(value: object) -> str:
+    """A value from a file as messages show it: the text of containers, which may hold each other, has no bounds."""
+    if isinstance(value, (str, bytes, int, float, type(None))):
+        return shorten(repr(value[:80] if isinstance(value, (str, bytes)) else value), 60)
+    if isinstance(value, (list, tuple, dict, set, frozenset)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} entries"
+    return f"a {type(value).__name__}"
+
+
+def is_one_of(value: object, known: Collection[object]) -> bool:
+    """Whether a value from a file is one of `known` texts and constants; nothing else is hashed or compared."""
+    return isinstance(value, (str, bool, type(None))) and value in known
+
+
 def fit_screen(text: object) -> str:
     """`text` as one printable line of at most SCREEN characters: words of a file's making are cut, then the middle.
 
@@ -180,6 +196,12 @@ def fit_screen(text: object) -> str:
         whole = f"{whole[: 4 * SCREEN]} ... {whole[-4 * SCREEN :]}"
     line = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: shorten(word[0], LONGEST_WORD), printable(whole))
     return line if len(line) <= SCREEN else f"{line[: SCREEN * 3 // 4]} ... {line[-SCREEN // 4 + 5 :]}"
+
+
+def size_text(count: int) -> str:
+    """Bytes in a unit that fits."""
+    unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if count >= pair[0]), (1e3, "kB"))
+    return f"{count / unit:.2f} {name}"
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
@@ -238,6 +260,7 @@ class Log:
         self.stream = sys.stderr
         self.verbose = False
         self.advance: Callable[[int], None] = lambda _: None  # tells how many bytes were copied, during `copying`
+        self.current: int | None = None  # a file where each step is named when it begins (see STEP_VARIABLE)
         self.seconds: dict[str, float] = {}  # that steps of each kind took: the kind is what precedes the colon
 
     def line(self, prefix: str, text: str) -> None:
@@ -258,6 +281,8 @@ class Log:
     def step(self, text: str) -> Iterator[None]:
         """A step that may take long: a spinner on a terminal, a plain line elsewhere; the time is told at the end."""
         start = time.monotonic()
+        if self.current is not None:
+            os.pwrite(self.current, text.encode(errors="replace")[:STEP_BYTES].ljust(STEP_BYTES), 0)
         if self.on_terminal():
             from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -692,10 +717,12 @@ OUTSIDE_EVENTS = (
     "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile",
     "pty.", "urllib.", "http.", "ftplib.", "imaplib.", "poplib.", "smtplib.", "telnetlib.", "webbrowser.", "sqlite3.",
 )  # fmt: skip
-# ... and this is, unless all its paths (as many first arguments) lie in a folder that we work in.
+# ... and this is, unless all its paths lie in a folder that we work in: where among the arguments each path stands, and
+# the descriptor of the folder that it is relative to, which is -1 for none.
 CHANGING_EVENTS = {
-    "os.mkdir": 1, "os.rmdir": 1, "os.remove": 1, "os.truncate": 1, "os.chmod": 1, "os.chown": 1, "os.utime": 1,
-    "os.setxattr": 1, "os.removexattr": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2,
+    **dict.fromkeys(("os.rmdir", "os.remove"), ((0, 1),)), **dict.fromkeys(("os.mkdir", "os.chmod"), ((0, 2),)),
+    **dict.fromkeys(("os.chown", "os.utime"), ((0, 3),)), **dict.fromkeys(("os.rename", "os.link"), ((0, 2), (1, 3))),
+    **dict.fromkeys(("os.truncate", "os.setxattr", "os.removexattr"), ((0, 9),)), "os.symlink": ((1, 2),),
 }  # fmt: skip
 HARMLESS_EVENTS = ("socket.gethostname",)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -746,13 +773,20 @@ class Wall:
             name = str(arguments[0])
             return os.sep not in name or os.path.abspath(name).startswith(library_places())  # noqa: PTH100
         if event in CHANGING_EVENTS:
-            return all(self.is_ours(path, links=False) for path in arguments[: CHANGING_EVENTS[event]])
+            places = CHANGING_EVENTS[event]
+            return all(self.is_ours(arguments[path], *arguments[folder : folder + 1]) for path, folder in places)
         return not event.startswith(OUTSIDE_EVENTS)
 
-    def is_ours(self, path: Any, *, links: bool = True) -> bool:
-        """Whether a path lies in a folder that we work in, or is nowhere; `links`: a link is what it leads to."""
+    def is_ours(self, path: Any, folder: int | None = None) -> bool:
+        """Whether a path lies in a folder that we work in, or is nowhere.
+
+        `folder`: the path itself is to be changed, not what it may be a link to, and it is relative to the folder of
+        this descriptor, if that is not negative.
+        """
         given = Path(os.fsdecode(path))
-        real = Path(os.path.realpath(given if links else given.parent), "" if links else given.name)
+        if folder is not None and folder >= 0:
+            given = Path(f"/proc/self/fd/{folder}", given)
+        real = Path(os.path.realpath(given)) if folder is None else Path(os.path.realpath(given.parent), given.name)
         return str(real) == os.devnull or any(place in (real, *real.parents) for place in self.workplaces)
 
     def is_readable(self, path: str | bytes) -> bool:
@@ -795,8 +829,9 @@ MOST_LATER = 3  # ... but no more than so many times what the first one may
 REFERENCE_RUNS = 5  # what all runs for PyTorch's answers may take together
 CONVERSION_RUNS = 40  # what an archive's conversion may take: its code runs again in the exporters and ONNX Runtime
 GRAPH_RUNS = 10  # runs that a Hugging Face model's graphs take beside the cases: caches, generated tokens
-RUN_BYTES = 1 << 30  # of memory beyond the file's size, for an archive's code at shapes that nobody gave
-LATER_BYTES = 4 << 30
+RUN_BYTES = 1 << 30  # of memory beyond four times the file's size, for building a model and for its first run
+LATER_BYTES = 4 << 30  # the same for larger batches and longer axes, and for the exporters and the verification
+LATER_FACTOR = 8  # times what the first run took, at most LATER_BYTES
 
 
 def run_seconds(options: argparse.Namespace, *, own_code: bool) -> float:
@@ -828,25 +863,43 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, max(outer - time.monotonic() + start, 1e-3) if outer else 0)
 
 
+def free_bytes(options: argparse.Namespace, base: int) -> int | None:
+    """Bytes of memory that running the input's model may take; None where the user said what is to be run."""
+    if options.input_shape or options.run_timeout is not None:
+        return None
+    return base + 4 * input_size(options.input)
+
+
+def memory_bytes(field: str) -> int:
+    """Bytes of this process: "VmData" (what RLIMIT_DATA counts), "VmRSS" (in memory now), "VmHWM" (its peak so far)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]  # see proc(5)
+
+
 @contextlib.contextmanager
-def memory_bound(extra: int | None) -> Iterator[None]:
+def memory_bound(extra: int | None, what: str, advice: str) -> Iterator[None]:
     """Let allocations fail beyond `extra` bytes more than this process has now; None, or no Linux: no bound.
 
-    RLIMIT_DATA counts what can be written to (getrlimit(2)): the heap, and the stacks of threads that start meanwhile.
+    Raises DamagedFileError that says that `what` takes too much, unless a smaller limit of the user's own (ulimit) was
+    reached: then the MemoryError stays.
     """
     import resource
 
     if extra is None or sys.platform != "linux":
         yield
         return
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    used = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]  # there since Linux 2.6
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = used + extra + (os.cpu_count() or 1) * THREAD_STACK
+    wanted = memory_bytes("VmData") + extra + (os.cpu_count() or 1) * THREAD_STACK
     known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    ours = not [limit for limit in known if limit < wanted] and resource.getrlimit(resource.RLIMIT_AS)[0] < 0
     resource.setrlimit(resource.RLIMIT_DATA, (min(wanted, *known) if known else wanted, hard))
     try:
         yield
+    except Exception as error:
+        if ours and is_out_of_memory(error):
+            message = f"{what} takes more than {size_text(extra)} of memory beside its weights; {advice}"
+            raise DamagedFileError(message) from error
+        raise
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
@@ -1192,7 +1245,7 @@ NEVER_ATTRIBUTES = frozenset(
     {"_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl", "eval", "train", "apply",
      "attribute_map"}
 )  # fmt: skip
-MAX_LAYERS = 10_000  # of an RNN: its __setstate__ makes names for each of them
+MAX_LAYERS = 64  # of an RNN beyond its parameters: its __setstate__ makes names for each of them
 MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
 MAX_OPCODES = 5_000_000  # some 3 s; complete pickles of known models have below a million
 MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
@@ -1509,11 +1562,11 @@ def rebuild_from_type(function: Token, cls: Token, arguments: tuple[Any, ...], *
     return rebuild(*arguments)
 
 
-def rebuild_storage(data: bytes) -> object:
+def rebuild_storage(data: bytes, *, unpickler: Unpickler) -> object:
     """torch.storage._load_from_bytes: a small torch.save file inside a plain pickle, read by the same rules."""
     if not isinstance(data, bytes):
         raise DamagedFileError("an embedded storage has no bytes")
-    storage = read_legacy(io.BytesIO(data), len(data))
+    storage = read_legacy(io.BytesIO(data), len(data), unpickler)
     if not (isinstance(storage, tuple) and len(storage) == 2):
         raise RefusedFileError("torch.storage._load_from_bytes does not hold a storage")
     return storage
@@ -1791,25 +1844,59 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
     return RefusedFileError(f"{what}; get the weights as safetensors or a state dict, {trust}")
 
 
+class Budget:
+    """What reading a file's pickles may take, those inside others included: none resets what was used before."""
+
+    def __init__(self, size: int) -> None:
+        self.opcodes = iter(range(MAX_OPCODES))
+        self.allowance = 4 * size + (1 << 20)  # elements and bytes: a program can name one large object many times
+        self.chosen_keys = 0  # of all mappings and sets, those whose hashes the file could choose
+        self.overlaps = 0  # elements that all tensors have beyond their storages'
+
+    def spend(self, *values: object) -> None:
+        """Take what is done with `values` off the allowance; raises DamagedFileError when that is used up."""
+        self.allowance -= sum(map(weigh, values))
+        if self.allowance < 0:
+            raise DamagedFileError("its pickle builds far more than the file holds")
+
+    def count_keys(self, keys: Iterable[Any]) -> None:
+        """Count what a mapping or set will hash; raises DamagedFileError where the keys may be made to collide.
+
+        Python looks through all keys of one hash, so that a mapping of n such keys takes n * n steps.
+        """
+        self.chosen_keys += sum(map(is_chosen_hash, keys))
+        if self.chosen_keys > MAX_CHOSEN_KEYS:
+            raise DamagedFileError("its pickle has more unusual dictionary keys than any known model")
+
+    def overlap(self, elements: int) -> None:
+        """Count elements that a tensor has beyond its storage's; raises DamagedFileError where all have too many."""
+        self.overlaps += max(0, elements)
+        if self.overlaps > MAX_OVERLAPS:
+            raise DamagedFileError("its tensors have far more elements than the file holds")
+
+
 class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: SLF001  (the C version cannot be overridden)
     """Python's own unpickler with every opcode that can call, import or assign replaced by ours.
 
     `read_storage(persistent_id)` returns (UntypedStorage, dtype). Names that are not allowed are collected in
     `refused`, so that one run tells all of them; from the first one on nothing is built any more. `size` is how many
-    bytes of `file` the pickle may take; what is handed to rebuilders may not exceed it much, since a program can name
-    one large object any number of times.
+    bytes of `file` the pickle may take. A pickle inside another one has the `budget` of the outer one.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]  # noqa: RUF012, SLF001
 
-    def __init__(self, file: io.BufferedIOBase, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
+    def __init__(
+        self,
+        file: io.BufferedIOBase,
+        size: int,
+        read_storage: Callable[[tuple[Any, ...]], Any],
+        budget: Budget | None = None,
+    ) -> None:
         super().__init__(BoundedFile(file, size), fix_imports=True, encoding="latin1")
         self.persistent_load = read_storage
         self.refused: dict[str, None] = {}
-        self.allowance = 4 * size + (1 << 20)
-        self.chosen_keys = 0  # of all mappings and sets, those whose hashes the file could choose
-        self.overlap = 0  # elements that all tensors have beyond their storages'
-        self.settled: set[int] = set()  # dictionaries that settle_back_ends has seen
+        self.budget = budget or Budget(size)
+        self.settled: dict[int, object] = {}  # dictionaries that settle_back_ends has seen, by their ids
         self.left_out: dict[str, None] = {}  # attributes that a class does not set itself
 
     def run(self) -> Any:
@@ -1826,28 +1913,13 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         read, dispatch = self.read, self.dispatch
         gc.disable()
         try:
-            for _ in range(MAX_OPCODES):
+            for _ in self.budget.opcodes:
                 dispatch[read(1)[0]](self)
         except pickle._Stop as stop:  # type: ignore[attr-defined]  # noqa: SLF001
             return stop.value
         finally:
             gc.enable()
         raise DamagedFileError("its pickle is longer than that of any known model")
-
-    def spend(self, *values: object) -> None:
-        """Take what is done with `values` off the allowance; raises DamagedFileError when that is used up."""
-        self.allowance -= sum(map(weigh, values))
-        if self.allowance < 0:
-            raise DamagedFileError("its pickle builds far more than the file holds")
-
-    def count_keys(self, keys: Iterable[Any]) -> None:
-        """Count what a mapping or set will hash; raises DamagedFileError where the keys may be made to collide.
-
-        Python looks through all keys of one hash, so that a mapping of n such keys takes n * n steps.
-        """
-        self.chosen_keys += sum(map(is_chosen_hash, keys))
-        if self.chosen_keys > MAX_CHOSEN_KEYS:
-            raise DamagedFileError("its pickle has more unusual dictionary keys than any known model")
 
     def load(self) -> Any:
         """Run the pickle; raises RefusedFileError naming every global that is not allowed, or DamagedFileError."""
@@ -1913,7 +1985,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             raise RefusedFileError(f"the pickle calls a {type(function).__name__}")
         if self.refused:
             return
-        self.spend(*arguments)
+        self.budget.spend(*arguments)
         cls = function.value
         if function.name in REBUILDERS:
             self.stack[-1] = self.rebuild(function.name, arguments)
@@ -1933,14 +2005,14 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         import torch
 
         if arguments and name in ("builtins.set", "builtins.frozenset"):
-            self.count_keys(listed(arguments[0]))
+            self.budget.count_keys(listed(arguments[0]))
         elif arguments and name in DICT_CLASSES:
-            self.count_keys(key for key, _ in listed(arguments[0]))
+            self.budget.count_keys(key for key, _ in listed(arguments[0]))
+        if name == "torch.storage._load_from_bytes":
+            return rebuild_storage(*arguments, unpickler=functools.partial(type(self), budget=self.budget))
         made = REBUILDERS[name](*arguments)
         if type(made) is torch.Tensor and not made.is_meta:
-            self.overlap += max(0, made.numel() - made.untyped_storage().nbytes() // made.itemsize)
-            if self.overlap > MAX_OVERLAPS:
-                raise DamagedFileError("its tensors have far more elements than the file holds")
+            self.budget.overlap(made.numel() - made.untyped_storage().nbytes() // made.itemsize)
         return made
 
     def run_newobj(self) -> None:
@@ -1988,7 +2060,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         target = self.stack[-1]
         if self.refused or isinstance(target, (Ignored, torch.Tensor, torch.Generator)):
             return
-        self.spend(state, *(state.values() if type(state) is dict else state if type(state) is tuple else ()))
+        self.budget.spend(state, *(state.values() if type(state) is dict else state if type(state) is tuple else ()))
         if isinstance(target, torch.nn.Module):
             set_module_state(target, self.attributes(target, state))
         elif isinstance(target, Wrapper):
@@ -2041,8 +2113,8 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         if not isinstance(target, dict):
             what = target.name if isinstance(target, Token) else f"a {type(target).__name__}"
             raise RefusedFileError(f"the pickle sets items of {what}")
-        self.count_keys(items[::2])
-        self.spend(*(value for value in items[1::2] if type(value) is tuple))  # which plain() looks through
+        self.budget.count_keys(items[::2])
+        self.budget.spend(*(value for value in items[1::2] if type(value) is tuple))  # which plain() looks through
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[hashable(key)] = plain(value)
 
@@ -2061,7 +2133,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
             return
         if type(target) is not list:
             raise RefusedFileError(f"the pickle appends to a {type(target).__name__}")
-        self.spend(*(item for item in items if type(item) is tuple))
+        self.budget.spend(*(item for item in items if type(item) is tuple))
         target.extend(plain(item) for item in items)
 
     def run_additems(self) -> None:
@@ -2069,13 +2141,13 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         items = self.pop_mark()
         if type(self.stack[-1]) is not set:
             raise RefusedFileError("the pickle adds items to something that is not a set")
-        self.count_keys(items)
+        self.budget.count_keys(items)
         self.stack[-1].update(hashable(item) for item in items)
 
     def run_frozenset(self) -> None:
         """FROZENSET."""
         items = self.pop_mark()
-        self.count_keys(items)
+        self.budget.count_keys(items)
         self.append(frozenset(hashable(item) for item in items))
 
     def run_long(self) -> None:
@@ -2170,11 +2242,11 @@ def keeps_attribute(cls: type, name: str, value: object) -> bool:
         return True  # check_attributes says what is wrong with it
     verdict = config_attribute(cls, name, value)
     if verdict is Verdict.REFUSE:
-        raise RefusedFileError(f"a {qualified_name(cls)} has {shorten(name, 60)} {shorten(repr(value), 60)}")
+        raise RefusedFileError(f"a {qualified_name(cls)} has {shorten(name, 60)} {shown(value)}")
     return verdict is Verdict.KEEP
 
 
-def check_attributes(target: object, state: dict[str, Any], settled: set[int]) -> None:
+def check_attributes(target: object, state: dict[str, Any], settled: dict[int, object]) -> None:
     """Raise RefusedFileError unless `state` is data, and nothing that the class or its forward pass calls by name."""
     name = qualified_name(type(target))
     for key, value in state.items():
@@ -2185,13 +2257,13 @@ def check_attributes(target: object, state: dict[str, Any], settled: set[int]) -
     settle_back_ends(name, state, settled)
 
 
-def settle_back_ends(owner: str, attributes: dict[Any, Any], seen: set[int]) -> None:
+def settle_back_ends(owner: str, attributes: dict[Any, Any], seen: dict[int, object]) -> None:
     """Let `attributes`, and the dictionaries below, name only back ends that can run here; raises RefusedFileError."""
-    seen.add(id(attributes))
+    seen[id(attributes)] = attributes  # kept, so that no other object gets its id
     for key, value in attributes.items():
-        if str(key).endswith(("_implementation", "_implementation_internal")):
-            if not isinstance(value, (str, type(None))) or value not in BACK_ENDS:
-                raise RefusedFileError(f"a {owner} asks for the back end {value!r}")
+        if isinstance(key, str) and key.endswith(("_implementation", "_implementation_internal")):
+            if not is_one_of(value, BACK_ENDS):
+                raise RefusedFileError(f"a {owner} asks for the back end {shown(value)}")
             attributes[key] = BACK_ENDS[value]
         elif isinstance(value, dict) and id(value) not in seen:
             settle_back_ends(owner, value, seen)
@@ -2219,7 +2291,10 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
         attributes[key] = {entry: value for entry, value in entries.items() if not isinstance(value, Ignored)}
         if not all(is_text(k) and (v is None or isinstance(v, kind)) for k, v in attributes[key].items()):
             raise DamagedFileError(f"{key} of a {name} holds something else")
-    if issubclass(cls, nn.RNNBase) and attributes.get("num_layers", 1) not in range(MAX_LAYERS):
+    layers = attributes.get("num_layers", 1)
+    if issubclass(cls, nn.RNNBase) and not (
+        type(layers) is int and 0 <= layers <= MAX_LAYERS + len(attributes["_parameters"])
+    ):
         raise DamagedFileError(f"a {name} has too many layers")
     # An audited library implementation (see allowed_class), or for a class that the user named the plain one.
     (cls if has_audited_setstate(cls) else nn.Module).__setstate__(module, attributes)
@@ -2262,9 +2337,29 @@ def set_partial_state(target: functools.partial[Any], state: object) -> None:
 
 
 def check_module_graph(root: nn.Module) -> None:
-    """Refuse module graphs on which eval() would never end: cycles, and DAGs with too many paths."""
+    """Refuse module graphs on which eval() or forward() would never end: cycles, and DAGs with too many paths.
+
+    Modules count that lie in a module's other attributes, and in lists and the like there, too; cycles of these are
+    harmless, such as a reference to the parent.
+    """
+    from torch import nn
+
     paths: dict[int, int] = {}
     active: set[int] = set()
+    entries = iter(range(MAX_OPCODES))
+
+    def others(module: nn.Module) -> Iterator[nn.Module]:
+        seen: dict[int, object] = {}
+        waiting: list[Any] = [value for name, value in vars(module).items() if name != "_modules"]
+        while waiting and next(entries, None) is not None:
+            value = waiting.pop()
+            if isinstance(value, nn.Module):
+                yield from () if id(value) in active else (value,)
+            elif isinstance(value, (list, tuple, dict, set)) and id(value) not in seen:
+                seen[id(value)] = value
+                waiting.extend(value.values() if isinstance(value, dict) else value)
+        if waiting:
+            raise DamagedFileError("its modules have more attributes than those of any known model")
 
     def count(module: nn.Module, depth: int) -> int:
         if "_modules" not in vars(module):
@@ -2275,7 +2370,7 @@ def check_module_graph(root: nn.Module) -> None:
             active.add(id(module))
             # Not children(), which leaves out what is there twice: forward() does not.
             children = [child for child in vars(module)["_modules"].values() if child is not None]
-            paths[id(module)] = 1 + sum(count(child, depth + 1) for child in children)
+            paths[id(module)] = 1 + sum(count(child, depth + 1) for child in (*children, *others(module)))
             active.discard(id(module))
         if paths[id(module)] > max(MIN_MODULE_PATHS, min(MAX_MODULE_PATHS, MAX_SHARING * len(paths))):
             raise DamagedFileError("its modules are shared so often that walking them would never end")
@@ -2350,8 +2445,6 @@ def map_file(path: Path) -> torch.UntypedStorage:
     MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory. MAPPED
     remembers the addresses.
     """
-    import mmap
-
     import torch
 
     flags = mmap.MAP_PRIVATE | MAP_NORESERVE
@@ -2469,7 +2562,7 @@ def fill_storage(file: io.BufferedIOBase, storage: torch.UntypedStorage, dtype: 
 # imports modules that it names, and unpickles. They are vetted before they are opened.
 DENIED_OPERATORS = frozenset(
     {"from_file", "save", "load", "_load", "rpc_sync", "rpc_async", "rpc_remote", "remote", "set_data", "breakpoint",
-     "PythonOp", "IgnoredPythonOp", "AddStatValue"}
+     "PythonOp", "IgnoredPythonOp", "AddStatValue", "_reinterpret_tensor", "_reshape_alias"}
 )  # fmt: skip
 OPERATOR_NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized", "prepacked"})
 # Classes of C++ whose objects hold packed weights; others (c10d.FileStore) hold files and connections.
@@ -2513,7 +2606,7 @@ class ScriptUnpickler(InertUnpickler):
         function = self.stack[-1]
         if not isinstance(function, Token) or type(arguments) is not tuple:
             raise DamagedFileError("a pickle of the archive calls something that is not a function")
-        self.spend(*arguments)
+        self.budget.spend(*arguments)
         rebuild = SCRIPT_REBUILDERS.get(function.name, lambda *_: None)  # an enumeration of the archive
         self.stack[-1] = None if self.refused else rebuild(*arguments)
 
@@ -2567,7 +2660,7 @@ def denied_script_name(parts: Sequence[str]) -> bool:
 
 
 def is_denied_operator(names: Sequence[str]) -> bool:
-    """Whether one of `names` is an operator that acts, or one that makes sparse tensors without looking at indices."""
+    """Whether one of `names` is an operator that acts, or makes tensors without looking at their indices or sizes."""
     return not DENIED_OPERATORS.isdisjoint(names) or any(re.fullmatch(r"_sparse_\w+_unsafe", name) for name in names)
 
 
@@ -3078,13 +3171,6 @@ class Settings:
         return [Settings(value, f"{self.where}: {key}[{place}]") for place, value in enumerate(values)]
 
 
-def shown(value: object) -> str:
-    """A value from a file as messages show it."""
-    if isinstance(value, (dict, list, tuple)):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} entries"
-    return shorten(repr(value), 60)
-
-
 def plain_numbers(value: object, low: float, high: float, *, whole: bool = False) -> tuple[Any, ...] | None:
     """The entries of a short list of finite numbers from `low` to `high`; None for anything else."""
     kinds = (int,) if whole else (int, float)
@@ -3251,7 +3337,7 @@ def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
                 method = value.get("quant_method") if isinstance(value, dict) else value
                 findings.refused.append(f"{where} needs the code of the quantiser {shown(method)}")
             elif IMPLEMENTATION_KEY.fullmatch(key):
-                if isinstance(value, (dict, list)) or value not in IMPLEMENTATIONS:
+                if not is_one_of(value, IMPLEMENTATIONS):
                     findings.refused.append(f"{where} names the kernel {shown(value)}")
             elif key in OWN_CODE_KEYS or (key == "backbone" and names_a_place(value)):
                 if value:
@@ -3474,13 +3560,27 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
     else:
         vet_torchscript(source.path)
     try:
-        size = source.path.stat().st_size
-        with open_input(source.path) as file, memory_bound(RUN_BYTES + 3 * size):
-            module = torch.jit.load(file, map_location="cpu")
+        bound = memory_bound(RUN_BYTES + 4 * source.path.stat().st_size, "opening it", "save it again")
+        with open_input(source.path) as file, bound:
+            module = torch.jit.load(file if trust else without_debug_records(file), map_location="cpu")
+    except ConversionError:
+        raise
     except Exception as error:  # the compiler of TorchScript raises whatever its C++ code does
         raise_out_of_memory(error)
         raise DamagedFileError(f"torch.jit.load cannot open it ({first_line(error)})") from None
     return Loaded(module, f"TorchScript ({module.original_name})", traced_inputs(source.path))
+
+
+def without_debug_records(file: io.BufferedReader) -> mmap.mmap:
+    """A TorchScript archive whose records of source lines have other names, so that torch does not look for them.
+
+    They are pickles that C++ code reads unchecked when a model raises, and they only make its message longer. The
+    archive's directory, at its end, alone says what a record is called; pages that are changed are copied.
+    """
+    archive = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = zipfile.ZipFile(file).start_dir
+    archive[start:] = archive[start:].replace(b".py.debug_pkl", b".py.debug_off")
+    return archive
 
 
 def traced_inputs(path: Path) -> tuple[InputShape, ...]:
@@ -4036,7 +4136,6 @@ def without_initialisation() -> Iterator[None]:
             setattr(init, name, function)
 
 
-SPARE_MEMORY = 1 << 30  # bytes that building a model may take beside its weights
 MAX_SHARED = 1 << 20  # a size up to which nothing takes long, whatever the weights are
 
 
@@ -4066,13 +4165,8 @@ def bounded_build(tensors: int, size: int) -> Iterator[None]:
         registry.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
     ]
     try:
-        with memory_bound(SPARE_MEMORY + 4 * size):
+        with memory_bound(RUN_BYTES + 4 * size, "building the model that it describes", "check its sizes"):
             yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            what = f"more than {size_text(SPARE_MEMORY)} of memory beside its weights"
-            raise DamagedFileError(f"the model that it describes needs {what}; check its sizes") from error
-        raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -4964,11 +5058,10 @@ def config_attribute(cls: type, name: str, value: object) -> Verdict:
     and of that nothing that hides a method, or that transformers acts upon.
     """
     if IMPLEMENTATION_KEY.fullmatch(name):
-        known = not isinstance(value, (dict, list, set)) and value in IMPLEMENTATIONS
-        return Verdict.KEEP if known else Verdict.REFUSE
+        return Verdict.KEEP if is_one_of(value, IMPLEMENTATIONS) else Verdict.REFUSE
     if name == "quantization_config":
         return Verdict.REFUSE if value else Verdict.KEEP
-    if ACTING_ATTRIBUTES.fullmatch(name) or (name == "cache_implementation" and value not in CACHES):
+    if ACTING_ATTRIBUTES.fullmatch(name) or (name == "cache_implementation" and not is_one_of(value, CACHES)):
         return Verdict.DROP if value else Verdict.KEEP
     if DTYPE_ATTRIBUTE.fullmatch(name):
         return Verdict.KEEP if is_dtype(value) else Verdict.REFUSE
@@ -5969,7 +6062,7 @@ class Reference:
     ) -> None:
         self.model, self.specs, self.device = model, list(specs), options.device
         self.names = [spec.name for spec in specs]
-        self.bytes = archive_bytes(model, options)
+        self.bytes, self.later_bytes = free_bytes(options, RUN_BYTES), free_bytes(options, LATER_BYTES)
         self.seconds, self.later = run_seconds(options, own_code=is_archive(model)), 0.0
         self.examples = examples or functools.partial(make_inputs, self.specs, highest_index(model))
 
@@ -5979,13 +6072,16 @@ class Reference:
 
     def run(self, sizes: Mapping[str, int], seed: int) -> Case:
         """PyTorch's answer at `sizes`; raises RejectedInputError where the model does not accept them."""
-        inputs = self.tensors(sizes, seed)
-        given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
-        start = time.monotonic()
-        with time_limit(max(self.seconds, self.later)), memory_bound(self.bytes):
+        start, before = time.monotonic(), memory_bytes("VmRSS")
+        bound = memory_bound(self.bytes, "running the model at guessed sizes", "pass --input-shape, or --run-timeout")
+        with time_limit(max(self.seconds, self.later)), bound:
+            inputs = self.tensors(sizes, seed)
+            given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
             outputs = call_model(self.model, inputs, self.names)
         self.later = max(self.later, min(LATER_RUNS * (time.monotonic() - start), MOST_LATER * self.seconds))
-        self.bytes = self.bytes and max(self.bytes, LATER_BYTES)
+        if self.bytes and self.later_bytes:
+            taken = memory_bytes("VmHWM") - before
+            self.bytes = max(self.bytes, min(LATER_FACTOR * taken, self.later_bytes))
         few = list(given.items())[:MAX_LABELLED]  # not the keys and values of every layer
         label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few)
         return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()})
@@ -5996,13 +6092,6 @@ def is_archive(model: nn.Module) -> bool:
     import torch
 
     return isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
-
-
-def archive_bytes(model: nn.Module, options: argparse.Namespace) -> int | None:
-    """Bytes that running an archive's own code may take at shapes that nobody gave; None for any other model."""
-    if options.input_shape or not is_archive(model):
-        return None
-    return RUN_BYTES + 3 * input_size(options.input)
 
 
 @contextlib.contextmanager
@@ -8295,12 +8384,6 @@ def check_space(folder: Path, needed: int) -> None:
         raise ConversionError(ExitStatus.RESOURCES, f"cannot write: {sizes}; free some space, or choose another -o")
 
 
-def size_text(count: int) -> str:
-    """Bytes in a unit that fits."""
-    unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if count >= pair[0]), (1e3, "kB"))
-    return f"{count / unit:.2f} {name}"
-
-
 def write_single_file(model: ir.Model, path: Path) -> Path:
     """Serialise `model` with its large weights written straight from where they lie; they are taken out of `model`.
 
@@ -9223,16 +9306,20 @@ def convert_huggingface_model(source: Source, options: argparse.Namespace) -> li
         advice = "try another --task, or --no-cache"
         seconds = time_limit(GRAPH_RUNS * run_seconds(options, own_code=False))
         wall = WALL.up(options.staging, unless=has_own_code(options))
+        bound = memory_bound(
+            free_bytes(options, LATER_BYTES), "running the model", "check its settings, or pass --run-timeout"
+        )
         # An unusual cache, call or configuration.
-        with wall, seconds, naming(source.path), explained(ExitStatus.EXPORT, what, advice):
+        with wall, seconds, naming(source.path), explained(ExitStatus.EXPORT, what, advice), bound:
             graphs = graphs_of(found, folder, options)
             found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
             plans = [plan_graph(graph, options) for graph in graphs]
     prepare_for_export(found.model)
     metadata["source_sha256"] = digest.result()
-    converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
-    if len(converted) > 1:
-        converted = [converted[0], merge_and_verify(found.model, converted, metadata, options)]
+    with WALL.up(options.staging, unless=has_own_code(options)), naming(source.path):
+        converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
+        if len(converted) > 1:
+            converted = [converted[0], merge_and_verify(found.model, converted, metadata, options)]
     stage_side_files(folder, options.staging / "beside")
     return converted
 
@@ -9539,7 +9626,13 @@ def convert_module(
     if known.source:
         facts["preprocessing"] = known.metadata()
     seconds = CONVERSION_RUNS * run_seconds(options, own_code=True)
-    with time_limit(seconds) if is_archive(model) else contextlib.nullcontext():
+    bound = memory_bound(
+        free_bytes(options, LATER_BYTES),
+        "converting the model at guessed sizes",
+        "pass --input-shape, or --run-timeout",
+    )
+    wall = WALL.up(options.staging, unless=has_own_code(options))
+    with naming(options.input), wall, bound, time_limit(seconds) if is_archive(model) else contextlib.nullcontext():
         return [Converted(plan, export_and_verify(plan, facts, options))]
 
 
@@ -9556,7 +9649,7 @@ def stored_plan(model: nn.Module, loaded: Loaded, options: argparse.Namespace) -
     Its attributes may be anything: they come from a file.
     """
     try:
-        with time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model))):
+        with naming(options.input), time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model))):
             known = preprocessing(model, options.model_class)
             return known, make_plan(model, loaded, known, options)
     except (ConversionError, OSError):
@@ -10029,6 +10122,11 @@ def report_inspection(facts: Mapping[str, Any]) -> None:
 
 # Set for the worker: the run's name. A process id alone is no name: it is 1 in every container.
 WORKER_VARIABLE = "PT2ONNX_RUN"
+# The number of a descriptor: the worker writes there what it does, for the supervisor to say should it crash.
+STEP_VARIABLE = "PT2ONNX_STEP"
+CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL)
+# Steps that do what the input says, and nothing else: where they crash, it is the input that cannot be used.
+INPUT_STEPS = ("load", "build", "reference")
 # The kernel drops these for the first process of a container while nobody handles them, so entrypoint.sh blocks them
 # until there is a handler; until then they wait.
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
@@ -10139,7 +10237,7 @@ def work(source: Source, options: argparse.Namespace) -> int:
     return ExitStatus.OK
 
 
-def become_worker(arguments: Sequence[str], run: str, supervisor: int) -> NoReturn:
+def become_worker(arguments: Sequence[str], run: str, step: int, supervisor: int) -> NoReturn:
     """Replace this process, a child of `supervisor`, by one that runs the same command as a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -10148,22 +10246,25 @@ def become_worker(arguments: Sequence[str], run: str, supervisor: int) -> NoRetu
     if os.getppid() != supervisor:  # it died before that
         os._exit(ExitStatus.BUG)
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
-    environment = {**os.environ, WORKER_VARIABLE: run, "GLIBC_TUNABLES": tunables}
+    environment = {**os.environ, WORKER_VARIABLE: run, STEP_VARIABLE: str(step), "GLIBC_TUNABLES": tunables}
     os.execve(sys.executable, [sys.executable, "-P", __file__, *arguments], environment)  # noqa: S606
 
 
-def run_worker(arguments: Sequence[str], run: str) -> int:
+def run_worker(arguments: Sequence[str], run: str) -> tuple[int, str]:
     """Run the worker in a child process. Returns its exit code, or -N where signal N ended it or told us to end it.
+
+    And the name of the step that it began last.
 
     STOP_SIGNALS are blocked before and after, so that nothing is left half done: they wait until there is a worker to
     end, and change nothing any more once it has ended.
     """
     received: list[int] = []
     supervisor = os.getpid()
+    step = os.memfd_create("step", 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a parent ignores it, there would be nobody to wait for
     worker = os.fork()
     if worker == 0:
-        become_worker(arguments, run, supervisor)
+        become_worker(arguments, run, step, supervisor)
 
     def stop(number: int, _: object) -> None:
         received.append(number)
@@ -10176,11 +10277,12 @@ def run_worker(arguments: Sequence[str], run: str) -> int:
     os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # not reaped yet: its id is nobody else's, so `stop` is safe
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
-    return -received[0] if received and code == -signal.SIGKILL else code
+    code = -received[0] if received and code == -signal.SIGKILL else code
+    return code, os.pread(step, STEP_BYTES, 0).decode(errors="replace").strip()
 
 
-def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
-    """What it means that signal `number` ended the worker before anything was written."""
+def worker_error(number: int, step: str, options: argparse.Namespace) -> ConversionError:
+    """What it means that signal `number` ended the worker, in `step`, before anything was written."""
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     if number in STOP_SIGNALS:
         return ConversionError(128 + number, f"interrupted by {name}: nothing was written; run it again")
@@ -10189,7 +10291,10 @@ def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
     limit = f"{options.run_timeout:g} s" if options.run_timeout else "a model of its size should"
     patience = f"if it is only slow, pass --run-timeout {10 * (options.run_timeout or 6):g}"
     endless = f"{options.input}: opening it or running the model took longer than {limit}; {patience}"
-    crashed = f"a library crashed ({name}); run again with --verbose, and try another --exporter"
+    crashed = f"a library crashed ({name}) in the step {step!r}; run again with --verbose, and try another --exporter"
+    if number in CRASHES and (options.inspect or step.partition(":")[0] in INPUT_STEPS):
+        broken = f"{options.input}: a library crashed ({name}) on what it holds ({step or 'inspect'})"
+        return InputError(f"{broken}; save the model again, or its state dict")
     known: dict[int, ConversionError] = {
         signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
         signal.SIGBUS: InputError(changed),  # what a mapped file does that has lost its end
@@ -10201,13 +10306,13 @@ def worker_error(number: int, options: argparse.Namespace) -> ConversionError:
 def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
     """Run the worker; whatever ends it, leave no debris, say what is true and return the exit code."""
     if options.inspect:
-        return conclude(run_worker(arguments, options.run), None, options)
+        return conclude(*run_worker(arguments, options.run), None, options)
     staging = options.staging
     made = [folder for folder in staging.absolute().parents if not folder.exists()]
     try:
         claim(staging)
         remove_abandoned(staging.parent)
-        code = run_worker(arguments, options.run)
+        code, step = run_worker(arguments, options.run)
     except OSError:
         remove_debris(staging, made)
         raise
@@ -10218,10 +10323,10 @@ def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
         error = ConversionError(ExitStatus.RESOURCES, f"{what}, and the next run puts them back")
         return report_failure(error, 1, as_json=options.json)
     remove_debris(staging, made)
-    return conclude(code, report, options)
+    return conclude(code, step, report, options)
 
 
-def conclude(code: int, report: Mapping[str, Any] | None, options: argparse.Namespace) -> int:
+def conclude(code: int, step: str, report: Mapping[str, Any] | None, options: argparse.Namespace) -> int:
     """Say what the worker did not: that its files are in place, or which signal ended it; returns the exit code."""
     if report is not None:  # whatever happened afterwards
         LOG.line("SUCCESS", describe_success(report))
@@ -10229,7 +10334,7 @@ def conclude(code: int, report: Mapping[str, Any] | None, options: argparse.Name
             print_report(report, 1)
         return ExitStatus.OK
     if code < 0:
-        return report_failure(worker_error(-code, options), 1, as_json=options.json)
+        return report_failure(worker_error(-code, step, options), 1, as_json=options.json)
     if code == ExitStatus.OK and not options.inspect:
         what = f"{options.output.parent} was removed while the model was converted; run it again"
         return report_failure(UsageError(what), 1, as_json=options.json)
@@ -10244,7 +10349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         os.open(os.devnull, os.O_RDWR)
     arguments = sys.argv[1:] if argv is None else list(argv)
-    run = os.environ.pop(WORKER_VARIABLE, None)
+    run, step = os.environ.pop(WORKER_VARIABLE, None), os.environ.pop(STEP_VARIABLE, None)
     if run is None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until there is a worker to end
     as_json = "--json" in arguments
@@ -10256,6 +10361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = detect(options.input)
         if run is None:
             return supervise(arguments, options)
+        LOG.current = int(step) if step else None
     except (ConversionError, OSError) as error:
         known = as_conversion_error(error)
         if known is None:

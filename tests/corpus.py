@@ -641,6 +641,10 @@ def script_items() -> list[Item]:
         "python-op": ("ops.prim.PythonOp(x)", "ops.prim.PythonOp", ""),
         "statistics": ("ops.prim.AddStatValue('a', 1.0)", "ops.prim.AddStatValue", ""),
         "set-data": ("torch.set_data(x, x)", "torch.set_data", ""),
+        "sparse-without-checks": (
+            "x = torch._sparse_coo_tensor_unsafe(x, x, [4])", "torch._sparse_coo_tensor_unsafe", ""),
+        "memory-beyond-a-tensor": (
+            "x = ops.aten._reinterpret_tensor(x, [9000], [1], 0)", "ops.aten._reinterpret_tensor", ""),
         "file-store": (
             "s = __torch__.torch.classes.dist_c10d.FileStore('a', 1)",
             "__torch__.torch.classes.dist_c10d.FileStore", ""),
@@ -1984,6 +1988,12 @@ def bound_items() -> list[Item]:
         "calls-2-to-the-30": (lambda: script_tree(30), 3, "would never end"),
         "modules-shared-30-deep": (lambda: shared_children(30), 3, "walking them would never end"),
         "modules-shared-15-deep": (lambda: shared_children(15), 3, "walking them would never end"),
+        "modules-shared-in-lists": (lambda: listed_children(30), 3, "walking them would never end"),
+        "rnn-of-a-million-layers": (lambda: saved(layers_of_rnn(1_000_000)), 3, "too many layers"),
+        "rnn-of-a-list-of-layers": (lambda: saved(layers_of_rnn([2])), 3, "too many layers"),
+        "storages-in-each-other": (lambda: archive(storages_in_each_other(40)), 3, "far more than the file holds"),
+        "back-end-of-tuples": (
+            lambda: module_with(attn_implementation=tuple_of_tuples(60)), 4, "the back end a list of 2 entries"),
         "tensors-that-overlap": (lambda: overlapping_tensors(3_000), 3, "more elements than the file holds"),
         "tuple-appended-often": (
             lambda: archive(program(b"(" + b"K\x01" * 200_000 + b"tq\x000](", b"h\x00" * 200_000, b"e")),
@@ -2000,6 +2010,40 @@ def shared_children(depth: int) -> bytes:
         outer._modules["0"] = outer._modules["1"] = module
         module = outer
     return saved(module)
+
+
+def listed_children(depth: int) -> bytes:
+    """Modules that each hold the one before twice, in a list that is an attribute and not among their modules."""
+    module: nn.Module = nn.ReLU()
+    for _ in range(depth):
+        outer = nn.Identity()
+        outer.__dict__["layers"] = [module, module]
+        module = outer
+    return saved(module)
+
+
+def layers_of_rnn(count: Any) -> nn.Module:
+    """An LSTM that says it has more layers than it has parameters."""
+    module = nn.LSTM(2, 2)
+    module.__dict__["num_layers"] = count
+    return module
+
+
+def tuple_of_tuples(depth: int) -> tuple[Any, ...]:
+    """A tuple that holds another one twice, and so on: to hash it, or to write it down, would never end."""
+    inner: tuple[Any, ...] = ()
+    for _ in range(depth):
+        inner = (inner, inner)
+    return inner
+
+
+def storages_in_each_other(depth: int) -> bytes:
+    """A pickle that opens the one inside it twice, and so on: 2**depth times for the innermost."""
+    data = program(storage(count=0))
+    for _ in range(depth):
+        opened = glob("torch.storage", "_load_from_bytes") + b"h\x00\x85R"
+        data = program(b"B" + struct.pack("<I", len(data)) + data + b"q\x000", opened, b"0", opened)
+    return data
 
 
 def archive_items() -> list[Item]:

@@ -118,7 +118,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "copy_without_code": ("input", "staging"),  # links to the weights
     **dict.fromkeys(("rewrite_settings", "read_config", "load_pretrained"), ("staging",)),
     "silence_third_parties": ("/dev/null",),
-    "memory_bound": ("/proc/",),
+    "memory_bytes": ("/proc/",),
     "read_architectures": ("architectures.json.xz",),
     "load_exported_program": (".py",),  # torch.export notes the source lines of the code that runs
     "c_library": ("None",),

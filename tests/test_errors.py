@@ -415,7 +415,7 @@ def test_crashed_worker(models: Path, tmp_path: Path) -> None:
     os.kill(int(children[0]), signal.SIGSEGV)
     _, rest = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "a library crashed (SIGSEGV)" in rest
+    assert "a library crashed (SIGSEGV) in the step 'export: dynamo" in rest
     assert not list(tmp_path.iterdir())
 
 

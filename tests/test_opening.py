@@ -376,7 +376,43 @@ def test_code_that_fills_the_memory(tmp_path: Path) -> None:
     """It has one of memory, too, which ends the process's allocations and not the machine's."""
     (tmp_path / "input.pt").write_bytes(growing())
     result = run_cli("-i", str(tmp_path / "input.pt"), "-o", str(tmp_path / "out/"), timeout=60)
-    check_error(result, 7, "out of memory", "--input-shape")
+    check_error(result, 3, "input.pt: running the model", "takes more than 1.07 GB of memory", "--input-shape")
+
+
+def test_guessed_sizes_have_a_budget(tmp_path: Path) -> None:
+    """So do the classes of a library at sizes that nobody gave; the advice lifts it."""
+    image = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Upsample(scale_factor=40.0), nn.AdaptiveAvgPool2d(2))
+    torch.save(image, tmp_path / "input.pt")
+    command = ("-i", str(tmp_path / "input.pt"), "-o", str(tmp_path / "out/"))
+    check_error(run_cli(*command, timeout=60), 3, "input.pt: running the model", "of memory", "--input-shape")
+    assert not (tmp_path / "out").exists()
+    assert run_cli(*command, "--input-shape", "1,3,16,16", timeout=120).code == 0
+
+
+def test_code_that_crashes(tmp_path: Path) -> None:
+    """A setting that PyTorch does not look at, and crashes on, is the file's fault."""
+    import torchvision
+
+    detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights_backbone=None)
+    detector.roi_heads.box_roi_pool.sampling_ratio = 2**30
+    torch.save(detector, tmp_path / "input.pt")
+    result = run_cli("-i", str(tmp_path / "input.pt"), "-o", str(tmp_path / "out/"), timeout=100)
+    check_error(result, 3, "input.pt: a library crashed (SIGSEGV) on what it holds")
+
+
+def test_records_that_torch_reads_when_a_model_raises(tmp_path: Path) -> None:
+    """The source lines in an archive are a pickle that C++ reads unchecked: it never sees them."""
+    content = corpus.script_with("x = torch.reshape(x, [7, 7, 7])")
+    damaged = corpus.changed(
+        content, {"code/__torch__/corpus.py.debug_pkl": b"\x80\x02" + b"(" * 100 + b"R" * 100 + b"."}
+    )
+    codes = []
+    for name, data in (("good.pt", content), ("damaged.pt", damaged)):
+        (tmp_path / name).write_bytes(data)
+        result = run_cli("-i", str(tmp_path / name), "-o", str(tmp_path / "out/"), timeout=60)
+        check_error(result, 2, "shape '[7, 7, 7]' is invalid")
+        codes.append(result.err.replace(name, ""))
+    assert codes[0] == codes[1]
 
 
 def test_patience_is_a_number() -> None:
