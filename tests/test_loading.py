@@ -293,3 +293,34 @@ def test_an_empty_tensor_anywhere(tmp_path: Path) -> None:
     assert content["c"].tolist() == [0.5, -2.0]
     assert content["b"].shape == (0,)
     assert content["d"].shape == (2, 0)
+
+
+# Operators of the namespaces that archives may use which take text, read one by one: none of them takes it for a place.
+TEXT_OPERATORS = """
+Delete Float Int ModuleContainerIndex RaiseException StringIndex __contains__ __getitem__ __interpolate __upsample
+_assert_async _assert_scalar _convolution_mode _functional_assert_async _functional_assert_scalar _linalg_check_errors
+_linalg_eigh _linalg_svd _mixed_dtypes_linear _print _segment_reduce_backward _set_item _sparse_mm
+_sparse_mm_reduce_impl _sparse_mm_reduce_impl_backward _sparse_semi_structured_linear _sparse_semi_structured_tile
+_test_ambiguous_defaults _test_string_default add any capitalize center clear conv1d conv2d conv3d copy count device
+dict div div_ divide divide_ einsum endswith eq expandtabs fft_fft fft_fft2 fft_fftn fft_hfft fft_hfft2 fft_hfftn
+fft_ifft fft_ifft2 fft_ifftn fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2
+fft_rfftn find format ge gelu gelu_ gelu_backward get get_autocast_dtype gt index index_reduce index_reduce_ isalnum
+isalpha isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper items join keys le len
+linalg_cond linalg_eigh linalg_eigvalsh linalg_lstsq linalg_matrix_norm linalg_norm linalg_qr linalg_svd
+linalg_svdvals list ljust lower lstrip lt meshgrid nanquantile ne ord pad pad_sequence partition percentFormat pop
+popitem quantile remove replace rfind rindex rjust rpartition rsplit rstrip scatter scatter_ scatter_reduce
+scatter_reduce_ searchsorted segment_reduce setdefault slice sort sorted split splitlines startswith stft strip
+swapcase title update upper values warn zfill inductor_random
+"""
+
+
+def test_operators_that_take_text() -> None:
+    """A new PyTorch may bring an operator that opens a file: those that take text are read before they are allowed."""
+    found = set()
+    for schema in torch._C._jit_get_all_schemas():
+        namespace, _, name = schema.name.partition("::")
+        takes_text = any("str" in str(argument.type) for argument in schema.arguments)
+        if takes_text and namespace in product.OPERATOR_NAMESPACES and not product.is_denied_operator([name]):
+            found.add(name)
+    assert len(found) > 100
+    assert found <= set(TEXT_OPERATORS.split())
