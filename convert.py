@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import collections
 import contextlib
 import copy
 import ctypes
+import enum
 import errno
 import fcntl
 import filecmp
@@ -44,6 +46,8 @@ import sys
 import threading
 import time
 import traceback
+import types
+import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,15 +55,32 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-if TYPE_CHECKING:  # heavy: imported where they are needed, after the arguments and the input have been looked at
+
+class Lazy:
+    """Stands for the module `name`, called `alias` here, until something of it is needed; then that takes its place.
+
+    The arguments and the input are looked at before anything heavy is imported: importing torch takes two seconds.
+    """
+
+    def __init__(self, name: str, alias: str) -> None:
+        self.name, self.alias = name, alias
+
+    def __getattr__(self, attribute: str) -> Any:
+        module = globals()[self.alias] = importlib.import_module(self.name)
+        return getattr(module, attribute)
+
+
+if TYPE_CHECKING:
     import ast
-    import warnings
 
     import numpy as np
     import onnx
     import onnx_ir as ir
     import torch
     from torch import Tensor, nn
+else:
+    ast, np, onnx, ir = Lazy("ast", "ast"), Lazy("numpy", "np"), Lazy("onnx", "onnx"), Lazy("onnx_ir", "ir")
+    torch, nn = Lazy("torch", "torch"), Lazy("torch.nn", "nn")
 
 __version__ = "0.1.0"
 
@@ -1282,8 +1303,6 @@ def library_folders() -> tuple[Path, ...]:
     import site
     import sysconfig
 
-    import torch
-
     folders = [*map(sysconfig.get_path, ("purelib", "platlib")), *site.getsitepackages(), site.getusersitepackages()]
     return (Path(torch.__file__).resolve().parents[1], *(Path(folder).resolve() for folder in folders))
 
@@ -1351,7 +1370,6 @@ def import_torchvision() -> None:
 
     One file of torchvision 0.29 (ops/roi_align.py) asks torch._dynamo a question, and only if a kernel is missing.
     """
-    import types
 
     def is_compile_supported(device_type: str) -> bool:
         return bool(importlib.import_module("torch._dynamo.utils").is_compile_supported(device_type))
@@ -1407,10 +1425,6 @@ def holds_models(module: str) -> bool:
 
 def allowed_class(module: str, name: str) -> type | None:
     """The class `module.name` if a pickle may hold instances or members of it, else None."""
-    import enum
-
-    from torch import nn
-
     full_name = f"{module}.{name}"
     named = full_name in USER_CLASSES
     listed = full_name in DATA_CLASSES | HOOK_CLASSES
@@ -1436,8 +1450,6 @@ def allowed_class(module: str, name: str) -> type | None:
 
 def is_special(cls: type) -> bool:
     """Whether instances of `cls` are programs, have their own storage, or run code when they are thrown away."""
-    import torch
-
     denied = any(belongs(base.__module__, DENIED_MODULES) for base in cls.__mro__)
     return denied or hasattr(cls, "__del__") or issubclass(cls, (torch.Tensor, type))
 
@@ -1470,8 +1482,6 @@ class NumpyDtype:
 
     def value(self) -> np.dtype[Any]:
         """The dtype."""
-        import numpy as np
-
         return np.dtype((self.order if self.order in "<>" else "") + self.code)
 
 
@@ -1483,8 +1493,6 @@ class NumpyArray:
 
     def build(self, state: object) -> None:
         """Read (version, shape, dtype, is_fortran, raw bytes)."""
-        import numpy as np
-
         if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], NumpyDtype):
             raise DamagedFileError("a numpy array has a damaged state")
         _, shape, dtype, fortran, raw = state
@@ -1508,8 +1516,6 @@ def rebuild_numpy_scalar(dtype: NumpyDtype, raw: bytes | str) -> Any:
 
 def check_tensor(storage: object, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> None:
     """Raise DamagedFileError unless the elements from `offset` on, with `size` and `stride`, lie in `storage`."""
-    import torch
-
     if not (isinstance(storage, tuple) and len(storage) == 2 and isinstance(storage[0], torch.UntypedStorage)):
         raise DamagedFileError("a tensor has no storage")
     if not isinstance(size, (tuple, list)) or not isinstance(stride, (tuple, list)):
@@ -1526,8 +1532,6 @@ def check_tensor(storage: object, offset: int, size: Sequence[int], stride: Sequ
 
 def rebuild_tensor(storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
     """torch._utils._rebuild_tensor_v2 with the bounds checked: `offset`, `size` and `stride` are in elements."""
-    import torch
-
     check_tensor(storage, offset, size, stride)
     untyped, dtype = storage
     return torch.empty(0, dtype=dtype, device=untyped.device).set_(untyped, offset, tuple(size), tuple(stride))
@@ -1535,8 +1539,6 @@ def rebuild_tensor(storage: Any, offset: int, size: Sequence[int], stride: Seque
 
 def rebuild_meta_tensor(dtype: object, size: Sequence[int], stride: Sequence[int], *_: object) -> Tensor:
     """torch._utils._rebuild_meta_tensor_no_storage: sizes without weights; see check_weights."""
-    import torch
-
     numbers = (*size, *stride)
     if not isinstance(dtype, torch.dtype) or len(size) != len(stride) or len(size) > 64:
         raise DamagedFileError("a tensor has a damaged size or type")
@@ -1547,8 +1549,6 @@ def rebuild_meta_tensor(dtype: object, size: Sequence[int], stride: Sequence[int
 
 def rebuild_parameter(data: object, requires_grad: object, *_: object) -> nn.Parameter:
     """torch._utils._rebuild_parameter; gradients are of no use here."""
-    import torch
-
     if not isinstance(data, torch.Tensor) or not isinstance(requires_grad, bool):
         raise DamagedFileError("a parameter has no tensor")
     return torch.nn.Parameter(data, requires_grad=False)
@@ -1577,10 +1577,7 @@ def rebuild_attribute(target: object, name: str) -> object:
 
     They are: a member of an enum, a module's own method or static method, and apply of a listed autograd function.
     """
-    import enum
-    import types
-
-    from torch import autograd, nn
+    from torch import autograd
 
     if type(name) is not str:
         raise DamagedFileError("the file asks for an attribute without a name")
@@ -1611,8 +1608,6 @@ def rebuild_partial(function: Token) -> functools.partial[Any]:
 
 def rebuild_defaultdict(factory: Token | None = None) -> dict[Any, Any]:
     """collections.defaultdict over a built-in container."""
-    import collections
-
     factories = {f"builtins.{kind.__name__}": kind for kind in (list, dict, set, int, float)}
     return collections.defaultdict(factories[factory.name] if factory else None)
 
@@ -1626,29 +1621,21 @@ def rebuild_bytes(text: str, encoding: str) -> bytes:
 
 def rebuild_size(sizes: Iterable[int] = ()) -> torch.Size:
     """torch.Size."""
-    import torch
-
     return torch.Size([int(size) for size in listed(sizes)])
 
 
 def rebuild_device(*_: object) -> torch.device:
     """torch.device: always the CPU, whichever GPU the file was saved on."""
-    import torch
-
     return torch.device("cpu")
 
 
 def rebuild_generator(*_: object) -> torch.Generator:
     """torch.Generator: a fresh one, whose state is not taken from the file."""
-    import torch
-
     return torch.Generator()
 
 
 def ordered(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
     """collections.OrderedDict."""
-    import collections
-
     return collections.OrderedDict((hashable(key), plain(value)) for key, value in listed(items))
 
 
@@ -1705,10 +1692,6 @@ def hashable(key: Any, depth: int = 0) -> Any:
     """`key` if it is plain data: hashing anything else would run its class's code."""
     if type(key) in (str, float, bool, bytes, type(None), int):
         return key
-    import enum
-
-    import torch
-
     if isinstance(key, (torch.dtype, enum.Enum)):
         return key
     if type(key) in (torch.Tensor, torch.nn.Parameter):  # hashed by identity; an optimizer's state has them
@@ -1942,8 +1925,6 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
 
     def find_class(self, module: str, name: str) -> Any:
         """Resolve a global name to a Token (or to a dtype, which is data)."""
-        import torch
-
         if self.proto < 3:  # what Python 2 called it
             module, name = pickle._compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # type: ignore[attr-defined]  # noqa: SLF001
             module = pickle._compat_pickle.IMPORT_MAPPING.get(module, module)  # type: ignore[attr-defined]  # noqa: SLF001
@@ -1977,8 +1958,6 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
 
     def run_reduce(self) -> None:
         """REDUCE: call a re-implemented function, or pick an enum's member."""
-        import enum
-
         arguments = self.stack.pop()
         function = self.stack[-1]
         if not isinstance(function, Token) or type(arguments) is not tuple:
@@ -2002,8 +1981,6 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
 
     def rebuild(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """Call a re-implemented function; what it makes is bounded for the file as a whole."""
-        import torch
-
         if arguments and name in ("builtins.set", "builtins.frozenset"):
             self.budget.count_keys(listed(arguments[0]))
         elif arguments and name in DICT_CLASSES:
@@ -2029,9 +2006,6 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
 
     def new_object(self, token: object, arguments: object) -> Any:
         """An instance of an allowed class by `object.__new__`; never its own `__new__` or `__init__`."""
-        import enum
-        import types
-
         if not isinstance(token, Token) or type(arguments) is not tuple:
             raise RefusedFileError("the pickle makes an object of something that is not a class")
         if token.name in WRAPPER_CLASSES:
@@ -2054,8 +2028,6 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
 
     def run_build(self) -> None:
         """BUILD: give an object its state, after checking it."""
-        import torch
-
         state = self.stack.pop()
         target = self.stack[-1]
         if self.refused or isinstance(target, (Ignored, torch.Tensor, torch.Generator)):
@@ -2271,9 +2243,6 @@ def settle_back_ends(owner: str, attributes: dict[Any, Any], seen: dict[int, obj
 
 def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
     """Give `module` its `__dict__`, if that holds modules, tensors and data and nothing that the model would run."""
-    import torch
-    from torch import nn
-
     cls = type(module)
     name = qualified_name(cls)
     for key in LOADING_HOOKS & attributes.keys():
@@ -2302,8 +2271,6 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
 
 def replaces_method(target: object, key: str, value: object) -> bool:
     """Whether the attribute `key` hides a method of the class behind a callable that is not one of its own methods."""
-    import types
-
     methods = (types.FunctionType, staticmethod, classmethod, property)
     if not isinstance(next((vars(base)[key] for base in type(target).__mro__ if key in vars(base)), None), methods):
         return False
@@ -2342,8 +2309,6 @@ def check_module_graph(root: nn.Module) -> None:
     Modules count that lie in a module's other attributes, and in lists and the like there, too; cycles of these are
     harmless, such as a reference to the parent.
     """
-    from torch import nn
-
     paths: dict[int, int] = {}
     active: set[int] = set()
     entries = iter(range(MAX_OPCODES))
@@ -2408,8 +2373,6 @@ def check_record_names(records: Sequence[str]) -> None:
 
 def open_archive(path: Path) -> tuple[Any, list[str]]:
     """Torch's own zip reader and its record names: zipfile disagrees with it on duplicate and mismatched entries."""
-    import torch
-
     try:
         file = open_input(path)
         reader = torch._C.PyTorchFileReader(file)  # noqa: SLF001
@@ -2445,8 +2408,6 @@ def map_file(path: Path) -> torch.UntypedStorage:
     MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory. MAPPED
     remembers the addresses.
     """
-    import torch
-
     flags = mmap.MAP_PRIVATE | MAP_NORESERVE
     with open_input(path) as file:
         mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -2457,8 +2418,6 @@ def map_file(path: Path) -> torch.UntypedStorage:
 
 def read_archive(path: Path, unpickler: Unpickler = InertUnpickler) -> Any:
     """The object in a zip checkpoint, read inertly; its tensors lie in the mapped file until somebody reads them."""
-    import torch
-
     reader, _ = open_archive(path)
     mapped = map_file(path)
     storages: dict[str, torch.UntypedStorage] = {}
@@ -2490,8 +2449,6 @@ def read_archive(path: Path, unpickler: Unpickler = InertUnpickler) -> Any:
 
 def parse_storage_id(record_id: object) -> tuple[str, torch.dtype, int]:
     """(key, dtype, size in bytes) of ("storage", storage type, key, location, number of elements, ...)."""
-    import torch
-
     if not isinstance(record_id, tuple) or len(record_id) < 5 or record_id[0] not in ("storage", b"storage"):
         raise DamagedFileError("a tensor refers to something that is not a storage")
     token, key, _, elements = record_id[1:5]
@@ -2510,8 +2467,6 @@ def read_legacy(file: io.BufferedIOBase, size: int, unpickler: Unpickler = Inert
     The layout is torch.serialization._legacy_save's: magic number, protocol, system, object, storage keys, and then
     for each key the number of elements as int64 and the raw elements.
     """
-    import torch
-
     storages: dict[str, tuple[torch.UntypedStorage, torch.dtype]] = {}
     left = size  # bytes of the file that no storage has claimed
 
@@ -2548,8 +2503,6 @@ def read_legacy(file: io.BufferedIOBase, size: int, unpickler: Unpickler = Inert
 
 def fill_storage(file: io.BufferedIOBase, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
     """Read the next storage of a legacy file: the number of elements as int64, and their bytes."""
-    import torch
-
     count, raw = file.read(8), file.read(storage.nbytes())
     if len(count) < 8 or struct.unpack("<q", count)[0] * dtype.itemsize != len(raw) or len(raw) < storage.nbytes():
         raise DamagedFileError("the file is truncated; copy or download it again")
@@ -2591,8 +2544,6 @@ class ScriptUnpickler(InertUnpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """A Token for what torch.jit.save writes: the archive's own classes, tensors, lists and enumerations."""
-        import torch
-
         full_name = f"{module}.{name}"
         own = SCRIPT_NAME.fullmatch(full_name) and not denied_script_name(full_name.split("."))
         scheme = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.qscheme))
@@ -2627,8 +2578,6 @@ def dotted_names(tree: ast.AST) -> Iterator[list[str]]:
 
     Attributes of anything else than a name begin with "".
     """
-    import ast
-
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -2666,7 +2615,6 @@ def is_denied_operator(names: Sequence[str]) -> bool:
 
 def called_while_loading(tree: ast.AST) -> Iterator[str]:
     """What runs as soon as the code is loaded, besides what is plain: __setstate__, defaults and class bodies."""
-    import ast
 
     def calls(nodes: Iterable[ast.AST], where: str) -> Iterator[str]:
         for node in (inner for outer in nodes for inner in ast.walk(outer)):
@@ -2697,8 +2645,6 @@ def called_while_loading(tree: ast.AST) -> Iterator[str]:
 
 def vet_script_code(tree: ast.AST) -> set[str]:
     """What a piece of TorchScript source uses that may touch files, the network or unknown extensions."""
-    import ast
-
     found = {".".join(parts) for parts in dotted_names(tree) if denied_script_name(parts)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
@@ -2719,8 +2665,6 @@ def script_methods(tree: ast.Module, module: str) -> dict[str, ScriptMethod]:
 
     What is called is told by the annotations of attributes and arguments, as torch.jit.save writes them for all.
     """
-    import ast
-
     found: dict[str, ScriptMethod] = {}
     attributes = {
         f"{module}.{cls.name}.{item.target.id}": ast.unparse(item.annotation)
@@ -2741,8 +2685,6 @@ def script_methods(tree: ast.Module, module: str) -> dict[str, ScriptMethod]:
 
 def script_method(node: ast.FunctionDef, attributes: Mapping[str, str]) -> ScriptMethod:
     """The size and the calls of one function; `attributes` are the types of the classes' attributes by full name."""
-    import ast
-
     types = {argument.arg: ast.unparse(argument.annotation) for argument in node.args.args if argument.annotation}
 
     def type_of(value: ast.expr) -> str:
@@ -2788,8 +2730,6 @@ def vet_torchscript(path: Path) -> None:
 
     Its pickles may only name what torch.jit.save writes, and their tensors must fit their records.
     """
-    import ast
-
     reader, records = open_archive(path)
     if "model.json" in records:  # PyTorch 1.0's layout: torch.jit.load would take the code from wherever that says
         raise RefusedFileError("it has the layout of PyTorch 1.0 to 1.3; save it again with a newer PyTorch")
@@ -2819,8 +2759,6 @@ def vet_torchscript(path: Path) -> None:
 
 def vet_script_pickle(reader: Any, record: str) -> None:
     """Check one pickle of a TorchScript archive; its storages lie in the records of a folder of the same name."""
-    import torch
-
     program = read_record(reader, record)
     folder = record.removesuffix(".pkl")
 
@@ -2880,8 +2818,6 @@ def is_operator(target: object) -> bool:
 
 def is_symbolic_expression(text: object) -> bool:
     """Whether `text` is an expression over sizes and nothing else: torch.export.load has sympy evaluate it."""
-    import ast
-
     if not isinstance(text, str) or len(text) > 4000 or not text.isascii():
         return False
     try:
@@ -3375,8 +3311,6 @@ def read_checkpoint(source: Source, unpickler: Unpickler = InertUnpickler) -> An
 
 def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
     """A complete module, or a dictionary that holds weights."""
-    import torch
-
     if trust:
         LOG.warn(f"--trust-pickle: {source.path} is executed as it is opened")
         try:
@@ -3480,8 +3414,6 @@ def check_extents(header: Mapping[str, Any], size: int) -> int:
 
 def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
     """The tensors of a safetensors file, which lie in the mapped file until somebody reads them."""
-    import torch
-
     header = safetensors_header(source.path)
     names = {name: SAFETENSORS_DTYPES[name][1] for name in sorted({entry["dtype"] for entry in header.values()})}
     unknown = [name for name, known in names.items() if known is None]
@@ -3553,8 +3485,6 @@ def check_shard(name: str, wanted: set[str], found: Collection[str]) -> None:
 
 def load_torchscript(source: Source, *, trust: bool) -> Loaded:
     """A ScriptModule, and the inputs that it was traced with where the archive has them."""
-    import torch
-
     if trust:
         LOG.warn(f"--trust-pickle: the code in {source.path} is not vetted")
     else:
@@ -3588,8 +3518,6 @@ def traced_inputs(path: Path) -> tuple[InputShape, ...]:
 
     torch.jit.save records the tensors without their data, so the storages made here are never filled.
     """
-    import torch
-
     reader, records = open_archive(path)
     if "traced_inputs.pkl" not in records:
         return ()
@@ -3623,8 +3551,6 @@ def weights_only(*, enforced: bool) -> Iterator[None]:
 
 def load_exported_program(source: Source, *, trust: bool) -> Loaded:
     """An ExportedProgram with its inputs' shapes and free axes."""
-    import torch
-
     if trust:
         LOG.warn(f"--trust-pickle: {source.path} is opened without vetting it")
     file = source.path if trust else rewrite_exported_program(source.path)
@@ -3987,9 +3913,6 @@ def state_dict_of(value: object) -> dict[str, Tensor] | None:
 
     Raises DamagedFileError where a name is endless.
     """
-    import numpy as np
-    import torch
-
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return None
     if not all(map(is_text, value)):
@@ -4011,8 +3934,6 @@ def find_weights(content: Any, key: str | None) -> Weights:
     `key` is an entry, entries joined by dots, or what the names of the wanted tensors begin with. Raises
     ConversionError that lists what there is, where nothing or more than one thing without a usual name is found.
     """
-    from torch import nn
-
     seen: set[int] = set()  # a file can name one mapping any number of times
 
     def entries(value: object, path: str, depth: int) -> Iterator[Weights]:
@@ -4212,8 +4133,6 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
 
     The batch counters that PyTorch before 0.4.1 lacked are added. Raises UsageError where two parts fit.
     """
-    import torch
-
     expected = model.state_dict()
     weights = unwrap_names(weights)
     prefix = common_prefix(weights, expected) or part_prefix(weights, expected)
@@ -4395,8 +4314,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     load_state_dict itself judges, since modules may rename what older versions wrote (weight_norm's weight_g). It wants
     the versions of the modules (`_metadata`), which not every file has: those of the installed classes.
     """
-    import collections
-
     own = model.state_dict()
     state = collections.OrderedDict(
         (key, value.to(own[key].dtype if key in own else value.dtype)) for key, value in weights.items()
@@ -4412,8 +4329,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any], name: str) -> nn.Module:
     """Build the class; raises UsageError where its constructor fails."""
-    from torch import nn
-
     try:
         with without_initialisation():
             model = build(**arguments)
@@ -4481,7 +4396,6 @@ def extent(tensor: Tensor) -> int:
 @functools.cache
 def stored_class() -> Any:
     """The class of stored tensors (torch is imported late)."""
-    import torch
 
     class Stored(torch.Tensor):
         """A tensor with the values of `source`, which lies in a mapped file, in another dtype or the same.
@@ -4538,8 +4452,6 @@ def stored_class() -> Any:
 
 def call_operator(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call an operator of torch with stored tensors among its arguments."""
-    import torch
-
     aten, first = torch.ops.aten, args[0]
     if isinstance(first, stored_class()):
         viewed = func.is_view or func is aten.detach.default
@@ -4562,8 +4474,6 @@ def call_operator(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 @functools.cache
 def joined_class() -> Any:
     """The class of stored tensors that are made of several: transformers joins the experts of a layer."""
-    import torch
-
     Stored = stored_class()  # noqa: N806  (a class)
 
     class Joined(Stored):  # type: ignore[misc,valid-type]
@@ -4599,8 +4509,6 @@ def joined_class() -> Any:
 
 def view_of_joined(joined: Any, func: Any, args: Sequence[Any]) -> Any:
     """The view or views of a joined tensor that `func` makes, joined again or one part's; None of unusual kinds."""
-    import torch
-
     kind = func._schema.name.removeprefix("aten::")  # noqa: SLF001
     if kind == "narrow":
         axis, start, length = args
@@ -4636,8 +4544,6 @@ def part_of_joined(joined: Any, first: int, last: int) -> Any:
 
 def join(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Stack or concatenate: a stored tensor where all parts are, and of one dtype."""
-    import torch
-
     parts, axis = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     kinds = {(part.kept_as, part.dtype) if isinstance(part, stored_class()) else None for part in parts}
     if len(kinds) > 1 or None in kinds:
@@ -4650,8 +4556,6 @@ def join(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 def casts_only(stored: Any, wanted: Mapping[str, Any]) -> bool:
     """Whether a copy changes the dtype at most, so that casting the source gives the same numbers."""
-    import torch
-
     lossless = torch.promote_types(stored.kept_as, stored.dtype) is stored.dtype
     on_cpu = wanted.get("device") in (None, torch.device("cpu"))
     return lossless and on_cpu and wanted.get("dtype", stored.dtype).is_floating_point
@@ -4669,8 +4573,6 @@ def look_up_rows(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
 
 def multiply_in_blocks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """A product (mm, or addmm with a vector) whose last factor is read a block of columns at a time."""
-    import torch
-
     *others, last = args
     if not isinstance(last, stored_class()) or (len(others) > 1 and others[0].dim() > 1):
         return call_with_values(func, args, kwargs)
@@ -4696,8 +4598,6 @@ def read_block(stored: Any) -> Tensor:
 @functools.cache
 def block_memory() -> Tensor:
     """BLOCK_BYTES that are taken from the system once: asking again for every block costs more than a cast."""
-    import torch
-
     return torch.empty(BLOCK_BYTES, dtype=torch.uint8)
 
 
@@ -4721,8 +4621,6 @@ def call_with_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 def store_all(weights: Mapping[str, Tensor], options: argparse.Namespace) -> dict[str, Tensor]:
     """`weights` with the large ones as stored tensors, unless all are few, or to be loaded as --no-stream says."""
-    import torch
-
     large = sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM
     if options.no_stream or options.device != "cpu" or not large:
         return dict(weights)
@@ -4738,8 +4636,6 @@ def store_all(weights: Mapping[str, Tensor], options: argparse.Namespace) -> dic
 
 def store_parameters(model: nn.Module, options: argparse.Namespace) -> None:
     """Let the large parameters of a model that was loaded whole be stored tensors, by the rules of store_all."""
-    from torch import nn
-
     places = [place for place in weight_places(model) if isinstance(place[2], nn.Parameter)]
     weights = store_all({str(id(tensor)): tensor for *_, tensor in places}, options)
     stored = {
@@ -4764,8 +4660,6 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 def weight_places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     """Where the modules of `model` keep the tensors of its state dict: the dict, the key in it and the tensor."""
-    import torch
-
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):  # keeps them elsewhere
             continue
@@ -4777,8 +4671,6 @@ def weight_places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tenso
 @contextlib.contextmanager
 def stored_weights_as(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While in context, stored weights are the ordinary parameters that `make` makes; shared ones stay shared."""
-    from torch import nn
-
     before = [place for place in weight_places(model) if isinstance(place[2], stored_class())]
     made: dict[int, Any] = {}
     for own, name, tensor in before:
@@ -4798,8 +4690,6 @@ def blank_maker(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     All lie in one anonymous mapping that nothing but the kernel's page of zeros is behind.
     """
     import mmap
-
-    import torch
 
     size = max((tensor.nbytes for tensor in tensors), default=0)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
@@ -4855,8 +4745,6 @@ def weights_as_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def byte_blocks(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor in its logical order, BLOCK_BYTES or less at a time."""
-    import torch
-
     rows = tensor.shape[0] if tensor.dim() else 1
     step = max(1, BLOCK_BYTES * rows // max(1, tensor.nbytes))
     for part in tensor.split(step) if tensor.dim() else (tensor,):
@@ -5073,8 +4961,6 @@ def config_attribute(cls: type, name: str, value: object) -> Verdict:
 
 def is_dtype(value: object) -> bool:
     """Whether a value names dtypes: one, or one for each part of a model."""
-    import torch
-
     if isinstance(value, dict):
         return all(is_dtype(entry) for entry in value.values() if not isinstance(entry, dict))
     return (
@@ -5225,8 +5111,6 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
 
     Raises InputError where one lacks or has another shape.
     """
-    import torch
-
     own = adapter.own if adapter else {}
     size = sum(tensor.nbytes for tensor in (*weights.values(), *own.values()))
     what, advice = f"{options.input}: transformers cannot load it", "check config.json, and copy the whole folder again"
@@ -5313,8 +5197,6 @@ def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
     transformers 5.23's own class for it refuses what timm 1.0.31 writes (num_classes among the model_args, too). Raises
     InputError for an architecture that timm does not know, and weights that do not fit it.
     """
-    import torch
-
     timm = import_library("timm")
     weights = load_folder(folder, trust=options.trust_pickle)
     with naming(options.input):
@@ -5528,8 +5410,6 @@ def base_advice(folder: Path, recorded: str) -> str:
 
 def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
     """Let `config`, and config.json in `folder`, have as many labels and tokens as the adapter's own tensors have."""
-    import torch
-
     with torch.device("meta"):
         expected = cls(copy.deepcopy(config)).state_dict()
     told: dict[str, Any] = {"architectures": [cls.__name__]}
@@ -5551,7 +5431,6 @@ def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
     `lost` are those that the base's files do not have in their sizes. Raises InputError for a tensor that
     has no place, and where another is tied to a lost one.
     """
-    import torch
 
     def misfit(what: str) -> ConversionError:
         advice = "pass the --task that it was trained for, or its true base with --base"
@@ -5581,7 +5460,6 @@ def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
 
 def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Settings) -> None:
     """Add LoRA's product to the weight of `layer`, and scale its rows to DoRA's magnitudes; ValueError for a misfit."""
-    from torch import nn
 
     def setting(patterns: str, otherwise: str) -> float:
         known = settings.content.get(patterns) or {}
@@ -5666,8 +5544,6 @@ class Guess(NamedTuple):
 def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
     """Names of forward's tensor parameters in order, and how many of them it cannot do without."""
     import inspect
-
-    import torch
 
     if isinstance(model, torch.jit.ScriptModule):
         arguments = model.forward.schema.arguments[1:]
@@ -5830,16 +5706,12 @@ def told_guesses(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
 
 def float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the model's first floating-point weight: its inputs have the same."""
-    import torch
-
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
 
 def name_inputs(model: nn.Module, shapes: Sequence[InputShape], dtype: torch.dtype) -> list[InputSpec]:
     """Give every shape a name (the user's, else `input`, else forward's) and a dtype."""
-    import torch
-
     names, _ = forward_parameters(model)
     if len(shapes) == 1 and not set(names[:1]) & USUAL_NAMES:
         names = ["input"]
@@ -5956,8 +5828,6 @@ class RejectedInputError(Exception):
 
 def flatten_outputs(value: Any) -> dict[str, Tensor]:
     """Every tensor of nested outputs under a stable name: `output`, `logits`, `boxes`, `output_1`, `aux_0`."""
-    import torch
-
     found: dict[str, Tensor] = {}
 
     def walk(item: Any, path: tuple[str, ...]) -> None:
@@ -5984,8 +5854,6 @@ def flatten_outputs(value: Any) -> dict[str, Tensor]:
 
 def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """`model` as the exporters like it: tensors in by position, a flat tuple of tensors out, no gradients."""
-    from torch import nn
-
     parameters, _ = forward_parameters(model)
     by_name = len(names) > 1 and set(names) <= set(parameters)
 
@@ -6003,8 +5871,6 @@ def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
 def make_inputs(specs: Sequence[InputSpec], highest: int, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
     """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     result = []
     for spec in specs:
@@ -6027,16 +5893,12 @@ def make_inputs(specs: Sequence[InputSpec], highest: int, sizes: Mapping[str, in
 
 def highest_index(model: nn.Module) -> int:
     """Integer inputs stay below this: the number of rows of the smallest embedding, or 2 where there is none."""
-    from torch import nn
-
     rows = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     return min(rows, default=2)
 
 
 def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """The model's outputs by name; raises RejectedInputError with what the model said."""
-    import torch
-
     parameters, _ = forward_parameters(model)
     by_name = len(names) > 1 and set(names) <= set(parameters)
     try:
@@ -6089,8 +5951,6 @@ class Reference:
 
 def is_archive(model: nn.Module) -> bool:
     """Whether the code of `model` came out of a TorchScript or .pt2 archive."""
-    import torch
-
     return isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
 
 
@@ -6115,16 +5975,12 @@ def forgotten(model: nn.Module) -> Iterator[None]:
 
 def to_numpy(tensor: Tensor) -> Any:
     """A numpy copy on the CPU; bfloat16, which numpy lacks, as float32."""
-    import torch
-
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy(force=True).copy()
 
 
 def check_deterministic(reference: Reference, first: Case, sizes: Mapping[str, int], seed: int) -> None:
     """Call the model a second time with the same inputs; raises ConversionError (VERIFY) where the answers differ."""
-    import numpy as np
-    import torch
 
     def same(one: Case, other: Case) -> bool:
         return one.outputs.keys() == other.outputs.keys() and all(
@@ -6149,8 +6005,6 @@ def check_deterministic(reference: Reference, first: Case, sizes: Mapping[str, i
 
 def check_finite(case: Case) -> None:
     """Raises ConversionError (VERIFY) where PyTorch's own outputs hold NaN or Inf; warns where they prove little."""
-    import numpy as np
-
     for name, value in case.outputs.items():
         if value.size and value.dtype.kind == "f" and not np.isfinite(value).all():
             kind = "NaN" if np.isnan(value).any() else "infinite values"
@@ -6364,8 +6218,6 @@ class Graph(NamedTuple):
 
 def padding_mask(batch: int, length: int, *, left: bool) -> Tensor:
     """A mask (int64, batch x length) of ones whose later rows begin (`left`) or end with ever more zeros."""
-    import torch
-
     mask = torch.ones(batch, length, dtype=torch.int64)
     for row in range(1, batch):
         empty = min(length - 1, row * length // (batch + 1))
@@ -6376,8 +6228,6 @@ def padding_mask(batch: int, length: int, *, left: bool) -> Tensor:
 
 def token_ids(config: Any, shape: Sequence[int], generator: Any) -> Tensor:
     """Random tokens (int64) of the vocabulary that are none of the special ones."""
-    import torch
-
     special = {value for key, value in config.to_dict().items() if key.endswith("_token_id") and type(value) is int}
     usual = torch.tensor([token for token in range(min(config.vocab_size, 50000)) if token not in special] or [0])
     return usual[torch.randint(0, len(usual), tuple(shape), generator=generator)]
@@ -6387,8 +6237,6 @@ def example_tensors(
     specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int, *, left: bool = False
 ) -> list[Tensor]:
     """Seeded inputs at `sizes` as a processor makes them: padded rows (`left` or right), real positions."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
     for spec in sorted(specs, key=lambda spec: "mask" not in spec.name):  # the masks first: others follow them
@@ -6437,8 +6285,6 @@ def takes(model: nn.Module, name: str) -> bool:
 
 def text_specs(model: Any, task: str) -> list[InputSpec]:
     """The inputs of a text encoder, as its tokenizer makes them."""
-    import torch
-
     names = ["input_ids", "attention_mask"]
     if takes(model, "token_type_ids") and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
         names.append("token_type_ids")
@@ -6550,7 +6396,6 @@ def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
 
 def named_call(model: nn.Module, names: Sequence[str], choose: Callable[[Any], dict[str, Tensor]]) -> nn.Module:
     """A module that takes tensors by position, calls `model` with them by name and returns what `choose` picks."""
-    from torch import nn
 
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -6565,8 +6410,6 @@ def named_call(model: nn.Module, names: Sequence[str], choose: Callable[[Any], d
 
 def task_outputs(task: str, missing: Collection[str]) -> Callable[[Any], dict[str, Tensor]]:
     """What picks the task's tensors from a model's output: those of TASK_OUTPUTS, logits, or every tensor."""
-    import torch
-
     wanted = [name for name in TASK_OUTPUTS.get(task, ("logits",)) if name not in missing]
 
     def choose(output: Any) -> dict[str, Tensor]:
@@ -6578,8 +6421,6 @@ def task_outputs(task: str, missing: Collection[str]) -> Callable[[Any], dict[st
 
 def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
     """One vector for each row of `states` (batch x sequence x size), as sentence_transformers.models.Pooling has it."""
-    import torch
-
     weights = mask.unsqueeze(-1).to(states.dtype)
     if mode == "cls":
         return states[:, 0]
@@ -6619,8 +6460,6 @@ def sentence_steps(folder: VettedFolder, *, trust: bool) -> list[SentenceStep]:
     Raises InputError for a module that is not known. Without modules.json the mean, as
     sentence-transformers itself does.
     """
-    import torch
-
     if "modules.json" not in folder.files:
         LOG.warn("no modules.json says how words become a sentence: it is their mean, as sentence-transformers does")
         return [pooling_step(["mean"])]
@@ -6662,15 +6501,11 @@ def pooling_modes(settings: Settings) -> list[str]:
 
 def pooling_step(modes: Sequence[str]) -> SentenceStep:
     """The vectors of all `modes`, one after the other."""
-    import torch
-
     return lambda states, mask, _: torch.cat([pool(states, mask, mode) for mode in modes], -1)
 
 
 def dense_step(folder: VettedFolder, module: Settings, *, trust: bool) -> SentenceStep:
     """The Dense module of sentence-transformers: a linear layer and its activation."""
-    import torch
-
     settings, name = module_settings(folder, module), module_folder(module)
     activation = (settings.name("activation_function") or "torch.nn.Identity").rpartition(".")[2]
     if activation not in ACTIVATIONS:
@@ -6690,7 +6525,6 @@ def dense_step(folder: VettedFolder, module: Settings, *, trust: bool) -> Senten
 
 def sentence_call(model: Any, names: Sequence[str], steps: Sequence[Callable[..., Tensor]]) -> nn.Module:
     """A module that returns the model's states and the sentence's vector, which `steps` make of them."""
-    from torch import nn
 
     class Sentence(nn.Module):
         def __init__(self) -> None:
@@ -6745,7 +6579,6 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
 
 def timm_graph(model: Any, output: str) -> Graph:
     """The graph of a model of timm: images of the size that it was made for, and its one `output`."""
-    from torch import nn
 
     class Images(nn.Module):
         def __init__(self) -> None:
@@ -6816,8 +6649,6 @@ def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
 
     A `verified` one is compared by generating text, too.
     """
-    import torch
-
     model, dtype = found.model, float_dtype(found.model)
     names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes(model, name)]
     dims, axes = (2, DECODER_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
@@ -6844,8 +6675,6 @@ def cache_probe(model: Any, argument: str) -> Any:
 
     Raises ConversionError (EXPORT) where the model keeps what it remembers elsewhere.
     """
-    import torch
-
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad(), unread_weights(model):
         cache = getattr(model(input_ids=token, use_cache=True), argument, None)
@@ -6898,8 +6727,6 @@ def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bo
 
     Without a cache the states begin with zeros, and what they become is no output.
     """
-    import torch
-
     model, config = found.model, found.model.config.get_text_config(decoder=True)
     LOG.info("its states go from token to token: the graph is a loop over the tokens")
     argument = "cache_params" if takes(model, "cache_params") else "past_key_values"
@@ -6958,9 +6785,6 @@ def token_call(way: Stateful) -> nn.Module:
 
     A padded token leaves the states as they were: transformers hides it from them in a whole text, but not alone.
     """
-    import torch
-    from torch import nn
-
     attends = any(name.startswith("past_key_values") for name in way.past)
 
     class Token(nn.Module):
@@ -6991,7 +6815,6 @@ def text_call(way: Stateful, step: nn.Module, *, cached: bool) -> nn.Module:
 
     Not every model goes on from a past with more than one token: there it is `step` by step.
     """
-    from torch import nn
 
     class Text(nn.Module):
         def __init__(self) -> None:
@@ -7012,8 +6835,6 @@ def text_call(way: Stateful, step: nn.Module, *, cached: bool) -> nn.Module:
 
 def by_token(step: nn.Module, given: Mapping[str, Tensor], before: Sequence[Tensor]) -> dict[str, Tensor]:
     """What `step` makes of the tokens one after the other, beginning with the cache `before`."""
-    import torch
-
     length, answers = given["input_ids"].shape[1], []
     past = given["attention_mask"].shape[1] - length
     for turn in range(length):
@@ -7032,8 +6853,6 @@ def check_steps(way: Stateful, step: nn.Module, specs: Sequence[InputSpec]) -> N
 
     Only the latter can be exported. zamba2 and nemotron_h bound their time steps from below in whole texts alone.
     """
-    import torch
-
     config = way.model.config.get_text_config(decoder=True)
     sizes = {BATCH: 1, PAST: 0, SEQUENCE: STEPPED, TOTAL: STEPPED}
     tensors = beside(way.model, stateful_examples(specs, config, sizes, 0))
@@ -7110,8 +6929,6 @@ def greedy(config: Any, start: int | None, count: int) -> Any:
 
 def generate(model: Any, config: Any, count: int) -> Generated:
     """The `count` tokens that `model` generates, by transformers' own loop, without any of its generation settings."""
-    import torch
-
     spec = InputSpec("input_ids", (2, 6), torch.int64)
     mask = padding_mask(*spec.dims, left=True)
     prompt = padded_ids(config, token_ids(config, spec.dims, torch.Generator().manual_seed(5)), mask)
@@ -7130,8 +6947,6 @@ def check_generation(
 
     Where PyTorch's own best two tokens lie closer than rounding, what follows is another text and is not compared.
     """
-    import numpy as np
-
     names = [output.name for output in session.get_outputs()]
     batch, length = expected.prompt.shape
     mask, ids = expected.mask.numpy(), expected.prompt.numpy()
@@ -7160,9 +6975,6 @@ def check_generation(
 
 def whole_text(expected: Generated, specs: Sequence[InputSpec], plan: Plan, options: argparse.Namespace) -> Case:
     """The prompts and what was generated, read by PyTorch in one pass: how far it rounds in that is then known."""
-    import numpy as np
-    import torch
-
     ids = np.concatenate([expected.prompt.numpy(), expected.tokens[:, :-1]], 1)
     mask = np.concatenate([expected.mask.numpy(), np.ones_like(expected.tokens[:, :-1])], 1)
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(-1) - 1, 0)}
@@ -7175,7 +6987,6 @@ def whole_text(expected: Generated, specs: Sequence[InputSpec], plan: Plan, opti
 
 def generate_from_encoder(model: Any, encoder: Plan) -> Generated:
     """What `model` generates for the encoder's first example, by transformers' own loop without any settings."""
-    import torch
     from transformers import GenerationMixin
 
     case, config = encoder.cases[0], model.config
@@ -7197,8 +7008,6 @@ def check_encoder_decoder(  # noqa: PLR0913, PLR0917
     options: argparse.Namespace,
 ) -> list[Difference]:  # fmt: skip
     """Generate with both graphs and compare with PyTorch; raises RungError."""
-    import numpy as np
-
     case = encoder.plan.cases[0]
     states = open_session(encoder.result.light, options.device).run(["last_hidden_state"], case.inputs)[0]
     names = [output.name for output in session.get_outputs()]
@@ -7258,7 +7067,6 @@ def routed_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     `self` is a transformers module of experts, with the attributes that transformers.integrations.moe's own
     implementations read; tokens x hidden in and out. Those branch on values, or copy the weights for every token.
     """
-    import torch
 
     def weights(name: str, expert: int) -> tuple[Tensor, Tensor | None]:
         matrix = getattr(self, name)[expert]
@@ -7282,7 +7090,6 @@ def routed_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
 
 def cached_call(model: Any, names: Sequence[str]) -> nn.Module:
     """A module that takes `names` and a flat cache, and returns the logits and the grown cache."""
-    from torch import nn
 
     class Cached(nn.Module):
         def __init__(self) -> None:
@@ -7317,8 +7124,6 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
 
     transformers.js and Optimum know the names of the inputs from Optimum's merged decoders.
     """
-    import torch
-
     model, dtype = found.model, float_dtype(found.model)
     tensors = beside(model, encoder.examples(encoder.sizes[0], 0))
     given = zip([spec.name for spec in encoder.specs], tensors, strict=True)
@@ -7379,7 +7184,6 @@ def encoder_decoder_call(model: Any, answer: type, names: Sequence[str], *, cach
 
     `answer` is the class of the encoder's output: some models read more of it than the states.
     """
-    from torch import nn
     from transformers.cache_utils import EncoderDecoderCache
 
     width = model.get_encoder().config.hidden_size
@@ -7464,9 +7268,6 @@ class RungError(Exception):
 
 def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.Model:
     """Trace and export with torch.onnx's TorchScript exporter; above its newest opset, converted up from there."""
-    import onnx_ir as ir
-    import torch
-
     path = folder / "export.onnx"
     if isinstance(
         plan.model, (torch.jit.ScriptModule, torch.fx.GraphModule)
@@ -7555,8 +7356,6 @@ def symbolic_average(graph: Any, tensor: Any, size: Any) -> Any:
 
 def constant_in(graph: Any, value: Any) -> Any:
     """A constant (a number, or nested lists of them) in a graph of the TorchScript exporter."""
-    import torch
-
     return graph.op("Constant", value_t=torch.tensor(value))
 
 
@@ -7626,8 +7425,6 @@ def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -
     that several names share is stored once. None where the exporter would make weights of its own: batch norms after
     convolutions become part of these.
     """
-    import onnx_ir as ir
-
     graph, own = model.graph, {spec.name for spec in plan.specs}
     norms = [node.inputs[0] for node in graph if node.op_type == "BatchNormalization"]
     if any(value.producer().op_type.startswith("Conv") for value in norms if value.producer()):
@@ -7680,8 +7477,6 @@ def split_weight(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
 
     ONNX Runtime would copy each row when it is picked.
     """
-    import onnx_ir as ir
-
     picks = []
     for node in value.consumers():
         index = node.inputs[1] if node.op_type == "Gather" and node.inputs[0] is value else None
@@ -7706,8 +7501,6 @@ def split_weight(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
 
 def turn_weight(graph: ir.Graph, value: ir.Value) -> bool:
     """Store the weight `value` as its Transpose nodes want it, where they are all that use it and agree."""
-    import onnx_ir as ir
-
     nodes = list(value.consumers())
     orders = {tuple(node.attributes.get_ints("perm", ())) if node.op_type == "Transpose" else None for node in nodes}
     tensor: Any = value.const_value
@@ -7729,8 +7522,6 @@ def multiply_as_stored(value: ir.Value) -> None:
 
     MatMul(x, Transpose(w)) is Reshape(Gemm(Reshape(x, [-1, k]), w, transB=1), [*x.shape[:-1], n]).
     """
-    import onnx_ir as ir
-
     for transpose in list(value.consumers()):
         users = list(transpose.outputs[0].consumers())
         turned = transpose.op_type == "Transpose" and list(transpose.attributes.get_ints("perm", ())) == [1, 0]
@@ -7753,8 +7544,6 @@ def multiply_as_stored(value: ir.Value) -> None:
 
 def node_before(place: ir.Node, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
     """The output of a new node before `place`."""
-    import onnx_ir as ir
-
     node = ir.node(operator, inputs, attributes)
     place.graph.insert_before(place, node)
     return node.outputs[0]
@@ -7762,8 +7551,6 @@ def node_before(place: ir.Node, operator: str, inputs: Sequence[ir.Value], **att
 
 def export_dynamo(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
     """Export through torch.export; a ScriptModule is turned into an exported program first."""
-    import torch
-
     if isinstance(flat.inner, torch.jit.ScriptModule):
         from torch._export.converter import TS2EPConverter
 
@@ -7796,7 +7583,6 @@ def exact_detection_sizes() -> Iterator[None]:
     if transform is None:
         yield
         return
-    import torch
     from torch.onnx import operators
 
     def resize(image: Tensor, smallest: int, largest: int, target: Any = None, fixed_size: Any = None) -> Any:
@@ -7828,7 +7614,6 @@ def tracing_stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
     """Owners, names and functions: each does as the original does, and while tracing what tracing can follow."""
     import builtins
 
-    import torch
     from torch.jit import _builtins
 
     def followed(original: Callable[..., Any], traced: Callable[..., Any]) -> Callable[..., Any]:
@@ -7858,8 +7643,6 @@ def every_place(tensor: Tensor, dim: int = 0) -> Any:
 
     Mixtures of experts loop so over the experts that tokens were routed to; the others get no tokens.
     """
-    import torch
-
     node = torch._C._get_value_trace(tensor).node()  # noqa: SLF001
     sizes = node.input().type().sizes() if node.kind() == "aten::nonzero" else ()
     return torch.arange(sizes[0])[:, None].unbind() if dim == 0 and len(sizes) == 1 else NotImplemented
@@ -7880,8 +7663,6 @@ def stacked(data: Any, **options: Any) -> Any:
 
 def as_one(data: Any) -> Tensor:
     """A number, a tensor, or nested lists of them, as one tensor."""
-    import torch
-
     if isinstance(data, (list, tuple)):
         return torch.stack(list(map(as_one, data)))
     return data if isinstance(data, torch.Tensor) else torch.as_tensor(data)
@@ -7889,8 +7670,6 @@ def as_one(data: Any) -> Tensor:
 
 def holds_tensor(data: Any) -> bool:
     """Whether a tensor lies in the nested lists."""
-    import torch
-
     return any(map(holds_tensor, data)) if isinstance(data, (list, tuple)) else isinstance(data, torch.Tensor)
 
 
@@ -7906,7 +7685,6 @@ def traced_whole_numbers(model: nn.Module) -> Iterator[None]:
 
     For a second try: not all code takes the class that stands in for int.
     """
-    import torch
 
     class Whole(type):
         def __instancecheck__(cls, value: object) -> bool:
@@ -7962,8 +7740,6 @@ class Complex:
 
     def pairs(self) -> Tensor:
         """What torch.view_as_real returns."""
-        import torch
-
         return torch.stack([self.real, self.imaginary], -1)
 
     def __mul__(self, other: Any) -> Complex:
@@ -7992,8 +7768,6 @@ class Complex:
 @contextlib.contextmanager
 def real_numbers() -> Iterator[None]:
     """Let models compute with Complex where they would with complex tensors."""
-    import torch
-
     functions = {"polar": Complex.polar, "view_as_complex": Complex.from_pairs, "view_as_real": Complex.pairs}
     with replaced(torch, **functions):
         yield
@@ -8014,10 +7788,6 @@ def plan_rungs(exporter: str, opset: int | None) -> list[Rung]:
 
 def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
     """One exporter's model, and a note on what it may have fixed; raises RungError with what stood in the way."""
-    import warnings
-
-    import torch
-
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
     whole = plan
     if plan.step is not None:
@@ -8056,7 +7826,6 @@ def repeat_for_tokens(model: ir.Model, single: Plan, whole: Plan) -> None:
 
     The cache goes from turn to turn, what is said of each token is stacked up, and the weights stay outside.
     """
-    import onnx_ir as ir
     from onnx_ir.tape import Tape
 
     graph = model.graph
@@ -8127,9 +7896,6 @@ def name_nodes(nodes: Iterable[ir.Node]) -> None:
 
 def nothing_past(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Value:
     """The cache before the first token: no keys and values, and states of zeros, for `batch` (1) rows."""
-    import numpy as np
-    import onnx_ir as ir
-
     sizes = [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:]
     shape = tape.op("Concat", [batch, tape.op("Constant", [], {"value": ir.tensor(sizes)})], {"axis": 0})
     return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, numpy_dtype(spec)))})
@@ -8137,8 +7903,6 @@ def nothing_past(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Val
 
 def fixed_by_tracing(caught: Iterable[warnings.WarningMessage]) -> str:
     """A note on the model's own source lines where a tensor became a Python value, which tracing then fixed."""
-    import torch
-
     library = str(Path(torch.__file__).parent)
     lines = [
         f"{Path(warning.filename).name}({warning.lineno})"
@@ -8151,8 +7915,6 @@ def fixed_by_tracing(caught: Iterable[warnings.WarningMessage]) -> str:
 
 def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> str:
     """The first line of an exporter's error, with the module and source line of the operator it names."""
-    import torch
-
     cause = error
     while cause.__cause__ is not None and type(error).__module__.startswith("torch.onnx._internal.exporter"):
         cause = cause.__cause__
@@ -8179,8 +7941,6 @@ def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> 
 
 def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir.Model:
     """Give `model` the product's names, axes and metadata in place; raises RungError where inputs went missing."""
-    import onnx
-    import onnx_ir as ir
     from onnx_ir.passes import common
 
     common.ClearMetadataAndDocStringPass()(model)
@@ -8210,8 +7970,6 @@ def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir
 
 def restore_branch_outputs(graph: ir.Graph) -> None:
     """Let every output of a branch come from a node of that branch: onnx-ir 0.2 also takes the Identity that is it."""
-    import onnx_ir as ir
-
     branches = [
         attribute.as_graph()
         for node in graph.all_nodes()
@@ -8232,8 +7990,6 @@ def restore_inputs(graph: ir.Graph, plan: Plan) -> None:
 
     A dropped input is harmless only if no output depends on it; verification with other values decides that.
     """
-    import onnx_ir as ir
-
     found = {value.name: value for value in graph.inputs}
     if not set(found) <= {spec.name for spec in plan.specs}:
         if len(graph.inputs) != len(plan.specs):
@@ -8286,8 +8042,6 @@ def merge_decoders(first: Path, following: Path) -> ir.Model:
 
     The branch with a past hands the encoder's keys and values on as they came.
     """
-    import onnx_ir as ir
-
     models = [ir.load(path) for path in (first, following)]
     inputs: dict[str, ir.Value] = {}
     for value in itertools.chain.from_iterable(model.graph.inputs for model in models):
@@ -8319,8 +8073,6 @@ def branch_of(
     graph: ir.Graph, inputs: Mapping[str, ir.Value], weights: dict[Any, ir.Value], names: Sequence[str]
 ) -> ir.Graph:
     """The nodes of `graph` as a branch that reads `inputs` and `weights`, to which its own are added, outside of it."""
-    import onnx_ir as ir
-
     for value in graph.inputs:
         ir.convenience.replace_all_uses_with(value, inputs[str(value.name)])
     taken = {value.name for value in weights.values()}
@@ -8349,8 +8101,6 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     Returns a file with the same graph to check and run: of a large single file its twin, whose weights lie outside, in
     `path`, so that nobody needs to have all of them in memory. Raises ConversionError (RESOURCES) for want of space.
     """
-    import onnx_ir as ir
-
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     check_space(path.parent, size)
     light = path
@@ -8391,9 +8141,6 @@ def write_single_file(model: ir.Model, path: Path) -> Path:
     follow the rest of the graph (https://protobuf.dev/programming-guides/encoding; numbers of the fields: onnx.proto).
     Returns the twin (see write_graph), or `path` where it is small.
     """
-    import onnx
-    import onnx_ir as ir
-
     large = [value for value in model.graph.initializers.values() if value.const_value.nbytes >= STORED_BYTES]
     for value in large:
         del model.graph.initializers[value.name]
@@ -8442,8 +8189,6 @@ def place_weights(values: Iterable[ir.Value], place: int) -> list[PlacedWeight]:
 
 def write_twin(proto: onnx.ModelProto, placed: Iterable[PlacedWeight], path: Path) -> Path:
     """Write `proto`, which lacks the weights, beside `path` with references to where they lie in that file."""
-    import onnx
-
     for weight in placed:
         outside = proto.graph.initializer.add(**weight.fields, data_location=onnx.TensorProto.EXTERNAL)
         for key, value in (("location", path.name), ("offset", weight.start), ("length", weight.tensor.nbytes)):
@@ -8458,8 +8203,6 @@ def aligned_head(fields: Mapping[str, Any], length: int, place: int) -> bytes:
 
     Runtimes may then use them where they lie. A doc_string of spaces fills the gap.
     """
-    import onnx
-
     for spaces in range(2 * ALIGNMENT):
         head = onnx.TensorProto(**fields, doc_string=" " * spaces).SerializeToString()
         head += message_head(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, length)
@@ -8516,8 +8259,6 @@ class Difference(NamedTuple):
 
 def compare(case: Case, name: str, actual: Any, plan: Plan, options: argparse.Namespace) -> Difference:
     """Compare one output with PyTorch's. NaN and Inf never pass; integers and booleans must be equal."""
-    import numpy as np
-
     expected = case.outputs[name]
     if actual.shape != expected.shape:
         shapes = f"{shape_text(actual.shape)} for {case.label}, PyTorch's has {shape_text(expected.shape)}"
@@ -8551,8 +8292,6 @@ def judge(case: Case, results: Arrays, plan: Plan, options: argparse.Namespace) 
 
 def detection_scores(outputs: Arrays) -> str | None:
     """The output by which a detector orders its rows: falling scores, beside outputs with as many rows."""
-    import numpy as np
-
     for name, value in outputs.items():
         if value.ndim == 1 and value.dtype.kind == "f" and (np.diff(value) <= 0).all():
             others = [other for key, other in outputs.items() if key != name and other.shape[:1] == value.shape]
@@ -8566,8 +8305,6 @@ def align_detections(expected: Arrays, actual: Arrays) -> Arrays:
 
     Detectors sort by score, and rounding decides between two that are nearly equal.
     """
-    import numpy as np
-
     scores = detection_scores(expected)
     if scores is None or any(actual[name].shape != expected[name].shape for name in expected):
         return actual
@@ -8587,8 +8324,6 @@ def align_detections(expected: Arrays, actual: Arrays) -> Arrays:
 
 def check_graph(path: Path, opset: int) -> None:
     """onnx.checker with shape inference, by path so that any size is accepted; raises RungError."""
-    import onnx
-
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # ValidationError, InferenceError, RuntimeError by version
@@ -8599,8 +8334,6 @@ def check_graph(path: Path, opset: int) -> None:
 
 def first_opset(operator: str, beyond: int) -> int | None:
     """The first opset above `beyond` that has `operator`, by the schemas of onnx."""
-    import onnx
-
     schemas = onnx.defs.get_all_schemas_with_history()
     versions = [schema.since_version for schema in schemas if schema.name == operator and not schema.domain]
     return min((version for version in versions if version > beyond), default=None)
@@ -8636,8 +8369,6 @@ def open_session(path: Path, device: str) -> Any:
 
 def weight_files(path: Path) -> set[Path]:
     """The files that a graph's weights lie in, other than its own."""
-    import onnx
-
     graph = onnx.load(path, load_external_data=False).graph
     entries = itertools.chain.from_iterable(tensor.external_data for tensor in graph.initializer)
     return {path.with_name(entry.value) for entry in entries if entry.key == "location"}
@@ -8726,8 +8457,6 @@ def what_counts(outputs: Arrays, inputs: Arrays) -> Arrays:
 
     Such a token looks at nothing: how the scores of all that is masked round in half precision decides its answer.
     """
-    import torch
-
     mask = inputs.get("attention_mask")
     if mask is None or not any(name.startswith("past_") for name in inputs):
         return outputs
@@ -8811,8 +8540,6 @@ def partners(expected: Arrays, actual: Arrays, rows: Sequence[str]) -> Any:
 
     Large rows, such as masks, may differ by SAME of their sum: an edge that moves by a hair changes a few values much.
     """
-    import numpy as np
-
     same = np.ones((len(expected[rows[0]]), len(actual[rows[0]])), dtype=bool)
     for name in sorted(rows, key=lambda name: expected[name][:1].size):
         one, other = expected[name] * 1.0, actual[name] * 1.0
@@ -8834,9 +8561,6 @@ def lonely(pairs: Any) -> int:
 
 def stirred_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Arrays:
     """PyTorch's answer to inputs that differ from the case's by what kernels differ by."""
-    import numpy as np
-    import torch
-
     random = np.random.default_rng(0)
     inputs = [case.inputs[spec.name] for spec in plan.specs]
     stirred = [x * (1 + STIR * random.standard_normal(x.shape)) if x.dtype.kind == "f" else x for x in inputs]
@@ -8853,9 +8577,6 @@ def rounding(single: Any, double: Any, largest: float, dtype: torch.dtype) -> tu
     Nothing (0) where PyTorch's own answer is mostly noise, unless that is as little as a sum leaves of values as large
     as `largest` when they cancel in it.
     """
-    import numpy as np
-    import torch
-
     if single.shape != double.shape or single.dtype.kind != "f":
         return 0.0, 0.0
     noise, limits = float(np.abs(double - single).max()), torch.finfo(dtype)
@@ -8873,7 +8594,6 @@ class Exact(NamedTuple):
 
 def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Exact | None:
     """PyTorch's float64 answer for `case`; None where the model has no other dtype than its own."""
-    import torch
     from torch.nn.modules.module import register_module_forward_hook
 
     dtype = float_dtype(plan.model)
@@ -8964,8 +8684,6 @@ def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argpa
 
 def case_tensors(case: Case, plan: Plan) -> list[Tensor]:
     """The case's inputs as the model takes them."""
-    import torch
-
     return [
         torch.from_numpy(case.inputs[spec.name]).to(given.device, spec.dtype)
         for spec, given in zip(plan.specs, plan.traced, strict=True)
@@ -8974,8 +8692,6 @@ def case_tensors(case: Case, plan: Plan) -> list[Tensor]:
 
 def exporter_name(rung: Rung) -> str:
     """The exporter and its version, without the build's suffix, for the metadata."""
-    import torch
-
     return f"{rung.exporter} of torch {str(torch.__version__).partition('+')[0]}"
 
 
@@ -9227,8 +8943,6 @@ def remove_debris(staging: Path, folders: Iterable[Path]) -> None:
 
 def convert_pytorch_model(loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]) -> list[Converted]:
     """Convert a complete model, a ScriptModule or an ExportedProgram."""
-    import torch
-
     model = loaded.content
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
@@ -9456,8 +9170,6 @@ def merge_and_verify(
     model: Any, converted: Sequence[Converted], metadata: Mapping[str, str], options: argparse.Namespace
 ) -> Converted:
     """The two decoders as one graph, verified as both and by generating; raises ConversionError (VERIFY)."""
-    import torch
-
     encoder, (first, _), (following, _) = converted
     flag = InputSpec(CACHE_FLAG, (1,), torch.bool)
     specs = list({spec.name: spec for spec in (*first.specs, *following.specs, flag)}.values())
@@ -9486,8 +9198,6 @@ def merge_and_verify(
 
 def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
     """`case` with the inputs of the other branch, which it does not look at, and with the outputs that it hands on."""
-    import numpy as np
-
     sizes = {
         symbol: case.inputs[spec.name].shape[axis]
         for spec in specs
@@ -9605,8 +9315,6 @@ def convert_module(
     model: nn.Module, loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
 ) -> list[Converted]:
     """Reference, export and verification of a module in memory."""
-    import torch
-
     check_weights(itertools.chain(model.parameters(), model.buffers()), options.input)
     unusual = f"{options.input}: the model in it cannot be used"
     wall = WALL.up(unless=has_own_code(options))
@@ -9894,8 +9602,6 @@ def take_census(source: Source) -> Contents:
 
 def inspect_checkpoint(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """A complete model or a checkpoint: its globals, and what they make."""
-    from torch import nn
-
     content, names, storages, problem = take_census(source)
     facts = {**problem, "globals": names, **count_elements(storages)}
     if isinstance(content, nn.Module):
