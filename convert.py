@@ -50,7 +50,8 @@ import types
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -178,7 +179,7 @@ def and_more(items: Collection[object], shown: int, limit: int = 100) -> str:
     return ", ".join(shorten(str(item), limit) for item in itertools.islice(items, shown)) + more
 
 
-def words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     """The words of a table."""
     return frozenset(text.split())
 
@@ -396,6 +397,53 @@ class InputShape(NamedTuple):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line, with paths in place of texts; copies are made by `replace` only."""
+
+    input: Path
+    output: Path = Path()  # the .onnx file
+    folder: Path = Path()  # the model's folder, which has the .onnx file in it or in one of its own
+    inspect: bool = False
+    mode: str = "auto"
+    input_shape: Sequence[InputShape] | None = None
+    opset: int | None = None
+    task: str | None = None
+    model_class: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_key: str | None = None
+    no_cache: bool = False
+    dtype: str = "fp32"
+    layout: str = "onnx"
+    device: str = "cpu"
+    exporter: str = "auto"
+    dynamic_axes: Sequence[Sequence[DynamicAxis]] | None = None
+    static: bool = False
+    run_timeout: float | None = None
+    no_verify: bool = False
+    atol: float | None = None
+    rtol: float | None = None
+    allow_class: Sequence[str] = ()
+    trust_pickle: bool = False
+    revision: str | None = None
+    base: str | None = None
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+    json: bool = False
+    verbose: bool = False
+
+
+@dataclass
+class Run:
+    """What one conversion changes as it goes on: the only mutable object that the steps hand on."""
+
+    staging: Path  # the folder that it works in, beside the output
+    in_memory: bool = False  # load all weights, also those that could stay in their file until they are written
+    streamed: bool = False  # some weights stayed in their file
+    metadata: dict[str, str] = field(default_factory=dict)  # of every graph
+    produced: dict[str, Produced] = field(default_factory=dict)  # the graphs that are done, by the names of their files
+
+
 class DynamicAxis(NamedTuple):
     """One --dynamic-axes entry: `axis` of the input called `input_name` (of every input where that is None)."""
 
@@ -540,11 +588,6 @@ def build_parser() -> Parser:
         default="onnx",
         help="of a Hugging Face model's folder: DIR/model.onnx, or DIR/onnx/model.onnx as transformers.js wants it",
     )
-    add(
-        "--no-stream",
-        action="store_true",
-        help="load all weights into memory (default: large ones stay in the checkpoint until they are written)",
-    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to load, run and export (default: cpu)")
     add(
         "--exporter",
@@ -590,21 +633,18 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse_arguments(argv: Sequence[str], run: str) -> argparse.Namespace:
-    """Parse `argv`; `output` becomes the path of the .onnx file, `staging` the folder in which this `run` works.
-
-    Raises ConversionError.
-    """
-    options = build_parser().parse_args(argv)
-    options.run = run
-    check_encoding(argv, (options.input, options.cache_dir or options.input))
-    options.input = Path(options.input)
-    if options.output is None and not options.inspect:
+def parse_arguments(argv: Sequence[str]) -> Options:
+    """Parse `argv`; raises UsageError, or ConversionError (RESOURCES) where there is no such device."""
+    given = vars(build_parser().parse_args(argv))
+    check_encoding(argv, (given["input"], given["cache_dir"] or given["input"]))
+    given["input"] = Path(given["input"])
+    output = given.pop("output")
+    if output is None and not given["inspect"]:
         raise UsageError("the following arguments are required: -o/--output (or pass --inspect)")
+    options = Options(**given)
     if not options.inspect:
-        options.folder, options.output = output_place(options.output, options.input, options.layout)
-        # Work is done beside the target, so that the last step is a rename, in a folder that can be removed as a whole.
-        options.staging = options.output.parent / f".pt2onnx.{run}.partial"
+        folder, output = output_place(output, options.input, options.layout)
+        options = replace(options, folder=folder, output=output)
     if options.no_verify and (options.atol is not None or options.rtol is not None):
         raise UsageError("--no-verify leaves nothing for --atol and --rtol to do: drop either")
     if options.device == "cuda" and not cuda_devices():
@@ -748,7 +788,7 @@ CHANGING_EVENTS = {
 HARMLESS_EVENTS = ("socket.gethostname",)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # What libraries ask the system about itself.
-SYSTEM_FILES = ("/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo", "/proc/self/status", "/proc/self/maps",
+SYSTEM_FILES = ("/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo", "/proc/self/status", "/proc/self/statm", "/proc/self/maps",
                 "/proc/self/cgroup", "/proc/self/mountinfo", "/sys/devices/system", "/sys/fs/cgroup")  # fmt: skip
 
 
@@ -855,7 +895,7 @@ LATER_BYTES = 4 << 30  # the same for larger batches and longer axes, and for th
 LATER_FACTOR = 8  # times what the first run took, at most LATER_BYTES
 
 
-def run_seconds(options: argparse.Namespace, *, own_code: bool) -> float:
+def run_seconds(options: Options, *, own_code: bool) -> float:
     """Seconds that one run of the input's model may take (--run-timeout); `own_code`: an archive brought the code."""
     if options.run_timeout is not None:
         return float(options.run_timeout)
@@ -884,7 +924,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, max(outer - time.monotonic() + start, 1e-3) if outer else 0)
 
 
-def free_bytes(options: argparse.Namespace, base: int) -> int | None:
+def free_bytes(options: Options, base: int) -> int | None:
     """Bytes of memory that running the input's model may take; None where the user said what is to be run."""
     if options.input_shape or options.run_timeout is not None:
         return None
@@ -1600,7 +1640,7 @@ def rebuild_attribute(target: object, name: str) -> object:
 
 def rebuild_partial(function: Token) -> functools.partial[Any]:
     """functools.partial over a listed function or library layer; BUILD adds the arguments."""
-    value = plain(function)
+    value = finished(function)
     if not callable(value) or function.name in BUILTIN_TYPES:
         raise RefusedFileError(f"the file asks for functools.partial of {function.name}")
     return functools.partial(value)
@@ -1621,7 +1661,7 @@ def rebuild_bytes(text: str, encoding: str) -> bytes:
 
 def rebuild_size(sizes: Iterable[int] = ()) -> torch.Size:
     """torch.Size."""
-    return torch.Size([int(size) for size in listed(sizes)])
+    return torch.Size([int(size) for size in only_list(sizes)])
 
 
 def rebuild_device(*_: object) -> torch.device:
@@ -1634,12 +1674,12 @@ def rebuild_generator(*_: object) -> torch.Generator:
     return torch.Generator()
 
 
-def ordered(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
+def ordered_dict(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
     """collections.OrderedDict."""
-    return collections.OrderedDict((hashable(key), plain(value)) for key, value in listed(items))
+    return collections.OrderedDict((hashable(key), finished(value)) for key, value in only_list(items))
 
 
-def listed(items: object) -> Iterable[Any]:
+def only_list(items: object) -> Iterable[Any]:
     """`items` if they are a list or tuple: iterating over anything else would run its class's code, maybe for ever."""
     if not isinstance(items, (list, tuple)):
         raise DamagedFileError(f"the pickle makes a container from a {type(items).__name__}")
@@ -1655,10 +1695,10 @@ def joined_path(*parts: object) -> str:
 
 # Everything that a pickle may call, each re-implemented above or harmless by itself.
 REBUILDERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(DICT_CLASSES, ordered),
+    **dict.fromkeys(DICT_CLASSES, ordered_dict),
     "collections.defaultdict": rebuild_defaultdict,
-    "builtins.set": lambda items=(): {hashable(item) for item in listed(items)},
-    "builtins.frozenset": lambda items=(): frozenset(hashable(item) for item in listed(items)),
+    "builtins.set": lambda items=(): {hashable(item) for item in only_list(items)},
+    "builtins.frozenset": lambda items=(): frozenset(hashable(item) for item in only_list(items)),
     "builtins.getattr": rebuild_attribute,
     "builtins.complex": lambda real, imaginary: complex(float(real), float(imaginary)),
     "builtins.slice": lambda *parts: slice(*(None if part is None else int(part) for part in parts)),
@@ -1668,7 +1708,7 @@ REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch.Size": rebuild_size,
     "torch.device": rebuild_device,
     "torch._C.Generator": rebuild_generator,
-    "torch._dynamo.eval_frame.OptimizedModule": lambda module, *_: plain(module),  # torch.compile's wrapper
+    "torch._dynamo.eval_frame.OptimizedModule": lambda module, *_: finished(module),  # torch.compile's wrapper
     "torch._utils._rebuild_tensor": rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_meta_tensor_no_storage": rebuild_meta_tensor,
@@ -1712,7 +1752,7 @@ def is_chosen_hash(key: Any) -> bool:
     return type(key) in (float, tuple, frozenset)
 
 
-def plain(value: Any) -> Any:
+def finished(value: Any) -> Any:
     """What a container may hold: finished values and listed classes or functions, never a bare Token."""
     if isinstance(value, Token):
         if value.name in BUILTIN_TYPES:
@@ -1728,7 +1768,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Wrapper):
         return value.module()
     if type(value) is tuple and any(isinstance(item, (Token, NumpyDtype, NumpyArray, Wrapper)) for item in value):
-        return tuple(plain(item) for item in value)
+        return tuple(finished(item) for item in value)
     return value
 
 
@@ -1771,7 +1811,7 @@ class BoundedFile:
         return line
 
 
-def weigh(value: object) -> int:
+def element_count(value: object) -> int:
     """About how many elements or bytes a rebuilder handles that is given `value`."""
     if type(value) in (str, bytes, list, tuple, dict, set, frozenset, range):
         return 1 + len(value)  # type: ignore[arg-type]
@@ -1838,7 +1878,7 @@ class Budget:
 
     def spend(self, *values: object) -> None:
         """Take what is done with `values` off the allowance; raises DamagedFileError when that is used up."""
-        self.allowance -= sum(map(weigh, values))
+        self.allowance -= sum(map(element_count, values))
         if self.allowance < 0:
             raise DamagedFileError("its pickle builds far more than the file holds")
 
@@ -1907,7 +1947,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
     def load(self) -> Any:
         """Run the pickle; raises RefusedFileError naming every global that is not allowed, or DamagedFileError."""
         try:
-            result = plain(self.run())
+            result = finished(self.run())
         except ConversionError:
             if not self.refused:
                 raise
@@ -1982,9 +2022,9 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
     def rebuild(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """Call a re-implemented function; what it makes is bounded for the file as a whole."""
         if arguments and name in ("builtins.set", "builtins.frozenset"):
-            self.budget.count_keys(listed(arguments[0]))
+            self.budget.count_keys(only_list(arguments[0]))
         elif arguments and name in DICT_CLASSES:
-            self.budget.count_keys(key for key, _ in listed(arguments[0]))
+            self.budget.count_keys(key for key, _ in only_list(arguments[0]))
         if name == "torch.storage._load_from_bytes":
             return rebuild_storage(*arguments, unpickler=functools.partial(type(self), budget=self.budget))
         made = REBUILDERS[name](*arguments)
@@ -2018,7 +2058,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         if self.refused:
             return token
         if isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields"):
-            return tuple.__new__(cls, map(plain, arguments))
+            return tuple.__new__(cls, map(finished, arguments))
         if not isinstance(cls, type) or issubclass(cls, enum.Enum) or arguments:
             raise RefusedFileError(f"the pickle makes an object of {token.name}")
         try:
@@ -2053,7 +2093,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         """The attributes that `target` gets of `state`, by check_attributes; what is left out is noted."""
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise DamagedFileError(f"the state of a {qualified_name(type(target))} is damaged")
-        kept = {key: plain(value) for key, value in state.items() if keeps_attribute(type(target), key, value)}
+        kept = {key: finished(value) for key, value in state.items() if keeps_attribute(type(target), key, value)}
         self.left_out |= dict.fromkeys(
             f"{key} of {type(target).__name__}"
             for key in state
@@ -2088,7 +2128,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         self.budget.count_keys(items[::2])
         self.budget.spend(*(value for value in items[1::2] if type(value) is tuple))  # which plain() looks through
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[hashable(key)] = plain(value)
+            target[hashable(key)] = finished(value)
 
     def run_append(self) -> None:
         """APPEND."""
@@ -2106,7 +2146,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         if type(target) is not list:
             raise RefusedFileError(f"the pickle appends to a {type(target).__name__}")
         self.budget.spend(*(item for item in items if type(item) is tuple))
-        target.extend(plain(item) for item in items)
+        target.extend(finished(item) for item in items)
 
     def run_additems(self) -> None:
         """ADDITEMS."""
@@ -2246,9 +2286,9 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
     cls = type(module)
     name = qualified_name(cls)
     for key in LOADING_HOOKS & attributes.keys():
-        attributes[key] = ordered()
+        attributes[key] = ordered_dict()
     for key in CALLED_HOOKS & attributes.keys():
-        attributes[key] = ordered(
+        attributes[key] = ordered_dict(
             list(attributes[key].items())
         )  # a copy: what the pickle adds to its own comes too late
         if any(qualified_name(type(hook)) not in HOOK_CLASSES for hook in attributes[key].values()):
@@ -2295,12 +2335,12 @@ def set_data_state(target: object, parts: Sequence[Mapping[str, Any]]) -> None:
 
 def set_partial_state(target: functools.partial[Any], state: object) -> None:
     """Give functools.partial its arguments; the function stays the one that was allowed."""
-    if not isinstance(state, tuple) or len(state) != 4 or plain(state[0]) is not target.func:
+    if not isinstance(state, tuple) or len(state) != 4 or finished(state[0]) is not target.func:
         raise RefusedFileError("the pickle changes the function of a functools.partial")
     _, arguments, keywords, attributes = state
     if attributes or not isinstance(arguments, tuple) or not isinstance(keywords, dict):
         raise DamagedFileError("a functools.partial has a damaged state")
-    target.__setstate__((target.func, tuple(map(plain, arguments)), keywords, None))
+    target.__setstate__((target.func, tuple(map(finished, arguments)), keywords, None))
 
 
 def check_module_graph(root: nn.Module) -> None:
@@ -2533,7 +2573,7 @@ SCRIPT_REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_qtensor": check_tensor,
     "torch._utils._rebuild_sparse_tensor": lambda *_: None,
     "torch.device": rebuild_device,
-    "collections.OrderedDict": ordered,
+    "collections.OrderedDict": ordered_dict,
 }
 MAX_SCRIPT_SIZE = 3_000_000  # nodes of syntax after inlining; an 80-layer language model has some 300,000
 SCRIPT_NAME = re.compile(r"__torch__(\.[A-Za-z_]\w*)*")
@@ -3706,7 +3746,7 @@ def parse_sizes(text: str) -> list[Size]:
     return sizes
 
 
-def solve(sizes: Sequence[Size], shape: Sequence[int]) -> dict[str, int] | None:
+def solve_sizes(sizes: Sequence[Size], shape: Sequence[int]) -> dict[str, int] | None:
     """What the unknowns are where `sizes` describe `shape`; None where they cannot."""
     found: dict[str, int] = {}
     if len(sizes) != len(shape):
@@ -3731,7 +3771,7 @@ def match_tensors(shapes: Mapping[str, Sequence[int]]) -> dict[int, dict[str, in
         if number is not None:
             matches[number] = {}
         for pattern in known.patterns.get(name, ()):
-            found = solve(parse_sizes(known.sizes[pattern]), shape)
+            found = solve_sizes(parse_sizes(known.sizes[pattern]), shape)
             if found is not None:
                 matches[pattern] = found
     return matches
@@ -3805,7 +3845,7 @@ def describe_group(members: Sequence[str], unlike: Collection[str]) -> str:
     return first + (f" (the same as {', '.join(others)})" if others else "")
 
 
-def unprefixed(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
+def strip_prefixes(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
     """`shapes` without counters and wrappers' names, then without each prefix that all names share (`model.`)."""
     names = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
     while names:
@@ -3821,7 +3861,7 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
 
     Raises ConversionError where the data file is missing or the weights are FSDP's flattened shards.
     """
-    variants = list(itertools.islice(unprefixed(shapes), 8))  # prefixes may be as deep as a file likes
+    variants = list(itertools.islice(strip_prefixes(shapes), 8))  # prefixes may be as deep as a file likes
     for names in variants:
         found = find_architecture(names)
         if found:
@@ -4094,12 +4134,12 @@ def bounded_build(tensors: int, size: int) -> Iterator[None]:
 
 
 # The last words of settings that count parts which have weights of their own, and words of those that are sizes of one.
-COUNT_WORDS = words("layer layers block blocks depth depths stage stages")
-SIZE_WORDS = words(
+COUNT_WORDS = word_set("layer layers block blocks depth depths stage stages")
+SIZE_WORDS = word_set(
     """labels classes experts vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner
     num n size sizes"""
 )
-UNBOUNDED_WORDS = words(
+UNBOUNDED_WORDS = word_set(
     "max position positions length len chunk window cache params parameters samples steps theta tokens"
 )
 
@@ -4220,7 +4260,7 @@ def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
 
 
 # Words of which the names of architecture arguments are made. None of them names a place, weights, a device or code.
-NETWORK_WORDS = words(
+NETWORK_WORDS = word_set(
     """aa abs act activation affine align alpha ar attention attn attns aux avg band base basic batch beta bias
     bidirectional blk block blocks bn bottle bottleneck branch branches cardinality causal cell chan channel
     channels chans chs class classes conv coords counts cpe cross crpe decoder dense depth depths depthwise
@@ -4380,14 +4420,14 @@ def c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def release(address: int, end: int) -> None:
+def drop_pages(address: int, end: int) -> None:
     """Let the whole pages between two addresses of an unchanged mapped file go."""
     first, last = -(-address // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
     if sys.platform == "linux" and last > first:
         c_library().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
 
 
-def extent(tensor: Tensor) -> int:
+def span_bytes(tensor: Tensor) -> int:
     """The bytes from a tensor's first element to its last, whatever lies between them."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (1 + steps) * tensor.itemsize if tensor.numel() else 0
@@ -4427,7 +4467,7 @@ def stored_class() -> Any:
 
         def let_go(self) -> None:
             """Give back the memory that reading took."""
-            release(self.source.data_ptr(), self.source.data_ptr() + extent(self.source))
+            drop_pages(self.source.data_ptr(), self.source.data_ptr() + span_bytes(self.source))
 
         def address(self) -> tuple[int, ...]:
             """What tells two stored tensors apart that have the same shape and dtype."""
@@ -4460,7 +4500,7 @@ def call_operator(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         if func is aten._to_copy.default and casts_only(first, kwargs):  # noqa: SLF001
             return first.cast(kwargs.get("dtype", first.dtype))
         if func._schema.is_mutable:  # noqa: SLF001
-            raise RuntimeError(f"{func} would write to weights that are streamed; pass --no-stream")
+            raise RuntimeError(f"{func} would write to weights that stay in their file")
     rules = {
         aten.embedding.default: look_up_rows,
         aten.mm.default: multiply_in_blocks,
@@ -4619,13 +4659,13 @@ def call_with_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return result
 
 
-def store_all(weights: Mapping[str, Tensor], options: argparse.Namespace) -> dict[str, Tensor]:
-    """`weights` with the large ones as stored tensors, unless all are few, or to be loaded as --no-stream says."""
+def store_all(weights: Mapping[str, Tensor], options: Options, run: Run) -> dict[str, Tensor]:
+    """`weights` with the large ones as stored tensors, unless all are small, or wanted in memory."""
     large = sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM
-    if options.no_stream or options.device != "cpu" or not large:
+    if run.in_memory or options.device != "cpu" or not large:
         return dict(weights)
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    options.streamed = True
+    run.streamed = True
     return {
         name: stored_class()(tensor.detach(), tensor.dtype)
         if tensor.nbytes >= STORED_BYTES and tensor.dtype in floats and is_mapped(tensor)
@@ -4634,10 +4674,10 @@ def store_all(weights: Mapping[str, Tensor], options: argparse.Namespace) -> dic
     }
 
 
-def store_parameters(model: nn.Module, options: argparse.Namespace) -> None:
+def store_parameters(model: nn.Module, options: Options, run: Run) -> None:
     """Let the large parameters of a model that was loaded whole be stored tensors, by the rules of store_all."""
     places = [place for place in weight_places(model) if isinstance(place[2], nn.Parameter)]
-    weights = store_all({str(id(tensor)): tensor for *_, tensor in places}, options)
+    weights = store_all({str(id(tensor)): tensor for *_, tensor in places}, options, run)
     stored = {
         key: nn.Parameter(tensor, requires_grad=False)
         for key, tensor in weights.items()
@@ -4650,7 +4690,7 @@ def store_parameters(model: nn.Module, options: argparse.Namespace) -> None:
 def is_mapped(tensor: Tensor) -> bool:
     """Whether a tensor's data lie in a mapped file."""
     address = tensor.data_ptr()
-    return any(start <= address and address + extent(tensor) <= end for start, end in MAPPED.items())
+    return any(start <= address and address + span_bytes(tensor) <= end for start, end in MAPPED.items())
 
 
 def in_memory(tensor: Tensor) -> Tensor:
@@ -4703,7 +4743,7 @@ def blank_maker(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     return blank
 
 
-def unread_weights(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+def blank_weights(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """While in context, blanks stand for the stored weights of `model`: where only the shapes of its answers count."""
     return stored_weights_as(model, blank_maker(tensor for _, tensor in state_of(model)))
 
@@ -4794,10 +4834,16 @@ FOREIGN_FILES = (".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".data", ".pt", ".p
 class FolderModel(NamedTuple):
     """A Hugging Face model in memory: what it is for, and the outputs that its checkpoint has no weights for."""
 
-    model: Any  # PreTrainedModel
+    model: Any  # PreTrainedModel, or a model of timm
     task: str
-    missing: frozenset[str]
+    missing: frozenset[str] = frozenset()
+    of_timm: bool = False
+    facts: Mapping[str, str] = {}  # for the metadata
     steps: Sequence[Callable[..., Tensor]] = ()  # what makes a sentence's vector of the states
+
+    def describe(self) -> str:
+        """Its class."""
+        return f"{type(self.model).__name__}{' of timm' if self.of_timm else ''}"
 
 
 def copy_without_code(source: VettedFolder, target: Path, *, trust: bool, only: re.Pattern[str] | None = None) -> Path:
@@ -4827,7 +4873,7 @@ def import_transformers() -> Any:
     return import_library("transformers")
 
 
-def download(name: str, revision: str | None, options: argparse.Namespace, *, otherwise: str) -> Source:
+def download(name: str, revision: str | None, options: Options, *, otherwise: str) -> Source:
     """The folder of a model on the hub, downloaded into the cache; raises InputError.
 
     `otherwise` is what to do where the hub was not meant.
@@ -4901,7 +4947,7 @@ PLACE_ATTRIBUTE = re.compile(r"(.*_)?(path|paths|file|files|filename|url|uri|rep
 DTYPE_ATTRIBUTE = re.compile(r"(.*_)?dtype")
 DTYPE_VALUE = re.compile(r"auto|bool|half|float|double|(b?float|u?int|complex)\d{1,3}(_e\dm\d\w*)?")
 # What the bases of configurations and models set or read of themselves, and files may say too.
-CONFIG_ATTRIBUTES = words(
+CONFIG_ATTRIBUTES = word_set(
     """model_type name_or_path _name_or_path _commit_hash num_labels torch_dtype output_attentions _output_attentions
     rope_scaling rope_theta per_layer_config _heterogeneity_spec _post_init_done transformers_version
     ignore_keys_at_rope_validation allow_global_per_layer_attribute_access use_cache bos_token_id eos_token_id
@@ -5017,7 +5063,7 @@ def part_class(owner: type, key: str, value: Mapping[str, Any]) -> Any:
     return mapping[name] if isinstance(name, str) and name in mapping else None
 
 
-def read_config(folder: Path, weights: Mapping[str, Tensor], options: argparse.Namespace) -> Any:
+def read_config(folder: Path, weights: Mapping[str, Tensor], options: Options) -> Any:
     """The configuration as transformers has it, whose sizes may be those of `weights`; raises InputError.
 
     What the configuration's class does not know, and does not describe a network, is taken out of config.json.
@@ -5066,9 +5112,7 @@ def class_of_model(name: object, config: Any) -> Any:
     return found if is_model and isinstance(config, found.config_class or ()) else None
 
 
-def choose_task(
-    config: Any, options: argparse.Namespace, adapter: Adapter | None, *, embeds_sentences: bool
-) -> tuple[str, Any]:
+def choose_task(config: Any, options: Options, adapter: Adapter | None, *, embeds_sentences: bool) -> tuple[str, Any]:
     """The task and the class for it: --task, what an adapter was trained for, or what config.json's class is for.
 
     Raises UsageError that lists the tasks that fit.
@@ -5105,7 +5149,7 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     task: str,
     cls: Any,
     adapter: Adapter | None,
-    options: argparse.Namespace,
+    options: Options,
 ) -> FolderModel:
     """The model with every weight that it needs, and with its `adapter`'s, in the dtype of --dtype.
 
@@ -5120,7 +5164,7 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
         model, told = cls.from_pretrained(
             None,
             config=config,
-            state_dict=store_all(weights, options),
+            state_dict=weights,
             dtype=getattr(torch, DTYPE_NAMES[options.dtype]),
             output_loading_info=True,
             local_files_only=True,
@@ -5191,14 +5235,15 @@ def pretrained_settings(settings: Settings) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value is not None}
 
 
-def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
+def timm_model(folder: Path, weights: dict[str, Tensor], options: Options, run: Run) -> FolderModel:
     """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
+
+    It is a classifier, or without classes its features.
 
     transformers 5.23's own class for it refuses what timm 1.0.31 writes (num_classes among the model_args, too). Raises
     InputError for an architecture that timm does not know, and weights that do not fit it.
     """
     timm = import_library("timm")
-    weights = load_folder(folder, trust=options.trust_pickle)
     with naming(options.input):
         settings = Settings(read_json(folder / "config.json"), "config.json")
         name, config = settings.name("architecture"), pretrained_settings(settings)
@@ -5219,10 +5264,16 @@ def timm_model(folder: Path, options: argparse.Namespace) -> nn.Module:
     model = (
         model.eval().requires_grad_(requires_grad=False).to(options.device, getattr(torch, DTYPE_NAMES[options.dtype]))
     )
-    if refusal := load_weights(model, store_all(weights, options)):
+    if refusal := load_weights(model, store_all(weights, options, run)):
         misfit = describe_misfit(model, weights) or refusal
         raise InputError(f"{options.input}: its weights do not fit {name} of config.json: {misfit}; copy both again")
-    return model
+    task = "image-classification" if model.num_classes else "feature-extraction"
+    if options.task not in (None, task):
+        raise UsageError(f"--task {options.task} does not fit this model of timm; it can do: {task}")
+    facts = {"preprocessing": preprocessing(model, None).metadata()}
+    if labels := settings.names("label_names"):
+        facts["id2label"] = json.dumps({str(place): label for place, label in enumerate(labels)})
+    return FolderModel(model, task, of_timm=True, facts=facts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5313,7 +5364,7 @@ def check_layer_pattern(pattern: str, where: str) -> None:
         raise DamagedFileError(f"{where} has {shown(pattern)}, a pattern that cannot be used; {MERGE_IT}")
 
 
-def read_adapter(folder: VettedFolder, options: argparse.Namespace) -> Adapter | None:
+def read_adapter(folder: VettedFolder, options: Options) -> Adapter | None:
     """The adapter in a vetted folder; None where there is none. Raises ConversionError."""
     if "adapter_config.json" not in folder.files:
         check_no_base(options)
@@ -5334,14 +5385,14 @@ def read_adapter(folder: VettedFolder, options: argparse.Namespace) -> Adapter |
     return Adapter(folder.path, base, settings, own, layers, beneath)
 
 
-def check_no_base(options: argparse.Namespace) -> None:
+def check_no_base(options: Options) -> None:
     """Raise UsageError for --base with what is no adapter."""
     if options.base:
         what = f"--base {options.base}: {options.input} is no adapter, which alone has a base"
         raise UsageError(f"{what}; leave --base out")
 
 
-def adapter_tensors(folder: Path, options: argparse.Namespace) -> dict[str, Tensor]:
+def adapter_tensors(folder: Path, options: Options) -> dict[str, Tensor]:
     """The tensors of an adapter, read inertly; raises DamagedFileError where there are none."""
     file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
     tensors = state_dict_of(load(detect_file(file), trust=options.trust_pickle).content) if file else None
@@ -5351,14 +5402,16 @@ def adapter_tensors(folder: Path, options: argparse.Namespace) -> dict[str, Tens
     return tensors
 
 
-def base_folder(folder: Path, settings: Settings, options: argparse.Namespace) -> Path:
+def base_folder(folder: Path, settings: Settings, options: Options) -> Path:
     """The folder of the model that an adapter belongs to: what --base names, else one inside the adapter's own folder.
 
     A file is never followed to another place, on this machine or on the hub. Raises DamagedFileError, or
     InputError, that says how to supply it.
     """
     recorded = settings.name("base_model_name_or_path") or "."
-    base = named_base(options.base, recorded, settings, options) if options.base else inner_base(folder, recorded)
+    base = (
+        base_from_option(options.base, recorded, settings, options) if options.base else base_beside(folder, recorded)
+    )
     if base is None:
         advice = base_advice(folder, recorded)
         raise DamagedFileError(f"the adapter was trained on {shown(recorded)}, which is not in its folder: {advice}")
@@ -5370,7 +5423,7 @@ def base_folder(folder: Path, settings: Settings, options: argparse.Namespace) -
     return base
 
 
-def inner_base(folder: Path, recorded: str) -> Path | None:
+def base_beside(folder: Path, recorded: str) -> Path | None:
     """The folder inside an adapter's own that its settings name; None where they name another place."""
     place = Path(os.path.normpath(recorded))
     if not all(map(is_file_name, place.parts)) or not (folder / place).is_dir():
@@ -5379,7 +5432,7 @@ def inner_base(folder: Path, recorded: str) -> Path | None:
     return base if base == root or root in base.parents else None
 
 
-def named_base(name: str, recorded: str, settings: Settings, options: argparse.Namespace) -> Path:
+def base_from_option(name: str, recorded: str, settings: Settings, options: Options) -> Path:
     """The folder, or the model of the hub, that --base names; that one in the revision which the adapter records."""
     if (base := Path(name)).is_dir():
         admit(base)
@@ -5686,13 +5739,13 @@ def input_guesses(model: nn.Module, loaded: Loaded, known: Preprocessing) -> Ite
     if loaded.examples:
         yield Guess(list(loaded.examples), "the inputs recorded in the file")
         return
-    for guess in told_guesses(model, known):
+    for guess in layer_guesses(model, known):
         if 4 * sum(math.prod(shape.dims) for shape in guess.shapes) <= MAX_EXAMPLE_BYTES:
             yield guess
     yield Guess([InputShape((1, 3, 224, 224))], "no layer of the model, so it is the default")
 
 
-def told_guesses(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
+def layer_guesses(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
     """What the library's metadata and the first layer tell."""
     yield from library_guess(model, known)
     layer = first_layer(model)
@@ -5722,9 +5775,7 @@ def name_inputs(model: nn.Module, shapes: Sequence[InputShape], dtype: torch.dty
     ]
 
 
-def free_axes(
-    specs: Sequence[InputSpec], loaded: Loaded, options: argparse.Namespace, batch_axis: int
-) -> list[InputSpec]:
+def free_axes(specs: Sequence[InputSpec], loaded: Loaded, options: Options, batch_axis: int) -> list[InputSpec]:
     """Mark the batch and --dynamic-axes as free, or the axes that an exported program leaves free.
 
     Axes of one name have one size, in every input. Raises UsageError for an axis that is not there.
@@ -5794,10 +5845,11 @@ class Case(NamedTuple):
     outputs: Arrays
 
 
-class Plan(NamedTuple):
-    """What to export as which file, and what to compare it with: `traced` are the inputs that it is traced with.
+class Job(NamedTuple):
+    """One graph to be made: what to export as which file, and what to compare it with.
 
-    `further_checks` says more about a session than the cases do, and raises RungError.
+    `traced` are the inputs that it is traced with. `further_checks` says more about a session than the cases do, and
+    raises AttemptError.
     """
 
     model: nn.Module
@@ -5806,8 +5858,10 @@ class Plan(NamedTuple):
     traced: list[Tensor]
     cases: list[Case]
     file: str
-    further_checks: Callable[[Any, Plan, argparse.Namespace], list[Difference]] | None = None
+    further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
     step: TokenStep | None = None  # what is exported and then repeated, where `model` reads a text token by token
+    parts: tuple[str, ...] = ()  # files of graphs made before, which become one: nothing is exported
+    written: bool = True  # False for such a part, which is not kept
 
 
 class TokenStep(NamedTuple):
@@ -5919,7 +5973,7 @@ class Reference:
         self,
         model: nn.Module,
         specs: Sequence[InputSpec],
-        options: argparse.Namespace,
+        options: Options,
         examples: Examples | None = None,
     ) -> None:
         self.model, self.specs, self.device = model, list(specs), options.device
@@ -5955,7 +6009,7 @@ def is_archive(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def forgotten(model: nn.Module) -> Iterator[None]:
+def without_kept_state(model: nn.Module) -> Iterator[None]:
     """Let the modules forget what they keep between calls, such as embeddings for the last length.
 
     Exporters would take it for constants. It lies in attributes, or in a dict that is one: buffers, hooks, caches.
@@ -6015,9 +6069,7 @@ def check_finite(case: Case) -> None:
             )
 
 
-def propose_inputs(
-    model: nn.Module, loaded: Loaded, known: Preprocessing, options: argparse.Namespace
-) -> Iterator[Guess]:
+def propose_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> Iterator[Guess]:
     """The user's shapes, or what the model tells; raises UsageError where the number cannot be right."""
     names, required = forward_parameters(model)
     if options.input_shape:
@@ -6042,9 +6094,7 @@ def propose_inputs(
     yield from input_guesses(model, loaded, known)
 
 
-def settle_inputs(
-    model: nn.Module, loaded: Loaded, known: Preprocessing, options: argparse.Namespace
-) -> tuple[Reference, Case]:
+def settle_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> tuple[Reference, Case]:
     """The first proposed inputs that the model accepts, and its answer at exactly those sizes."""
     dtype = float_dtype(model)
     failure: RejectedInputError | None = None
@@ -6091,7 +6141,7 @@ def other_sizes(size: int, *, larger: bool, turn: int) -> list[int]:
     return [size + step if larger else size - step for step in steps if larger or size > step]
 
 
-def make_plan(model: nn.Module, loaded: Loaded, known: Preprocessing, options: argparse.Namespace) -> Plan:
+def plan_module(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> Job:
     """Settle the inputs, find out which axes really are free, and take PyTorch's answers at several sizes."""
     reference, given = settle_inputs(model, loaded, known, options)
     base = {name: spec.dims[axis] for spec in reference.specs for axis, name in spec.axes.items()}
@@ -6106,7 +6156,7 @@ def make_plan(model: nn.Module, loaded: Loaded, known: Preprocessing, options: a
         (base, (max(2, batch),)),
         (small, (1, 4)),
         (large, (3, 5)),
-        *((sizes, (batch,)) for sizes in odd_sizes(base)),
+        *((sizes, (batch,)) for sizes in uneven_sizes(base)),
     ]
     for seed, (sizes, batches) in enumerate(shapes):
         same = seed == GIVEN_SEED and sizes == base and batch in batches[:1]
@@ -6117,7 +6167,7 @@ def make_plan(model: nn.Module, loaded: Loaded, known: Preprocessing, options: a
             LOG.warn(
                 f"the batch axis is fixed at {batch}: the model rejects other batch sizes, or returns other outputs"
             )
-            return make_plan(model, loaded, known, fixed_batch(options, reference.specs))
+            return plan_module(model, loaded, known, fixed_batch(options, reference.specs))
         if case is None:
             raise UsageError(f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static")
         cases.append(case)
@@ -6125,10 +6175,10 @@ def make_plan(model: nn.Module, loaded: Loaded, known: Preprocessing, options: a
     for case in cases:
         check_finite(case)
     traced = reference.tensors(base | {BATCH: max(2, batch)}, seed=0)
-    return Plan(model, reference.specs, list(given.outputs), traced, cases, options.output.name)
+    return Job(model, reference.specs, list(given.outputs), traced, cases, options.output.name)
 
 
-def odd_sizes(base: Mapping[str, int]) -> Iterator[dict[str, int]]:
+def uneven_sizes(base: Mapping[str, int]) -> Iterator[dict[str, int]]:
     """More sizes for the free axes besides the batch, seeded and uneven: rounding hits some sizes and spares others."""
     import random
 
@@ -6160,16 +6210,16 @@ def accepted_size(reference: Reference, base: Mapping[str, int], name: str, trie
     return base[name]
 
 
-def batch_is_explicit(options: argparse.Namespace) -> bool:
+def batch_is_explicit(options: Options) -> bool:
     """Whether the user named the batch axis: then a batch that cannot vary is an error, not a note."""
     return any(axis.axis == 0 for axis in itertools.chain.from_iterable(options.dynamic_axes or ()))
 
 
-def fixed_batch(options: argparse.Namespace, specs: Sequence[InputSpec]) -> argparse.Namespace:
+def fixed_batch(options: Options, specs: Sequence[InputSpec]) -> Options:
     """The same options with a batch axis that is not free; the other free axes stay."""
     axes = [[DynamicAxis(axis, name, spec.name) for axis, name in spec.axes.items() if name != BATCH] for spec in specs]
     shapes = [InputShape(spec.dims, spec.name, str(spec.dtype).removeprefix("torch.")) for spec in specs]
-    return argparse.Namespace(**{**vars(options), "static": True, "dynamic_axes": axes, "input_shape": shapes})
+    return replace(options, static=True, dynamic_axes=axes, input_shape=shapes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6212,7 +6262,7 @@ class Graph(NamedTuple):
     specs: list[InputSpec]
     examples: Examples
     sizes: tuple[dict[str, int], ...]
-    further_checks: Callable[[Any, Plan, argparse.Namespace], list[Difference]] | None = None
+    further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
     step: TokenStep | None = None
 
 
@@ -6261,7 +6311,7 @@ def example_tensors(
     return [made[spec.name] for spec in specs]
 
 
-def beside(model: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+def on_device_of(model: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors on the device of `model`."""
     return [tensor.to(model.device) for tensor in tensors]
 
@@ -6278,7 +6328,7 @@ def padded_ids(config: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
     return ids
 
 
-def takes(model: nn.Module, name: str) -> bool:
+def takes_argument(model: nn.Module, name: str) -> bool:
     """Whether the model's forward names this argument."""
     return accepts(model.forward, name, by_name=True)
 
@@ -6286,15 +6336,15 @@ def takes(model: nn.Module, name: str) -> bool:
 def text_specs(model: Any, task: str) -> list[InputSpec]:
     """The inputs of a text encoder, as its tokenizer makes them."""
     names = ["input_ids", "attention_mask"]
-    if takes(model, "token_type_ids") and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+    if takes_argument(model, "token_type_ids") and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
         names.append("token_type_ids")
-    if takes(model, "bbox"):
+    if takes_argument(model, "bbox"):
         names.append("bbox")
     dims, axes = (TEXT_SIZES[0][BATCH], TEXT_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
     if task == "multiple-choice":
         dims, axes = (dims[0], CHOICES, dims[1]), {0: BATCH, 1: "num_choices", 2: SEQUENCE}
-    specs = [InputSpec(name, dims, torch.int64, axes) for name in names if takes(model, name)]
-    if task == "feature-extraction" and model.config.is_encoder_decoder and takes(model, "decoder_input_ids"):
+    specs = [InputSpec(name, dims, torch.int64, axes) for name in names if takes_argument(model, name)]
+    if task == "feature-extraction" and model.config.is_encoder_decoder and takes_argument(model, "decoder_input_ids"):
         few = (dims[0], DECODED)
         specs.append(InputSpec("decoder_input_ids", few, torch.int64, {0: BATCH, 1: DECODER_SEQUENCE}))
     return [spec._replace(dims=(*dims, 4)) if spec.name == "bbox" else spec for spec in specs]
@@ -6419,7 +6469,7 @@ def task_outputs(task: str, missing: Collection[str]) -> Callable[[Any], dict[st
     return choose
 
 
-def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
+def pool_states(states: Tensor, mask: Tensor, mode: str) -> Tensor:
     """One vector for each row of `states` (batch x sequence x size), as sentence_transformers.models.Pooling has it."""
     weights = mask.unsqueeze(-1).to(states.dtype)
     if mode == "cls":
@@ -6439,7 +6489,7 @@ POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "p
            "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_lasttoken": "lasttoken",
            "pooling_mode_weightedmean_tokens": "weightedmean"}  # fmt: skip
 # Activations of torch.nn that a Dense module may name; they are built without arguments.
-ACTIVATIONS = words(
+ACTIVATIONS = word_set(
     """CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU Sigmoid
     Softplus Softsign Tanh Tanhshrink"""
 )
@@ -6501,7 +6551,7 @@ def pooling_modes(settings: Settings) -> list[str]:
 
 def pooling_step(modes: Sequence[str]) -> SentenceStep:
     """The vectors of all `modes`, one after the other."""
-    return lambda states, mask, _: torch.cat([pool(states, mask, mode) for mode in modes], -1)
+    return lambda states, mask, _: torch.cat([pool_states(states, mask, mode) for mode in modes], -1)
 
 
 def dense_step(folder: VettedFolder, module: Settings, *, trust: bool) -> SentenceStep:
@@ -6650,7 +6700,7 @@ def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
     A `verified` one is compared by generating text, too.
     """
     model, dtype = found.model, float_dtype(found.model)
-    names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes(model, name)]
+    names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes_argument(model, name)]
     dims, axes = (2, DECODER_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
     specs = [InputSpec(name, dims, torch.int64, axes) for name in names]
     config = model.config.get_text_config(decoder=True)
@@ -6676,7 +6726,7 @@ def cache_probe(model: Any, argument: str) -> Any:
     Raises ConversionError (EXPORT) where the model keeps what it remembers elsewhere.
     """
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
-    with torch.no_grad(), unread_weights(model):
+    with torch.no_grad(), blank_weights(model):
         cache = getattr(model(input_ids=token, use_cache=True), argument, None)
     if not hasattr(cache, "layers"):
         what = (
@@ -6729,13 +6779,13 @@ def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bo
     """
     model, config = found.model, found.model.config.get_text_config(decoder=True)
     LOG.info("its states go from token to token: the graph is a loop over the tokens")
-    argument = "cache_params" if takes(model, "cache_params") else "past_key_values"
+    argument = "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
     probe = cache_probe(model, argument)
     # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
     recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in config.to_dict()) else "recurrent"
     past = cache_specs(probe, float_dtype(model), recurrent)
     names, states = [spec.name for spec in specs], [spec.name for spec in past]
-    way = Stateful(model, names, states, argument, probe.layers, recurrent, task_outputs(found.task, ()))
+    way = StatefulCall(model, names, states, argument, probe.layers, recurrent, task_outputs(found.task, ()))
     every = [*growing_masks(specs), *past]
     one = {BATCH: 2, PAST: 6, SEQUENCE: 1, TOTAL: 7}
     single = [
@@ -6744,8 +6794,8 @@ def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bo
         )
         for spec in every
     ]
-    module, traced = token_call(way), beside(model, stateful_examples(single, config, one, 0))
-    with torch.no_grad(), unread_weights(model):
+    module, traced = token_call(way), on_device_of(model, stateful_examples(single, config, one, 0))
+    with torch.no_grad(), blank_weights(model):
         step = TokenStep(module, single, traced, list(module(*traced)))
     if verified and weight_bytes(model) < HEAVY_BYTES:
         check_steps(way, module, every)
@@ -6768,7 +6818,7 @@ def stateful_examples(specs: Sequence[InputSpec], config: Any, sizes: Mapping[st
     return tensors
 
 
-class Stateful(NamedTuple):
+class StatefulCall(NamedTuple):
     """How a model with states is called."""
 
     model: Any
@@ -6780,7 +6830,7 @@ class Stateful(NamedTuple):
     choose: Callable[[Any], dict[str, Tensor]]  # the task's outputs, each batch x tokens x ...
 
 
-def token_call(way: Stateful) -> nn.Module:
+def token_call(way: StatefulCall) -> nn.Module:
     """A module that takes one token of each row, the mask up to it and the cache; outputs and the cache after it.
 
     A padded token leaves the states as they were: transformers hides it from them in a whole text, but not alone.
@@ -6798,7 +6848,7 @@ def token_call(way: Stateful) -> nn.Module:
             mask = given["attention_mask"]
             if not attends:  # nothing looks back at padding
                 del given["attention_mask"]
-            cache = filled_cache(way, before)
+            cache = cache_with(way, before)
             output = self.inner(**given, **{way.argument: cache}, use_cache=True, return_dict=True)
             result = {**way.choose(output), **cache_tensors(cache, "present", recurrent=way.recurrent)}
             for name, after in result.items():
@@ -6810,7 +6860,7 @@ def token_call(way: Stateful) -> nn.Module:
     return Token()
 
 
-def text_call(way: Stateful, step: nn.Module, *, cached: bool) -> nn.Module:
+def text_call(way: StatefulCall, step: nn.Module, *, cached: bool) -> nn.Module:
     """A module with the inputs and outputs of the graph, which reads a whole text as PyTorch does.
 
     Not every model goes on from a past with more than one token: there it is `step` by step.
@@ -6828,12 +6878,12 @@ def text_call(way: Stateful, step: nn.Module, *, cached: bool) -> nn.Module:
                 output = self.inner(**given, use_cache=True, return_dict=True)
                 cache = cache_tensors(output[way.argument], "present", recurrent=way.recurrent) if cached else {}
                 return without_padding({**way.choose(output), **cache}, mask)
-            return by_token(step, given, before)
+            return run_by_token(step, given, before)
 
     return Text()
 
 
-def by_token(step: nn.Module, given: Mapping[str, Tensor], before: Sequence[Tensor]) -> dict[str, Tensor]:
+def run_by_token(step: nn.Module, given: Mapping[str, Tensor], before: Sequence[Tensor]) -> dict[str, Tensor]:
     """What `step` makes of the tokens one after the other, beginning with the cache `before`."""
     length, answers = given["input_ids"].shape[1], []
     past = given["attention_mask"].shape[1] - length
@@ -6848,18 +6898,18 @@ def by_token(step: nn.Module, given: Mapping[str, Tensor], before: Sequence[Tens
     }
 
 
-def check_steps(way: Stateful, step: nn.Module, specs: Sequence[InputSpec]) -> None:
+def check_steps(way: StatefulCall, step: nn.Module, specs: Sequence[InputSpec]) -> None:
     """Raise ConversionError (VERIFY) where transformers reads a text otherwise than its tokens one after the other.
 
     Only the latter can be exported. zamba2 and nemotron_h bound their time steps from below in whole texts alone.
     """
     config = way.model.config.get_text_config(decoder=True)
     sizes = {BATCH: 1, PAST: 0, SEQUENCE: STEPPED, TOTAL: STEPPED}
-    tensors = beside(way.model, stateful_examples(specs, config, sizes, 0))
+    tensors = on_device_of(way.model, stateful_examples(specs, config, sizes, 0))
     given = dict(zip(way.names, tensors, strict=False))
     with torch.no_grad():
         whole = way.choose(way.model(**given, use_cache=True, return_dict=True))
-        single = by_token(step, given, tensors[len(way.names) :])
+        single = run_by_token(step, given, tensors[len(way.names) :])
     for name, expected in whole.items():
         apart, scale = (single[name] - expected).abs().max().item(), expected.abs().max().item()
         if apart > STEPS_APART * scale and expected.dtype is not torch.float16:
@@ -6870,7 +6920,7 @@ def check_steps(way: Stateful, step: nn.Module, specs: Sequence[InputSpec]) -> N
             )
 
 
-def filled_cache(way: Stateful, tensors: Mapping[str, Tensor]) -> Any:
+def cache_with(way: StatefulCall, tensors: Mapping[str, Tensor]) -> Any:
     """A cache with the layers of `way` that holds `tensors`; models write into copies of the states."""
     from transformers.cache_utils import DynamicCache, LinearAttentionAndFullAttentionLayer
 
@@ -6941,9 +6991,9 @@ def generate(model: Any, config: Any, count: int) -> Generated:
 
 
 def check_generation(
-    expected: Generated, specs: Sequence[InputSpec], session: Any, plan: Plan, options: argparse.Namespace
+    expected: Generated, specs: Sequence[InputSpec], session: Any, job: Job, options: Options
 ) -> list[Difference]:
-    """Generate with the exported graph, prefill and then token by token, and compare; raises RungError.
+    """Generate with the exported graph, prefill and then token by token, and compare; raises AttemptError.
 
     Where PyTorch's own best two tokens lie closer than rounding, what follows is another text and is not compared.
     """
@@ -6967,13 +7017,13 @@ def check_generation(
         ids = steps[-1].argmax(-1)[:, None]
         mask = np.concatenate([mask, np.ones((batch, 1), mask.dtype)], 1)
     label = f"{count} tokens after {batch}x{length}"
-    found = compare_generated(expected, np.stack(steps, 1), label, plan, options)
+    found = compare_generated(expected, np.stack(steps, 1), label, job, options)
     if any(item.problem for item in found) and options.atol is None and options.rtol is None:
-        found = second_opinion(whole_text(expected, specs, plan, options), {}, found, plan, options)
-    return accept_generated(found, label)
+        found = compare_in_float64(full_text_case(expected, specs, job, options), {}, found, job, options)
+    return raise_on_difference(found, label)
 
 
-def whole_text(expected: Generated, specs: Sequence[InputSpec], plan: Plan, options: argparse.Namespace) -> Case:
+def full_text_case(expected: Generated, specs: Sequence[InputSpec], job: Job, options: Options) -> Case:
     """The prompts and what was generated, read by PyTorch in one pass: how far it rounds in that is then known."""
     ids = np.concatenate([expected.prompt.numpy(), expected.tokens[:, :-1]], 1)
     mask = np.concatenate([expected.mask.numpy(), np.ones_like(expected.tokens[:, :-1])], 1)
@@ -6981,11 +7031,11 @@ def whole_text(expected: Generated, specs: Sequence[InputSpec], plan: Plan, opti
     for spec in specs:
         given.setdefault(spec.name, np.zeros(spec.resized({BATCH: len(ids), PAST: 0}), numpy_dtype(spec)))
     inputs = {spec.name: given[spec.name] for spec in specs}
-    outputs = call_model(plan.model, [torch.tensor(x, device=options.device) for x in inputs.values()], list(inputs))
+    outputs = call_model(job.model, [torch.tensor(x, device=options.device) for x in inputs.values()], list(inputs))
     return Case("", inputs, {name: to_numpy(tensor) for name, tensor in outputs.items()})
 
 
-def generate_from_encoder(model: Any, encoder: Plan) -> Generated:
+def generate_from_encoder(model: Any, encoder: Job) -> Generated:
     """What `model` generates for the encoder's first example, by transformers' own loop without any settings."""
     from transformers import GenerationMixin
 
@@ -7004,12 +7054,16 @@ def generate_from_encoder(model: Any, encoder: Plan) -> Generated:
 
 
 def check_encoder_decoder(  # noqa: PLR0913, PLR0917
-    expected: Generated, specs: Sequence[InputSpec], encoder: Converted, session: Any, plan: Plan,
-    options: argparse.Namespace,
+    expected: Generated, specs: Sequence[InputSpec], produced: Mapping[str, Produced], session: Any, job: Job,
+    options: Options,
 ) -> list[Difference]:  # fmt: skip
-    """Generate with both graphs and compare with PyTorch; raises RungError."""
-    case = encoder.plan.cases[0]
-    states = open_session(encoder.result.light, options.device).run(["last_hidden_state"], case.inputs)[0]
+    """Generate with both graphs, the encoder being the first of `produced`, and compare with PyTorch.
+
+    Raises AttemptError.
+    """
+    encoder = next(iter(produced.values()))
+    case = encoder.job.cases[0]
+    states = open_session(encoder.light, options.device).run(["last_hidden_state"], case.inputs)[0]
     names = [output.name for output in session.get_outputs()]
     sizes = {BATCH: len(states), PAST: 0, ENCODER_SEQUENCE: states.shape[1]}
     given = {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
@@ -7022,7 +7076,7 @@ def check_encoder_decoder(  # noqa: PLR0913, PLR0917
         given |= {past_name(name): value for name, value in results.items()}
         ids = steps[-1].argmax(-1)[:, None]
     label = f"{GENERATED} tokens"
-    return accept_generated(compare_generated(expected, np.stack(steps, 1), label, plan, options), label)
+    return raise_on_difference(compare_generated(expected, np.stack(steps, 1), label, job, options), label)
 
 
 def numpy_dtype(spec: InputSpec) -> str:
@@ -7030,23 +7084,21 @@ def numpy_dtype(spec: InputSpec) -> str:
     return str(spec.dtype).removeprefix("torch.")
 
 
-def compare_generated(
-    expected: Generated, logits: Any, label: str, plan: Plan, options: argparse.Namespace
-) -> list[Difference]:
+def compare_generated(expected: Generated, logits: Any, label: str, job: Job, options: Options) -> list[Difference]:
     """Compare `logits` (batch x count x vocabulary) row by row, as far as both chose the same tokens."""
     found = []
     for row, tokens in enumerate(logits.argmax(-1)):
         same = next((step for step, token in enumerate(tokens) if token != expected.tokens[row][step]), len(tokens) - 1)
         case = Case(label, {}, {"logits": expected.logits[row, : same + 1]})
-        found.append(compare(case, "logits", logits[row, : same + 1], plan, options))
+        found.append(compare(case, "logits", logits[row, : same + 1], job, options))
     return found
 
 
-def accept_generated(found: list[Difference], label: str) -> list[Difference]:
-    """`found`, unless there is a problem among it; raises RungError."""
+def raise_on_difference(found: list[Difference], label: str) -> list[Difference]:
+    """`found`, unless there is a problem among it; raises AttemptError."""
     bad = [item for item in found if item.problem]
     if bad:
-        raise RungError(f"generating {label}: {bad[0].problem}", exported=True)
+        raise AttemptError(f"generating {label}: {bad[0].problem}", exported=True)
     return found
 
 
@@ -7125,7 +7177,7 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     transformers.js and Optimum know the names of the inputs from Optimum's merged decoders.
     """
     model, dtype = found.model, float_dtype(found.model)
-    tensors = beside(model, encoder.examples(encoder.sizes[0], 0))
+    tensors = on_device_of(model, encoder.examples(encoder.sizes[0], 0))
     given = zip([spec.name for spec in encoder.specs], tensors, strict=True)
     with torch.no_grad():
         encoded = model.get_encoder()(**dict(given), return_dict=True)
@@ -7140,7 +7192,7 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     lengths = {ENCODER_SEQUENCE: frames.shape[1]}
     with torch.no_grad():
         tensors = example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0)
-        answer = first(*beside(model, tensors))
+        answer = first(*on_device_of(model, tensors))
     past = [
         InputSpec(
             past_name(name),
@@ -7153,7 +7205,9 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
     ]
     next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
     config = model.config.get_text_config(decoder=True)
-    few = beside(model, example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0))
+    few = on_device_of(
+        model, example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0)
+    )
     return tuple(
         Graph(
             file,
@@ -7238,7 +7292,7 @@ GEMM_BYTES = 300 << 20  # a weight of this size is used as it lies in the checkp
 GEMM_OPSET = 10  # Slice takes its bounds as inputs from then on
 
 
-class Rung(NamedTuple):
+class Attempt(NamedTuple):
     """One try: an exporter at an opset."""
 
     exporter: str
@@ -7248,8 +7302,8 @@ class Rung(NamedTuple):
         return f"{self.exporter}, opset {self.opset}"
 
 
-class RungError(Exception):
-    """Why a rung did not hold. `exported`: there was a model; `needs`: the opset that an operator asks for.
+class AttemptError(Exception):
+    """Why a attempt did not hold. `exported`: there was a model; `needs`: the opset that an operator asks for.
 
     `slight`: the largest difference from PyTorch, where it is so small that a user may accept it. `case`: the inputs
     for which the model does not hold. `note`: what tracing fixed.
@@ -7266,31 +7320,31 @@ class RungError(Exception):
         return f"{super().__str__()}{self.note}"
 
 
-def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.Model:
+def export_torchscript(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Model:
     """Trace and export with torch.onnx's TorchScript exporter; above its newest opset, converted up from there."""
     path = folder / "export.onnx"
     if isinstance(
-        plan.model, (torch.jit.ScriptModule, torch.fx.GraphModule)
+        job.model, (torch.jit.ScriptModule, torch.fx.GraphModule)
     ):  # the exporter's own tracing fails on them
-        flat = torch.jit.trace(flat, tuple(plan.traced), check_trace=False)
+        flat = torch.jit.trace(flat, tuple(job.traced), check_trace=False)
     export = functools.partial(
         torch.onnx.export,
         f=str(path),
         dynamo=False,
         opset_version=min(opset, TORCHSCRIPT_MAX_OPSET),
-        output_names=plan.outputs,
-        dynamic_axes={spec.name: dict(spec.axes) for spec in plan.specs if spec.axes},
+        output_names=job.outputs,
+        dynamic_axes={spec.name: dict(spec.axes) for spec in job.specs if spec.axes},
     )
     register_symbolics()
     weights = flat.state_dict(keep_vars=True)
-    with exact_detection_sizes(), traced_sizes():
+    with fixed_resize(), traced_sizes():
         model = None
         if sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
-            export_graph(flat, plan, export)
-            model = attach_weights(ir.load(path), plan, weights)
+            export_graph(flat, job, export)
+            model = attach_weights(ir.load(path), job, weights)
         if model is None:
             with stored_weights_as(flat, in_memory):
-                export(flat, tuple(plan.traced), input_names=[spec.name for spec in plan.specs])
+                export(flat, tuple(job.traced), input_names=[spec.name for spec in job.specs])
             model = ir.load(path)
     if opset > TORCHSCRIPT_MAX_OPSET:
         from onnxscript.version_converter import convert_version
@@ -7299,16 +7353,16 @@ def export_torchscript(flat: nn.Module, plan: Plan, opset: int, folder: Path) ->
     return model
 
 
-def export_graph(flat: nn.Module, plan: Plan, export: Callable[..., Any]) -> None:
+def export_graph(flat: nn.Module, job: Job, export: Callable[..., Any]) -> None:
     """Export with the weights as inputs: traced with blanks, or with their values where the model needs them.
 
     The exporter would fold, join and copy weights that it has.
     """
-    names = [spec.name for spec in plan.specs]
+    names = [spec.name for spec in job.specs]
     if any(isinstance(tensor, stored_class()) for _, tensor in state_of(flat)):
         try:
             with weights_as_inputs(flat) as blanks:
-                export(flat, (*plan.traced, *blanks.values()), input_names=[*names, *blanks], do_constant_folding=False)
+                export(flat, (*job.traced, *blanks.values()), input_names=[*names, *blanks], do_constant_folding=False)
         except OSError:
             raise
         except Exception as error:  # whatever the model does with zeros
@@ -7319,7 +7373,7 @@ def export_graph(flat: nn.Module, plan: Plan, export: Callable[..., Any]) -> Non
         else:
             return
     with stored_weights_as(flat, in_memory):
-        export(flat, tuple(plan.traced), input_names=names, export_params=False, do_constant_folding=False)
+        export(flat, tuple(job.traced), input_names=names, export_params=False, do_constant_folding=False)
 
 
 @functools.cache
@@ -7350,20 +7404,20 @@ def symbolic_average(graph: Any, tensor: Any, size: Any) -> Any:
     with contextlib.suppress(SymbolicValueError):
         return symbolic_opset9.adaptive_avg_pool2d(graph, tensor, size)
     height, width = symbolic_helper._parse_arg(size, "is")  # noqa: SLF001
-    rows, columns = (shares(graph, tensor, axis, count) for axis, count in ((2, height), (3, width)))
+    rows, columns = (averaging_matrix(graph, tensor, axis, count) for axis, count in ((2, height), (3, width)))
     return graph.op("MatMul", graph.op("MatMul", rows, tensor), graph.op("Transpose", columns, perm_i=(1, 0)))
 
 
-def constant_in(graph: Any, value: Any) -> Any:
+def constant_value(graph: Any, value: Any) -> Any:
     """A constant (a number, or nested lists of them) in a graph of the TorchScript exporter."""
     return graph.op("Constant", value_t=torch.tensor(value))
 
 
-def shares(graph: Any, tensor: Any, axis: int, count: int) -> Any:
+def averaging_matrix(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     """The matrix (count x length of `axis`) of what each place adds to each of `count` averages."""
     from torch.onnx import JitScalarType
 
-    constant = functools.partial(constant_in, graph)
+    constant = functools.partial(constant_value, graph)
     length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
     places = graph.op("Range", constant(0), length, constant(1))
     first = graph.op("Div", graph.op("Mul", constant([[n] for n in range(count)]), length), constant(count))
@@ -7389,7 +7443,7 @@ def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> 
     """Tensor.unfold as one look-up: the exporter writes out every window, and knows no dimension of unknown length."""
     from torch.onnx import symbolic_helper
 
-    constant = functools.partial(constant_in, graph)
+    constant = functools.partial(constant_value, graph)
     axis, width, stride = (symbolic_helper._get_const(value, "i", "unfold") for value in (dim, size, step))  # noqa: SLF001
     rank = symbolic_helper._get_tensor_rank(tensor)  # noqa: SLF001
     length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
@@ -7405,7 +7459,7 @@ def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: 
     """as_strided of a contiguous tensor as one look-up: the exporter's own takes only strides that are constants."""
     from torch.onnx import symbolic_helper
 
-    constant = functools.partial(constant_in, graph)
+    constant = functools.partial(constant_value, graph)
 
     def entries(numbers: Any) -> list[Any]:
         known = symbolic_helper._maybe_get_const(numbers, "is")  # noqa: SLF001
@@ -7418,14 +7472,14 @@ def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: 
     return graph.op("Gather", graph.op("Reshape", tensor, constant([-1])), place)
 
 
-def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -> ir.Model | None:
+def attach_weights(model: ir.Model, job: Job, weights: Mapping[str, Tensor]) -> ir.Model | None:
     """Give a graph that was exported without its weights those of the model: views, read when they are written.
 
     The exporter itself holds several copies of all of them. A weight that is only used transposed is stored so; one
     that several names share is stored once. None where the exporter would make weights of its own: batch norms after
     convolutions become part of these.
     """
-    graph, own = model.graph, {spec.name for spec in plan.specs}
+    graph, own = model.graph, {spec.name for spec in job.specs}
     norms = [node.inputs[0] for node in graph if node.op_type == "BatchNormalization"]
     if any(value.producer().op_type.startswith("Conv") for value in norms if value.producer()):
         return None
@@ -7445,7 +7499,7 @@ def attach_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Tensor]) -
         first[place] = value
         graph.initializers.add(value)
     for value in itertools.chain.from_iterable([split_weight(graph, whole) for whole in first.values()]):
-        if not turn_weight(graph, value) and model.opset_imports[""] >= GEMM_OPSET:
+        if not store_transposed(graph, value) and model.opset_imports[""] >= GEMM_OPSET:
             multiply_as_stored(value)
     return model
 
@@ -7499,7 +7553,7 @@ def split_weight(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
     return list(found.values()) or [value]
 
 
-def turn_weight(graph: ir.Graph, value: ir.Value) -> bool:
+def store_transposed(graph: ir.Graph, value: ir.Value) -> bool:
     """Store the weight `value` as its Transpose nodes want it, where they are all that use it and agree."""
     nodes = list(value.consumers())
     orders = {tuple(node.attributes.get_ints("perm", ())) if node.op_type == "Transpose" else None for node in nodes}
@@ -7549,31 +7603,31 @@ def node_before(place: ir.Node, operator: str, inputs: Sequence[ir.Value], **att
     return node.outputs[0]
 
 
-def export_dynamo(flat: nn.Module, plan: Plan, opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
+def export_dynamo(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
     """Export through torch.export; a ScriptModule is turned into an exported program first."""
     if isinstance(flat.inner, torch.jit.ScriptModule):
         from torch._export.converter import TS2EPConverter
 
         flat = flat_module(
-            TS2EPConverter(flat.inner, tuple(plan.traced)).convert().module(), [spec.name for spec in plan.specs]
+            TS2EPConverter(flat.inner, tuple(job.traced)).convert().module(), [spec.name for spec in job.specs]
         )
-    shapes = tuple(dict.fromkeys(spec.axes, torch.export.Dim.AUTO) for spec in plan.specs)
+    shapes = tuple(dict.fromkeys(spec.axes, torch.export.Dim.AUTO) for spec in job.specs)
     with stored_weights_as(flat, in_memory):
         program = torch.onnx.export(
             flat,
-            tuple(plan.traced),
+            tuple(job.traced),
             dynamo=True,
             opset_version=opset,
             dynamic_shapes=(shapes,),
-            input_names=[spec.name for spec in plan.specs],
-            output_names=plan.outputs,
+            input_names=[spec.name for spec in job.specs],
+            output_names=job.outputs,
             verbose=False,
         )
     return program.model
 
 
 @contextlib.contextmanager
-def exact_detection_sizes() -> Iterator[None]:
+def fixed_resize() -> Iterator[None]:
     """Let torchvision's detectors resize, while they are traced, to the size that they resize to otherwise.
 
     Their tracing branch computes the scale in float32 (torchvision 0.29, detection/transform.py), so that one in
@@ -7596,7 +7650,7 @@ def exact_detection_sizes() -> Iterator[None]:
         return torch.nn.functional.interpolate(image[None], size=(size[0], size[1]), **options)[0], target
 
     original = transform._resize_image_and_masks  # noqa: SLF001
-    with replaced(transform, _resize_image_and_masks=resize):
+    with patched(transform, _resize_image_and_masks=resize):
         yield
 
 
@@ -7605,7 +7659,7 @@ def traced_sizes() -> Iterator[None]:
     """Let tracing see what models do in Python with sizes: it would keep the numbers that the traced inputs give."""
     with contextlib.ExitStack() as stack:
         for owner, name, function in tracing_stand_ins():
-            stack.enter_context(replaced(owner, **{name: function}))
+            stack.enter_context(patched(owner, **{name: function}))
         yield
 
 
@@ -7628,17 +7682,17 @@ def tracing_stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
     return [
         (owner, name, followed(getattr(owner, name), traced))
         for owner, name, traced in (
-            (torch.Tensor, "unbind", every_place),
+            (torch.Tensor, "unbind", unbind_indices),
             (torch.Tensor, "stride", strides_from_sizes),
-            (torch, "tensor", stacked),
-            (torch, "as_tensor", stacked),
-            (builtins, "min", functools.partial(chosen, torch.minimum)),
-            (builtins, "max", functools.partial(chosen, torch.maximum)),
+            (torch, "tensor", tensor_of_numbers),
+            (torch, "as_tensor", tensor_of_numbers),
+            (builtins, "min", functools.partial(traced_extremum, torch.minimum)),
+            (builtins, "max", functools.partial(traced_extremum, torch.maximum)),
         )
     ]
 
 
-def every_place(tensor: Tensor, dim: int = 0) -> Any:
+def unbind_indices(tensor: Tensor, dim: int = 0) -> Any:
     """Stand-in for unbind, which loops over a tensor call: those over what is nonzero go over all places.
 
     Mixtures of experts loop so over the experts that tokens were routed to; the others get no tokens.
@@ -7656,15 +7710,15 @@ def strides_from_sizes(tensor: Tensor, dim: int | None = None) -> Any:
     return strides if dim is None else strides[dim]
 
 
-def stacked(data: Any, **options: Any) -> Any:
+def tensor_of_numbers(data: Any, **options: Any) -> Any:
     """Stand-in for making a tensor of traced numbers, single ones or in lists."""
-    return as_one(data).to(options.get("device"), options.get("dtype")) if holds_tensor(data) else NotImplemented
+    return as_tensor(data).to(options.get("device"), options.get("dtype")) if holds_tensor(data) else NotImplemented
 
 
-def as_one(data: Any) -> Tensor:
+def as_tensor(data: Any) -> Tensor:
     """A number, a tensor, or nested lists of them, as one tensor."""
     if isinstance(data, (list, tuple)):
-        return torch.stack(list(map(as_one, data)))
+        return torch.stack(list(map(as_tensor, data)))
     return data if isinstance(data, torch.Tensor) else torch.as_tensor(data)
 
 
@@ -7673,10 +7727,10 @@ def holds_tensor(data: Any) -> bool:
     return any(map(holds_tensor, data)) if isinstance(data, (list, tuple)) else isinstance(data, torch.Tensor)
 
 
-def chosen(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, **options: Any) -> Any:
+def traced_extremum(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, **options: Any) -> Any:
     """Stand-in for the smaller or larger of two numbers of which one is traced."""
     pair = len(values) == 2 and not options and holds_tensor(values)
-    return operator(*map(as_one, values)) if pair else NotImplemented
+    return operator(*map(as_tensor, values)) if pair else NotImplemented
 
 
 @contextlib.contextmanager
@@ -7710,7 +7764,7 @@ def traced_whole_numbers(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, **stand_ins: Any) -> Iterator[None]:
+def patched(owner: Any, **stand_ins: Any) -> Iterator[None]:
     """Let `owner` have other attributes for a while."""
     originals = {name: getattr(owner, name) for name in stand_ins}
     for name, value in stand_ins.items():
@@ -7766,63 +7820,69 @@ class Complex:
 
 
 @contextlib.contextmanager
-def real_numbers() -> Iterator[None]:
+def without_complex() -> Iterator[None]:
     """Let models compute with Complex where they would with complex tensors."""
     functions = {"polar": Complex.polar, "view_as_complex": Complex.from_pairs, "view_as_real": Complex.pairs}
-    with replaced(torch, **functions):
+    with patched(torch, **functions):
         yield
 
 
 EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
 
 
-def plan_rungs(exporter: str, opset: int | None) -> list[Rung]:
-    """The rungs to try, the fast exporter first. Without an opset: the default one, and the lowest of the wide one."""
-    rungs = [Rung("torchscript", opset or DEFAULT_OPSET), Rung("dynamo", opset or DYNAMO_MIN_OPSET)]
+def plan_attempts(exporter: str, opset: int | None) -> list[Attempt]:
+    """What to try, the fast exporter first; without an `opset`, the default one and the lowest of the wide exporter."""
+    attempts = [Attempt("torchscript", opset or DEFAULT_OPSET), Attempt("dynamo", opset or DYNAMO_MIN_OPSET)]
     return [
-        rung
-        for rung in rungs
-        if exporter in ("auto", rung.exporter) and (rung.exporter != "dynamo" or rung.opset >= DYNAMO_MIN_OPSET)
+        attempt
+        for attempt in attempts
+        if exporter in ("auto", attempt.exporter)
+        and (attempt.exporter != "dynamo" or attempt.opset >= DYNAMO_MIN_OPSET)
     ]
 
 
-def export_rung(rung: Rung, plan: Plan, folder: Path) -> tuple[ir.Model, str]:
-    """One exporter's model, and a note on what it may have fixed; raises RungError with what stood in the way."""
+def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, str]:
+    """One exporter's model, and a note on what it may have fixed; raises AttemptError with what stood in the way."""
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
-    whole = plan
-    if plan.step is not None:
-        module, specs, traced, outputs = plan.step
-        plan = plan._replace(model=module, specs=specs, traced=traced, outputs=outputs, cases=[], step=None)
-    flat = flat_module(plan.model, [spec.name for spec in plan.specs])
-    if not isinstance(plan.model, torch.fx.GraphModule):  # an exported program has one mode only
+    whole = job
+    if job.step is not None:
+        module, specs, traced, outputs = job.step
+        job = job._replace(model=module, specs=specs, traced=traced, outputs=outputs, cases=[], step=None)
+    flat = flat_module(job.model, [spec.name for spec in job.specs])
+    if not isinstance(job.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, real_numbers(), forgotten(flat):
-            model = EXPORTERS[rung.exporter](flat, plan, rung.opset, folder)
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(record=True) as caught,
+            without_complex(),
+            without_kept_state(flat),
+        ):
+            model = EXPORTERS[attempt.exporter](flat, job, attempt.opset, folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RungError(first_line(error)) from error
+        raise AttemptError(first_line(error)) from error
     except Exception as error:  # the exporters raise whatever went wrong inside them
         if NO_MEMORY.search(str(error)):
             raise MemoryError(str(error)) from error
         if LOG.verbose:
             traceback.print_exc(file=LOG.stream)
         needs = re.search(r"(?:added in version|try opset version) (\d+)", str(error))
-        raise RungError(explain_failure(error, flat, plan.traced), needs=int(needs[1]) if needs else None) from error
+        raise AttemptError(explain_failure(error, flat, job.traced), needs=int(needs[1]) if needs else None) from error
     for warning in caught:
         warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
-    if model.opset_imports.get("") != rung.opset:
-        raise RungError(f"it wrote opset {model.opset_imports.get('')} instead")
+    if model.opset_imports.get("") != attempt.opset:
+        raise AttemptError(f"it wrote opset {model.opset_imports.get('')} instead")
     if whole.step is not None:
-        repeat_for_tokens(model, plan, whole)
-    return model, fixed_by_tracing(caught)
+        repeat_for_tokens(model, job, whole)
+    return model, tracing_notes(caught)
 
 
-def repeat_for_tokens(model: ir.Model, single: Plan, whole: Plan) -> None:
-    """Turn the graph of one token in place into that of a text, a Loop around it; raises RungError.
+def repeat_for_tokens(model: ir.Model, single: Job, whole: Job) -> None:
+    """Turn the graph of one token in place into that of a text, a Loop around it; raises AttemptError.
 
     The cache goes from turn to turn, what is said of each token is stacked up, and the weights stay outside.
     """
@@ -7831,7 +7891,7 @@ def repeat_for_tokens(model: ir.Model, single: Plan, whole: Plan) -> None:
     graph = model.graph
     restore_inputs(graph, single)
     if len(graph.outputs) != len(single.outputs):
-        raise RungError(f"its graph has {len(graph.outputs)} outputs, the model {len(single.outputs)}")
+        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(single.outputs)}")
     inputs = {value.name: ir.Value(name=value.name, type=value.type) for value in graph.inputs}
     answers = dict(zip(single.outputs, graph.outputs, strict=True))
     nodes = list(graph)
@@ -7854,7 +7914,7 @@ def repeat_for_tokens(model: ir.Model, single: Plan, whole: Plan) -> None:
         if spec.name.startswith("past_"):
             own = ir.Value(name=f"loop/{spec.name}", type=value.type)
             kept.append(own)
-            begun.append(inputs[spec.name] if spec.name in given else nothing_past(spec, batch, outer))
+            begun.append(inputs[spec.name] if spec.name in given else empty_cache(spec, batch, outer))
         elif TOTAL in spec.axes.values():
             behind = outer.op("Sub", [size(spec.name, 1), length])
             end = first.op("Add", [first.op("Add", [behind, place]), numbers(first, 1)])
@@ -7894,14 +7954,14 @@ def name_nodes(nodes: Iterable[ir.Node]) -> None:
             value.name = f"{node.name}/{index}"
 
 
-def nothing_past(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Value:
+def empty_cache(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Value:
     """The cache before the first token: no keys and values, and states of zeros, for `batch` (1) rows."""
     sizes = [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:]
     shape = tape.op("Concat", [batch, tape.op("Constant", [], {"value": ir.tensor(sizes)})], {"axis": 0})
     return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, numpy_dtype(spec)))})
 
 
-def fixed_by_tracing(caught: Iterable[warnings.WarningMessage]) -> str:
+def tracing_notes(caught: Iterable[warnings.WarningMessage]) -> str:
     """A note on the model's own source lines where a tensor became a Python value, which tracing then fixed."""
     library = str(Path(torch.__file__).parent)
     lines = [
@@ -7939,8 +7999,8 @@ def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir.Model:
-    """Give `model` the product's names, axes and metadata in place; raises RungError where inputs went missing."""
+def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.Model:
+    """Give `model` the product's names, axes and metadata in place; raises AttemptError where inputs went missing."""
     from onnx_ir.passes import common
 
     common.ClearMetadataAndDocStringPass()(model)
@@ -7948,16 +8008,16 @@ def finish_graph(model: ir.Model, plan: Plan, metadata: Mapping[str, str]) -> ir
     graph = model.graph
     restore_branch_outputs(graph)
     common.RemoveUnusedNodesPass()(model)
-    restore_inputs(graph, plan)
-    if len(graph.outputs) != len(plan.outputs):
-        raise RungError(f"its graph has {len(graph.outputs)} outputs, the model {len(plan.outputs)}")
+    restore_inputs(graph, job)
+    if len(graph.outputs) != len(job.outputs):
+        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(job.outputs)}")
     strip_wrapper_names(graph)
-    for value, name in zip(graph.outputs, plan.outputs, strict=True):
+    for value, name in zip(graph.outputs, job.outputs, strict=True):
         value.name = name
-    for spec, value in zip(plan.specs, graph.inputs, strict=True):
+    for spec, value in zip(job.specs, graph.inputs, strict=True):
         value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
     for index, value in enumerate(graph.outputs):
-        value.shape = ir.Shape(output_axes(plan, index, value))
+        value.shape = ir.Shape(output_axes(job, index, value))
     graph.name = "model"
     model.ir_version = min(
         10, max(8, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", model.opset_imports[""])]))
@@ -7985,24 +8045,24 @@ def restore_branch_outputs(graph: ir.Graph) -> None:
                 branch.outputs[index] = node.outputs[0]
 
 
-def restore_inputs(graph: ir.Graph, plan: Plan) -> None:
+def restore_inputs(graph: ir.Graph, job: Job) -> None:
     """Order the graph's inputs as the model's, and put back those that an exporter dropped.
 
     A dropped input is harmless only if no output depends on it; verification with other values decides that.
     """
     found = {value.name: value for value in graph.inputs}
-    if not set(found) <= {spec.name for spec in plan.specs}:
-        if len(graph.inputs) != len(plan.specs):
-            raise RungError(f"its graph has the inputs {', '.join(map(str, found))}")
-        found = {spec.name: value for spec, value in zip(plan.specs, graph.inputs, strict=True)}
-    for spec in plan.specs:
+    if not set(found) <= {spec.name for spec in job.specs}:
+        if len(graph.inputs) != len(job.specs):
+            raise AttemptError(f"its graph has the inputs {', '.join(map(str, found))}")
+        found = {spec.name: value for spec, value in zip(job.specs, graph.inputs, strict=True)}
+    for spec in job.specs:
         if spec.name not in found:
             LOG.warn(f"input {spec.name} has no influence on the outputs; it stays in the graph, unused")
             dtype = str(spec.dtype).removeprefix("torch.").upper()
             types = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}
             found[spec.name] = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType[types.get(dtype, dtype)]))
-    graph.inputs[:] = [found[spec.name] for spec in plan.specs]
-    for spec in plan.specs:
+    graph.inputs[:] = [found[spec.name] for spec in job.specs]
+    for spec in job.specs:
         found[spec.name].name = spec.name
 
 
@@ -8018,14 +8078,14 @@ def strip_wrapper_names(graph: ir.Graph) -> None:
             node.name = node.name.replace("/inner/", "/", 1)
 
 
-def output_axes(plan: Plan, index: int, value: ir.Value) -> list[int | str]:
+def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str]:
     """Names of an output's axes: those of the inputs' that they follow, or a name of their own where they vary."""
-    name = plan.outputs[index]
-    shapes = [case.outputs[name].shape for case in plan.cases]
+    name = job.outputs[index]
+    shapes = [case.outputs[name].shape for case in job.cases]
     symbols: dict[str, list[int]] = {}
-    for spec in plan.specs:
+    for spec in job.specs:
         for axis, symbol in spec.axes.items():
-            symbols[symbol] = [case.inputs[spec.name].shape[axis] for case in plan.cases]
+            symbols[symbol] = [case.inputs[spec.name].shape[axis] for case in job.cases]
     if {PAST, SEQUENCE} <= symbols.keys():  # a cache grows by what is new
         symbols[TOTAL] = [sum(sizes) for sizes in zip(symbols[PAST], symbols[SEQUENCE], strict=True)]
     result: list[int | str] = []
@@ -8120,9 +8180,9 @@ def same_content(file: Path, other: Path) -> bool:
     return other.exists() and filecmp.cmp(file, other, shallow=False)
 
 
-def check_room(model: nn.Module, options: argparse.Namespace, copies: int = 1) -> None:
+def check_room(model: nn.Module, run: Run, copies: int = 1) -> None:
     """Before the work begins: is there space for all weights? Raises ConversionError (RESOURCES)."""
-    check_space(options.staging.parent, copies * weight_bytes(model))
+    check_space(run.staging.parent, copies * weight_bytes(model))
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -8237,7 +8297,7 @@ KERNEL_ERROR = 1e-6  # ONNX Runtime's float32 sigmoid, exp and erf are polynomia
 SLIGHT = 100  # times the allowed difference: what another algorithm or quantisation costs, and no wrong graph
 SCORE_TIE = 1e-3  # scores that rounding may swap
 SAME = 1e-3  # of the largest value: two programs' answers for one detection
-STIR = 1e-5  # of each value: what layers of float32 add up to between two right programs
+PERTURBATION = 1e-5  # of each value: what layers of float32 add up to between two right programs
 MAX_ROW = 256  # numbers in a row that is compared to find its partner: boxes, labels and keypoints, not masks
 LEAN_FROM = 512 << 20  # bytes of a file of weights that ONNX Runtime is not to make copies of
 SWEEP_SECONDS = 0.005  # in which a machine reads some dozens of megabytes
@@ -8257,7 +8317,7 @@ class Difference(NamedTuple):
     problem: str = ""
 
 
-def compare(case: Case, name: str, actual: Any, plan: Plan, options: argparse.Namespace) -> Difference:
+def compare(case: Case, name: str, actual: Any, job: Job, options: Options) -> Difference:
     """Compare one output with PyTorch's. NaN and Inf never pass; integers and booleans must be equal."""
     expected = case.outputs[name]
     if actual.shape != expected.shape:
@@ -8269,7 +8329,7 @@ def compare(case: Case, name: str, actual: Any, plan: Plan, options: argparse.Na
         wrong = int(np.count_nonzero(actual != expected))
         problem = f"output {name!r} differs from PyTorch's in {wrong} of {expected.size} places for {case.label}"
         return Difference(case.label, name, float(wrong), 0.0, problem if wrong else "")
-    relative, absolute = TOLERANCES[str(float_dtype(plan.model)).removeprefix("torch.")]
+    relative, absolute = TOLERANCES[str(float_dtype(job.model)).removeprefix("torch.")]
     scale = float(np.abs(expected).max())
     rtol = relative if options.rtol is None else options.rtol
     atol = max(absolute * scale, min(KERNEL_ERROR, scale / 100)) if options.atol is None else options.atol
@@ -8284,10 +8344,10 @@ def compare(case: Case, name: str, actual: Any, plan: Plan, options: argparse.Na
     return Difference(case.label, name, largest, allowed, "" if good else problem)
 
 
-def judge(case: Case, results: Arrays, plan: Plan, options: argparse.Namespace) -> list[Difference]:
+def judge(case: Case, results: Arrays, job: Job, options: Options) -> list[Difference]:
     """Compare every output, after detections of equal score were put in PyTorch's order."""
     results = align_detections(case.outputs, results)
-    return [compare(case, name, results[name], plan, options) for name in case.outputs]
+    return [compare(case, name, results[name], job, options) for name in case.outputs]
 
 
 def detection_scores(outputs: Arrays) -> str | None:
@@ -8323,13 +8383,13 @@ def align_detections(expected: Arrays, actual: Arrays) -> Arrays:
 
 
 def check_graph(path: Path, opset: int) -> None:
-    """onnx.checker with shape inference, by path so that any size is accepted; raises RungError."""
+    """onnx.checker with shape inference, by path so that any size is accepted; raises AttemptError."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # ValidationError, InferenceError, RuntimeError by version
         lacks = re.search(r"No Op registered for (\w+)|\(op_type:(\w+),.* has unsupported type", str(error))
         needs = first_opset(lacks[1] or lacks[2], opset) if lacks else None
-        raise RungError(f"onnx.checker: {first_line(error)}", exported=True, needs=needs) from error
+        raise AttemptError(f"onnx.checker: {first_line(error)}", exported=True, needs=needs) from error
 
 
 def first_opset(operator: str, beyond: int) -> int | None:
@@ -8340,7 +8400,7 @@ def first_opset(operator: str, beyond: int) -> int | None:
 
 
 def open_session(path: Path, device: str) -> Any:
-    """An ONNX Runtime session, on the GPU where asked for and possible; raises RungError.
+    """An ONNX Runtime session, on the GPU where asked for and possible; raises AttemptError.
 
     Large weights outside of the graph are used where they lie in the mapped file, without packed or fused copies; small
     models run as they will for their users.
@@ -8364,7 +8424,7 @@ def open_session(path: Path, device: str) -> Any:
         session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
         return LeanSession(session, weights) if weights else session
     except Exception as error:
-        raise RungError(f"ONNX Runtime cannot load it: {first_line(error)}", exported=True) from error
+        raise AttemptError(f"ONNX Runtime cannot load it: {first_line(error)}", exported=True) from error
 
 
 def weight_files(path: Path) -> set[Path]:
@@ -8403,7 +8463,7 @@ class LeanSession:
     def let_go(self) -> None:
         """Give back the memory that the weights take."""
         for first, last in self.ranges:
-            release(first, last)
+            drop_pages(first, last)
 
 
 def mapped_bytes() -> int:
@@ -8425,34 +8485,34 @@ def mapped_ranges(file: Path) -> list[tuple[int, int]]:
     return []
 
 
-def verify(path: Path, plan: Plan, options: argparse.Namespace) -> list[Difference]:
-    """Every output at every case's sizes against PyTorch; raises RungError with what is wrong."""
+def verify(path: Path, job: Job, options: Options) -> list[Difference]:
+    """Every output at every case's sizes against PyTorch; raises AttemptError with what is wrong."""
     session = open_session(path, options.device)
     names = [output.name for output in session.get_outputs()]
     differences: list[Difference] = []
-    for case in plan.cases:
+    for case in job.cases:
         try:
-            results = what_counts(dict(zip(names, session.run(None, case.inputs), strict=True)), case.inputs)
+            results = mask_padding(dict(zip(names, session.run(None, case.inputs), strict=True)), case.inputs)
         except Exception as error:
             reason = f"ONNX Runtime fails for {case.label}: {first_line(error)}"
-            raise RungError(reason, exported=True, case=case) from error
-        found = judge(case, results, plan, options)
+            raise AttemptError(reason, exported=True, case=case) from error
+        found = judge(case, results, job, options)
         if any(item.problem for item in found) and options.atol is None and options.rtol is None:
-            found = second_opinion(case, results, found, plan, options)
+            found = compare_in_float64(case, results, found, job, options)
         bad = [item for item in found if item.problem]
         if bad:
             worst = max(bad, key=lambda item: item.largest - item.allowed)
             slight = all(item.largest <= SLIGHT * item.allowed for item in bad)
-            raise RungError(worst.problem, exported=True, slight=worst.largest if slight else None, case=case)
+            raise AttemptError(worst.problem, exported=True, slight=worst.largest if slight else None, case=case)
         differences += found
-    if plan.further_checks:
-        differences += plan.further_checks(session, plan, options)
+    if job.further_checks:
+        differences += job.further_checks(session, job, options)
     if not differences:
-        raise RungError("PyTorch's own answers are too unstable to compare with", exported=True)
+        raise AttemptError("PyTorch's own answers are too unstable to compare with", exported=True)
     return differences
 
 
-def what_counts(outputs: Arrays, inputs: Arrays) -> Arrays:
+def mask_padding(outputs: Arrays, inputs: Arrays) -> Arrays:
     """A decoder's outputs without what belongs to padded tokens; those of other models as they are.
 
     Such a token looks at nothing: how the scores of all that is masked round in half precision decides its answer.
@@ -8464,27 +8524,27 @@ def what_counts(outputs: Arrays, inputs: Arrays) -> Arrays:
     return {name: tensor.numpy() for name, tensor in without_padding(tensors, torch.from_numpy(mask)).items()}
 
 
-def second_opinion(
-    case: Case, results: Arrays, found: list[Difference], plan: Plan, options: argparse.Namespace
+def compare_in_float64(
+    case: Case, results: Arrays, found: list[Difference], job: Job, options: Options
 ) -> list[Difference]:
     """What is left of `found` when PyTorch's own float64 answer is asked: what rounding explains is no fault.
 
     Badly scaled models amplify rounding, and sums that cancel leave little else, so that two correct programs differ.
     """
-    exact = double_outputs(case, plan, options)
+    exact = double_outputs(case, job, options)
     if exact is None:
         return found
-    as_sets = compare_detections(case, results, exact.outputs, plan, options)
+    as_sets = compare_detections(case, results, exact.outputs, job, options)
     if as_sets is not None:
         return as_sets
-    dtype = float_dtype(plan.model)
+    dtype = float_dtype(job.model)
     kind = str(dtype).removeprefix("torch.")
     result, excused = [], []
     for item in found:
         if not item.problem:
             result.append(item)
             continue
-        noise, allowed = rounding(case.outputs[item.output], exact.outputs[item.output], exact.largest, dtype)
+        noise, allowed = rounding_error(case.outputs[item.output], exact.outputs[item.output], exact.largest, dtype)
         if item.largest <= allowed:
             excused.append((item.largest / allowed, noise, item))
         result.append(item._replace(problem="", allowed=allowed) if item.largest <= allowed else item)
@@ -8499,13 +8559,13 @@ def second_opinion(
 
 
 def compare_detections(
-    case: Case, results: Arrays, exact: Arrays, plan: Plan, options: argparse.Namespace
+    case: Case, results: Arrays, exact: Arrays, job: Job, options: Options
 ) -> list[Difference] | None:
     """Compare a detector's rows as sets; None for other models, and where more differs than rounding can explain.
 
     How many rows rounding decides is measured: those without a partner in PyTorch's float64 answer (`exact`), or in its
-    answer to inputs that are STIR away. ONNX Runtime may leave twice as many without one, or one in a hundred, such as
-    the last that a limit keeps. An input where rounding decides more than half proves nothing: an empty list.
+    answer to inputs that are PERTURBATION away. ONNX Runtime may leave twice as many without one, or one in a hundred,
+    such as the last that a limit keeps. An input where rounding decides more than half proves nothing: an empty list.
     """
     scores = detection_scores(case.outputs)
     if scores is None:
@@ -8515,19 +8575,19 @@ def compare_detections(
         return None
     count = len(case.outputs[scores])
     unsteady = max(
-        lonely(partners(case.outputs, other, rows)) for other in (exact, stirred_outputs(case, plan, options))
+        unmatched(matching_rows(case.outputs, other, rows)) for other in (exact, perturbed_outputs(case, job, options))
     )
     if unsteady > count / 2:
         LOG.warn(f"rounding decides {unsteady} of {count} detections for {case.label}: that input is left out")
         return []
-    pairs = partners(case.outputs, results, rows)
-    apart = lonely(pairs)
+    pairs = matching_rows(case.outputs, results, rows)
+    apart = unmatched(pairs)
     if apart > max(2 * unsteady, count // 100):
         return None
     if apart:
         LOG.warn(f"rounding decides {apart} of {count} detections for {case.label}: the others agree")
     matched = [(i, int(row.argmax())) for i, row in enumerate(pairs) if row.any()]
-    found = [compare(case, name, results[name], plan, options) for name in case.outputs if name not in rows]
+    found = [compare(case, name, results[name], job, options) for name in case.outputs if name not in rows]
     for name in rows:
         expected, actual = case.outputs[name], results[name]
         largest = max((float(abs(expected[i] * 1.0 - actual[j]).max(initial=0)) for i, j in matched), default=0.0)
@@ -8535,7 +8595,7 @@ def compare_detections(
     return found
 
 
-def partners(expected: Arrays, actual: Arrays, rows: Sequence[str]) -> Any:
+def matching_rows(expected: Arrays, actual: Arrays, rows: Sequence[str]) -> Any:
     """Which detections of two answers are the same (a matrix): integers equal, the rest within SAME of the largest.
 
     Large rows, such as masks, may differ by SAME of their sum: an edge that moves by a hair changes a few values much.
@@ -8554,24 +8614,24 @@ def partners(expected: Arrays, actual: Arrays, rows: Sequence[str]) -> Any:
     return same
 
 
-def lonely(pairs: Any) -> int:
+def unmatched(pairs: Any) -> int:
     """How many detections of one of two answers have no partner in the other."""
     return int(max((~pairs.any(1)).sum(), (~pairs.any(0)).sum()))
 
 
-def stirred_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Arrays:
+def perturbed_outputs(case: Case, job: Job, options: Options) -> Arrays:
     """PyTorch's answer to inputs that differ from the case's by what kernels differ by."""
     random = np.random.default_rng(0)
-    inputs = [case.inputs[spec.name] for spec in plan.specs]
-    stirred = [x * (1 + STIR * random.standard_normal(x.shape)) if x.dtype.kind == "f" else x for x in inputs]
+    inputs = [case.inputs[spec.name] for spec in job.specs]
+    stirred = [x * (1 + PERTURBATION * random.standard_normal(x.shape)) if x.dtype.kind == "f" else x for x in inputs]
     tensors = [
         torch.tensor(new.astype(old.dtype), device=options.device) for new, old in zip(stirred, inputs, strict=True)
     ]
-    outputs = call_model(plan.model, tensors, [spec.name for spec in plan.specs])
+    outputs = call_model(job.model, tensors, [spec.name for spec in job.specs])
     return {name: to_numpy(tensor) for name, tensor in outputs.items()}
 
 
-def rounding(single: Any, double: Any, largest: float, dtype: torch.dtype) -> tuple[float, float]:
+def rounding_error(single: Any, double: Any, largest: float, dtype: torch.dtype) -> tuple[float, float]:
     """What lies between PyTorch's answers in `dtype` and in float64, and what may lie between two right programs' then.
 
     Nothing (0) where PyTorch's own answer is mostly noise, unless that is as little as a sum leaves of values as large
@@ -8585,21 +8645,21 @@ def rounding(single: Any, double: Any, largest: float, dtype: torch.dtype) -> tu
     return noise, max(ROUNDING_MARGIN * noise, last_step) if noise < left else 0.0
 
 
-class Exact(NamedTuple):
+class Float64Answer(NamedTuple):
     """PyTorch's float64 answer, and the largest value that its layers passed on."""
 
     outputs: Arrays
     largest: float
 
 
-def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Exact | None:
+def double_outputs(case: Case, job: Job, options: Options) -> Float64Answer | None:
     """PyTorch's float64 answer for `case`; None where the model has no other dtype than its own."""
     from torch.nn.modules.module import register_module_forward_hook
 
-    dtype = float_dtype(plan.model)
+    dtype = float_dtype(job.model)
     if dtype is torch.float64:
         return None
-    names = [spec.name for spec in plan.specs]
+    names = [spec.name for spec in job.specs]
     inputs = [torch.tensor(case.inputs[name], device=options.device) for name in names]
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     passed = [0.0, *map(largest_value, inputs)]
@@ -8608,20 +8668,20 @@ def double_outputs(case: Case, plan: Plan, options: argparse.Namespace) -> Exact
         if next(module.children(), None) is None:  # larger ones may pass on masks
             passed.extend(map(largest_value, flatten_outputs(output).values()))
 
-    own = {name: tensor.data for name, tensor in state_of(plan.model)}
+    own = {name: tensor.data for name, tensor in state_of(job.model)}
     watcher = register_module_forward_hook(watch)
-    plan.model.double()
+    job.model.double()
     try:
-        outputs = call_model(plan.model, inputs, names)
+        outputs = call_model(job.model, inputs, names)
     except RejectedInputError:  # the model fixes a dtype somewhere
         return None
     finally:
         watcher.remove()
-        plan.model.to(dtype)
-        for name, tensor in state_of(plan.model):  # not all need have been of that dtype
+        job.model.to(dtype)
+        for name, tensor in state_of(job.model):  # not all need have been of that dtype
             tensor.data = own[name]
-    arrays = what_counts({name: to_numpy(tensor) for name, tensor in outputs.items()}, case.inputs)
-    return Exact(arrays, max(passed)) if arrays.keys() == case.outputs.keys() else None
+    arrays = mask_padding({name: to_numpy(tensor) for name, tensor in outputs.items()}, case.inputs)
+    return Float64Answer(arrays, max(passed)) if arrays.keys() == case.outputs.keys() else None
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -8642,134 +8702,149 @@ def largest_value(tensor: Tensor) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# climb the ladder, and put the result in its place
+# first_success the ladder, and put the result in its place
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
-    """An accepted graph in the staging folder."""
+class Produced(NamedTuple):
+    """A graph in the staging folder that has passed every check."""
 
-    rung: Rung
+    job: Job
+    attempt: Attempt
     path: Path
     light: Path  # the same graph, with the weights of `path` (see write_graph)
     differences: list[Difference]
 
 
-def try_rung(rung: Rung, plan: Plan, metadata: Mapping[str, str], options: argparse.Namespace) -> Result:
-    """Export, finish, write, check and verify one rung, in a folder of the graph's own; raises RungError."""
-    folder = options.staging / plan.file.removesuffix(".onnx")
+def produce(job: Job, options: Options, run: Run) -> Produced:
+    """Export, finish, write, check and verify one graph: the first attempt that passes, at the opset asked for.
+
+    Raises ConversionError (EXPORT or VERIFY).
+    """
+    if options.no_verify and not job.parts:
+        LOG.warn("--no-verify: nothing proves that the exported model computes the same")
+    attempts = plan_attempts(options.exporter, options.opset)
+    if not attempts:
+        raise UsageError(
+            f"--exporter dynamo writes opset {DYNAMO_MIN_OPSET} and up; pass such an --opset, or another --exporter"
+        )
+    if job.parts:
+        attempts = [run.produced[job.parts[0]].attempt]
+    make = functools.partial(make_graph, job=job, options=options, run=run)
+    seconds = CONVERSION_RUNS * run_seconds(options, own_code=True)
+    what, advice = "converting the model at guessed sizes", "pass --input-shape, or --run-timeout"
+    with (
+        naming(options.input),
+        WALL.up(run.staging, unless=has_own_code(options)),
+        memory_bound(free_bytes(options, LATER_BYTES), what, advice),
+        time_limit(seconds) if is_archive(job.model) else contextlib.nullcontext(),
+    ):
+        produced, failures = first_success(attempts, make, higher=options.opset is None and not job.parts)
+        if produced is None:
+            raise every_attempt_failed(failures, make, job, options)
+    if options.opset is None and produced.attempt.opset != DEFAULT_OPSET and not job.parts:
+        why = "; ".join(f"{attempt}: {error}" for attempt, error in failures)
+        why = why or f"the {produced.attempt.exporter} exporter starts there"
+        LOG.warn(f"opset {produced.attempt.opset} instead of {DEFAULT_OPSET}: {why}")
+    run.produced[job.file] = produced
+    return produced
+
+
+def first_success(
+    attempts: Sequence[Attempt], make: Callable[[Attempt], Produced], *, higher: bool = True
+) -> tuple[Produced | None, list[tuple[Attempt, AttemptError]]]:
+    """The first of `attempts` that passes, and why others failed; an operator that wants a `higher` opset gets it."""
+    waiting, failures = list(attempts), []
+    while waiting:
+        attempt = waiting.pop(0)
+        try:
+            return make(attempt), failures
+        except AttemptError as error:
+            failures.append((attempt, error))
+            LOG.info(f"{attempt}: {error}")
+            if higher and error.needs is not None and error.needs > attempt.opset:
+                waiting.append(Attempt(attempt.exporter, error.needs))
+                waiting.sort(key=lambda waits: waits.opset)  # the lowest that passes
+    return None, failures
+
+
+def make_graph(attempt: Attempt, job: Job, options: Options, run: Run) -> Produced:
+    """One attempt; where tracing fixed what another case needs, once more with that case's inputs."""
+    try:
+        return make_graph_once(attempt, job, options, run)
+    except AttemptError as error:
+        if not error.note or error.case is None or error.case is job.cases[0]:  # the traced sizes themselves
+            raise
+        LOG.info(f"{attempt}: {error}; it is traced again with those inputs")
+        with contextlib.suppress(AttemptError), traced_whole_numbers(job.model):  # the first one's reason is told
+            return make_graph_once(attempt, job._replace(traced=case_tensors(error.case, job)), options, run)
+        raise
+
+
+def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> Produced:
+    """Export, finish, write, check and verify, in a folder of the graph's own; raises AttemptError."""
+    folder = run.staging / job.file.removesuffix(".onnx")
     shutil.rmtree(folder, ignore_errors=True)
     work = folder / "work"
     work.mkdir(parents=True)
-    with LOG.step(f"export: {rung}"):
-        exported, note = export_rung(rung, plan, work)
-    path = folder / plan.file
-    graph = finish_graph(exported, plan, {**metadata, "exporter": exporter_name(rung)})
+    path, note = folder / job.file, ""
+    with LOG.step(f"export: {attempt}" if not job.parts else f"merge: {' and '.join(job.parts)}"):
+        if job.parts:
+            exported = merge_decoders(*(run.produced[name].light for name in job.parts))
+        else:
+            exported, note = run_exporter(attempt, job, work)
+    graph = finish_graph(exported, job, {**run.metadata, "exporter": exporter_name(attempt)})
     light = write_graph(graph, path)
     del exported, graph
     shutil.rmtree(work)
     with LOG.step("check: onnx.checker"):
-        check_graph(light, rung.opset)
+        check_graph(light, attempt.opset)
     if options.no_verify:
-        return Result(rung, path, light, [])
-    with LOG.step(
-        f"verify: ONNX Runtime against PyTorch at {'; '.join(dict.fromkeys(case.label for case in plan.cases))}"
-    ):
+        return Produced(job, attempt, path, light, [])
+    labels = "; ".join(dict.fromkeys(case.label for case in job.cases))
+    with LOG.step(f"verify: ONNX Runtime against PyTorch at {labels}"):
         try:
-            return Result(rung, path, light, verify(light, plan, options))
-        except RungError as error:
+            return Produced(job, attempt, path, light, verify(light, job, options))
+        except AttemptError as error:
             error.note = note
             raise
 
 
-def case_tensors(case: Case, plan: Plan) -> list[Tensor]:
+def case_tensors(case: Case, job: Job) -> list[Tensor]:
     """The case's inputs as the model takes them."""
     return [
         torch.from_numpy(case.inputs[spec.name]).to(given.device, spec.dtype)
-        for spec, given in zip(plan.specs, plan.traced, strict=True)
+        for spec, given in zip(job.specs, job.traced, strict=True)
     ]
 
 
-def exporter_name(rung: Rung) -> str:
+def exporter_name(attempt: Attempt) -> str:
     """The exporter and its version, without the build's suffix, for the metadata."""
-    return f"{rung.exporter} of torch {str(torch.__version__).partition('+')[0]}"
+    return f"{attempt.exporter} of torch {str(torch.__version__).partition('+')[0]}"
 
 
-def climb(
-    rungs: Sequence[Rung], attempt: Callable[[Rung], Result], *, higher: bool = True
-) -> tuple[Result | None, list[tuple[Rung, RungError]]]:
-    """The first of `rungs` that holds, and why others did not; an operator that asks for a `higher` opset gets it."""
-    waiting, failures = list(rungs), []
-    while waiting:
-        rung = waiting.pop(0)
-        try:
-            return attempt(rung), failures
-        except RungError as error:
-            failures.append((rung, error))
-            LOG.info(f"{rung}: {error}")
-            if higher and error.needs is not None and error.needs > rung.opset:
-                waiting.append(Rung(rung.exporter, error.needs))
-                waiting.sort(key=lambda waits: waits.opset)  # the lowest that holds
-    return None, failures
-
-
-def export_and_verify(plan: Plan, metadata: Mapping[str, str], options: argparse.Namespace) -> Result:
-    """The first rung that holds, at the opset that was asked for; raises ConversionError (EXPORT or VERIFY)."""
-    if options.no_verify:
-        LOG.warn("--no-verify: nothing proves that the exported model computes the same")
-    rungs = plan_rungs(options.exporter, options.opset)
-    if not rungs:
-        raise UsageError(
-            f"--exporter dynamo writes opset {DYNAMO_MIN_OPSET} and up; pass such an --opset, or another --exporter"
-        )
-
-    def attempt(rung: Rung) -> Result:
-        try:
-            return try_rung(rung, plan, metadata, options)
-        except RungError as error:
-            if not error.note or error.case is None or error.case is plan.cases[0]:  # the traced sizes themselves
-                raise
-            LOG.info(f"{rung}: {error}; it is traced again with those inputs")
-            with contextlib.suppress(RungError), traced_whole_numbers(plan.model):  # the first one's reason is told
-                return try_rung(rung, plan._replace(traced=case_tensors(error.case, plan)), metadata, options)
-            raise
-
-    result, failures = climb(rungs, attempt, higher=options.opset is None)
-    if result is None:
-        raise no_exporter_holds(failures, attempt, options)
-    if options.opset is None and result.rung.opset != DEFAULT_OPSET:
-        why = "; ".join(f"{rung}: {error}" for rung, error in failures)
-        why = why or f"the {result.rung.exporter} exporter starts there"
-        LOG.warn(f"opset {result.rung.opset} instead of {DEFAULT_OPSET}: {why}")
-    return result
-
-
-def no_exporter_holds(
-    failures: Sequence[tuple[Rung, RungError]], attempt: Callable[[Rung], Result], options: argparse.Namespace
+def every_attempt_failed(
+    failures: Sequence[tuple[Attempt, AttemptError]],
+    make: Callable[[Attempt], Produced],
+    job: Job,
+    options: Options,
 ) -> ConversionError:
-    """The error that tells every rung's reason and what to do: where an opset was asked for, the lowest that works."""
+    """The error that says why each attempt failed and what to do; for an opset that was asked for, which one works."""
     fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
     advice = f"{fewer}, or replace the operator in the model"
     slight = [error.slight for _, error in failures if error.slight]
     if slight:  # 5 % more than the difference, so that two digits are enough
         advice = f"pass --atol {min(slight) * 1.05:.2g} if you accept such a difference, or {advice}"
-    if options.opset is not None:
-        LOG.info(f"opset {options.opset} cannot be had; looking for the lowest one that can")
-        others = [rung for rung in plan_rungs(options.exporter, None) if rung.opset != options.opset]
-        others += [Rung(rung.exporter, error.needs) for rung, error in failures if error.needs is not None]
-        other, _ = climb(sorted(others, key=lambda rung: rung.opset), attempt)
-        works = f"opset {other.rung.opset} works: pass --opset {other.rung.opset}" if other else ""
+    if options.opset is not None and not job.parts:
+        LOG.info(f"opset {options.opset} cannot express this model; looking for the lowest one that can")
+        others = [other for other in plan_attempts(options.exporter, None) if other.opset != options.opset]
+        others += [Attempt(attempt.exporter, error.needs) for attempt, error in failures if error.needs is not None]
+        found, _ = first_success(sorted(others, key=lambda other: other.opset), make)
+        works = f"opset {found.attempt.opset} works: pass --opset {found.attempt.opset}" if found else ""
         advice = works or "no other opset works either"
-    reasons = "; ".join(f"{rung}: {error}" for rung, error in failures)
+    reasons = "; ".join(f"{attempt}: {error}" for attempt, error in failures)
     status = ExitStatus.VERIFY if any(error.exported for _, error in failures) else ExitStatus.EXPORT
-    return ConversionError(status, f"no exporter holds ({reasons}); {advice}")
-
-
-class Converted(NamedTuple):
-    """A graph with the plan that it was accepted by."""
-
-    plan: Plan
-    result: Result
+    return ConversionError(status, f"every exporter failed ({reasons}); {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8793,11 +8868,11 @@ class Place(NamedTuple):
     target: Path
 
 
-def choose_places(converted: Sequence[Converted], options: argparse.Namespace) -> list[Place]:
+def choose_places(produced: Sequence[Produced], options: Options, run: Run) -> list[Place]:
     """Where the staged files belong: the graphs last, for they refer to the others."""
-    beside = options.staging / "beside"
+    beside = run.staging / "beside"
     side_files = sorted(beside.iterdir()) if beside.exists() else []
-    files = [file for item in converted for file in item.result.path.parent.glob("[!.]*")]
+    files = [file for graph in produced for file in graph.path.parent.glob("[!.]*")]
     files.sort(key=lambda file: file.suffix == ".onnx")
     return [
         *(Place(file, options.folder / file.name) for file in side_files),
@@ -8816,7 +8891,7 @@ def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging:
     if len(moved) > 1:
         (staging / "old").mkdir()
         for number, place in enumerate(moved):
-            keep_file(place.target, staging / "old" / str(number))
+            back_up(place.target, staging / "old" / str(number))
     for place in moved:
         place.file.replace(place.target)
     with contextlib.suppress(OSError):  # everything is in place, whatever happens here
@@ -8831,7 +8906,7 @@ def write_journal(moved: Iterable[Place], report: Mapping[str, Any], staging: Pa
     """Note what will be moved where, told from the staging folder's parent, whose own path differs in containers."""
     root = staging.parent.resolve()
     moves = [
-        (os.path.relpath(place.target.parent.resolve() / place.target.name, root), file_mark(place.file))
+        (os.path.relpath(place.target.parent.resolve() / place.target.name, root), file_identity(place.file))
         for place in moved
     ]
     unfinished = staging / f"{JOURNAL}.new"
@@ -8842,7 +8917,7 @@ def write_journal(moved: Iterable[Place], report: Mapping[str, Any], staging: Pa
     unfinished.replace(staging / JOURNAL)
 
 
-def file_mark(path: Path) -> list[int] | None:
+def file_identity(path: Path) -> list[int] | None:
     """What tells a file from another one and stays when it is renamed: size and time; None where there is no file."""
     try:
         status = path.lstat()
@@ -8851,7 +8926,7 @@ def file_mark(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def keep_file(file: Path, kept: Path) -> None:
+def back_up(file: Path, kept: Path) -> None:
     """Give `file`, if it is there, a second name; on a file system without hard links, only the second one."""
     if file.is_symlink() or file.is_file():
         try:
@@ -8871,11 +8946,11 @@ def settle(staging: Path) -> dict[str, Any] | None:
     content = json.loads(journal.read_bytes())
     root = staging.parent.resolve()
     moves = [(root / target, mark) for target, mark in content["moves"]]
-    if journal.name == FINISHED_JOURNAL or all(file_mark(target) == mark for target, mark in moves):
+    if journal.name == FINISHED_JOURNAL or all(file_identity(target) == mark for target, mark in moves):
         return dict(content["report"])
     for number, (target, mark) in enumerate(moves):
         kept = staging / "old" / str(number)
-        if file_mark(target) not in (None, mark):
+        if file_identity(target) not in (None, mark):
             continue
         if os.path.lexists(kept):
             kept.replace(target)
@@ -8941,30 +9016,29 @@ def remove_debris(staging: Path, folders: Iterable[Path]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def convert_pytorch_model(loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]) -> list[Converted]:
-    """Convert a complete model, a ScriptModule or an ExportedProgram."""
+def convert_pytorch_model(loaded: Loaded, options: Options, run: Run) -> list[Job]:
+    """The graph of a complete model: a pickled module, TorchScript or an exported program."""
     model = loaded.content
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{options.input} holds {loaded.what}, not a model; pass --mode state_dict and --model-class")
     with explained(ExitStatus.INPUT, f"{options.input}: its weights cannot be used", "save its state dict"):
-        store_parameters(model, options)
-    return convert_module(model, loaded, options, metadata)
+        store_parameters(model, options, run)
+    return [plan_loaded(model, loaded, options, run)]
 
 
-def convert_state_dict_model(
-    loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
-) -> list[Converted]:
-    """Convert weights with the class that --model-class names, or that they are recognised to belong to."""
+def convert_state_dict_model(loaded: Loaded, options: Options, run: Run) -> list[Job]:
+    """The graph of weights, with the class that --model-class names, or that they are recognised to belong to."""
     weights, hints = loaded.content, loaded.around.get("hyper_parameters")
     check_weights(weights.values(), options.input)
     if not options.model_class:
         options = recognised_class(weights, loaded.around, options)
     with LOG.step(f"build: {options.model_class}"), WALL.up(unless=has_own_code(options)):
         hints = hints if isinstance(hints, Mapping) else {}
-        model = model_from_weights(options.model_class, options.model_args, store_all(weights, options), hints)
-    return convert_module(model, loaded, options, metadata)
+        weights = store_all(weights, options, run)
+        model = model_from_weights(str(options.model_class), options.model_args, weights, hints)
+    return [plan_loaded(model, loaded, options, run)]
 
 
 def check_weights(tensors: Iterable[Tensor], path: Path) -> None:
@@ -8973,9 +9047,7 @@ def check_weights(tensors: Iterable[Tensor], path: Path) -> None:
         raise InputError(f"{path} holds no weights, only sizes (the meta device); save it again with its weights")
 
 
-def recognised_class(
-    weights: Mapping[str, Tensor], content: Mapping[Any, Any], options: argparse.Namespace
-) -> argparse.Namespace:
+def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], options: Options) -> Options:
     """The same options with the class that the `weights` in the checkpoint `content` tell.
 
     Raises UsageError unless there is exactly one.
@@ -8984,8 +9056,7 @@ def recognised_class(
     if len(recognition.candidates) == 1:
         LOG.info(f"recognised: {recognition.explanation}")
         arguments = {**recognition.arguments, **options.model_args}
-        told = {"model_class": recognition.candidates[0][0], "model_args": arguments}
-        return argparse.Namespace(**{**vars(options), **told})
+        return replace(options, model_class=recognition.candidates[0][0], model_args=arguments)
     some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in list(weights)[:2])
     raise UsageError(
         f"{options.input} holds weights only ({len(weights)} tensors: {some}, ...); {recognition.explanation}; pass "
@@ -8993,59 +9064,64 @@ def recognised_class(
     )
 
 
-def convert_huggingface_model(source: Source, options: argparse.Namespace) -> list[Converted]:
-    """Convert the model in a Hugging Face folder for its task, and stage the files that belong beside the graphs."""
+def convert_huggingface_model(source: Source, options: Options, run: Run) -> list[Job]:
+    """The graphs of the model in a Hugging Face folder for its task; the files that belong beside them are staged."""
     check_options(options)
     trust = options.trust_remote_code
     outer = vet_folder(source.path, trust=trust)
     adapter = read_adapter(outer, options)
     inner = vet_inner_folder(outer, adapter, trust=trust)
     check_folder(inner)
-    digest = ThreadPoolExecutor(1).submit(folder_digest, source.path, inner.path)
-    folder = copy_without_code(inner, options.staging / "source", trust=trust)
+    digest = in_background(folder_digest, source.path, inner.path)
+    folder = copy_without_code(inner, run.staging / "source", trust=trust)
     if adapter:
         copy_without_code(outer, folder, trust=trust, only=PROCESSOR_FILES)
     check_side_files(folder, options)
-    if is_timm(inner.settings("config.json").content):
-        if adapter:
-            raise InputError(f"{source.path}: the adapter's base is a model of timm; {MERGE_IT}")
-        return convert_timm_folder(folder, {"mode": "huggingface", "source_sha256": digest.result()}, options)
-    found = load_folder_model(outer, folder, adapter, options)
-    LOG.info(f"mode: huggingface; {source.path.name} holds {type(found.model).__name__} for {found.task}: {source.why}")
-    metadata = {"mode": "huggingface", "task": found.task, **label_metadata(found.model.config)}
-    unread = unread_weights(found.model) if options.no_verify else contextlib.nullcontext()
-    # Without verification, the shapes of the answers alone count.
-    with LOG.step("reference: PyTorch's answers"), unread, forgotten(found.model):
-        what = f"{type(found.model).__name__} cannot be called the way that {found.task} needs"
-        advice = "try another --task, or --no-cache"
-        seconds = time_limit(GRAPH_RUNS * run_seconds(options, own_code=False))
-        wall = WALL.up(options.staging, unless=has_own_code(options))
-        bound = memory_bound(
-            free_bytes(options, LATER_BYTES), "running the model", "check its settings, or pass --run-timeout"
-        )
-        # An unusual cache, call or configuration.
-        with wall, seconds, naming(source.path), explained(ExitStatus.EXPORT, what, advice), bound:
-            graphs = graphs_of(found, folder, options)
+    found = load_folder_model(outer, folder, adapter, options, run)
+    LOG.info(f"mode: huggingface; {source.path.name} holds {found.describe()} for {found.task}: {source.why}")
+    what = f"{type(found.model).__name__} cannot be called the way that {found.task} needs"
+    advice = "try another --task, or --no-cache"
+    bound = memory_bound(
+        free_bytes(options, LATER_BYTES), "running the model", "check its settings, or pass --run-timeout"
+    )
+    with (
+        LOG.step("reference: PyTorch's answers"),
+        blank_weights(found.model) if options.no_verify else contextlib.nullcontext(),  # shapes alone count then
+        without_kept_state(found.model),
+        WALL.up(run.staging, unless=has_own_code(options)),
+        time_limit(GRAPH_RUNS * run_seconds(options, own_code=False)),
+        naming(source.path),
+        explained(ExitStatus.EXPORT, what, advice),  # an unusual cache, call or configuration
+        bound,
+    ):
+        graphs = graphs_of(found, folder, options)
+        if not found.of_timm:
             found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
-            plans = [plan_graph(graph, options) for graph in graphs]
-    prepare_for_export(found.model)
-    metadata["source_sha256"] = digest.result()
-    with WALL.up(options.staging, unless=has_own_code(options)), naming(source.path):
-        converted = [Converted(plan, export_and_verify(plan, metadata, options)) for plan in plans]
-        if len(converted) > 1:
-            converted = [converted[0], merge_and_verify(found.model, converted, metadata, options)]
-    stage_side_files(folder, options.staging / "beside")
-    return converted
+        jobs = [plan_graph(graph, options) for graph in graphs]
+    if not found.of_timm:
+        prepare_for_export(found.model)
+    if len(jobs) > 1:
+        jobs = [jobs[0], *(part._replace(written=False) for part in jobs[1:])]
+        jobs.append(merged_decoder(found.model, jobs, options, run))
+    run.metadata = {"mode": "huggingface", "task": found.task, **found.facts, "source_sha256": digest.result()}
+    stage_side_files(folder, run.staging / "beside")
+    return jobs
 
 
 def load_folder_model(
-    outer: VettedFolder, folder: Path, adapter: Adapter | None, options: argparse.Namespace
+    outer: VettedFolder, folder: Path, adapter: Adapter | None, options: Options, run: Run
 ) -> FolderModel:
     """The model in `folder`, the staged files of the vetted one, with the adapter and the sentence steps of `outer`."""
     unusual = f"{outer.path}: config.json asks for what cannot be made"
-    wall = WALL.up(options.staging, unless=has_own_code(options))
+    wall = WALL.up(run.staging, unless=has_own_code(options))
     with LOG.step(f"load: {outer.path}"), wall, naming(outer.path), explained(ExitStatus.INPUT, unusual, "repair it"):
         weights = load_folder(folder, trust=options.trust_pickle)
+        if is_timm(read_json(folder / "config.json")):
+            if adapter:
+                raise InputError(f"{outer.path}: the adapter's base is a model of timm; {MERGE_IT}")
+            found = timm_model(folder, weights, options, run)
+            check_room(found.model, run)
+            return found
         config = read_config(folder, weights, options)
         sentences = "modules.json" in outer.files
         task, cls = choose_task(config, options, adapter, embeds_sentences=sentences)
@@ -9055,34 +9131,12 @@ def load_folder_model(
         steps: Sequence[SentenceStep] = ()
         if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
             steps = sentence_steps(outer, trust=options.trust_pickle)
-        found = load_pretrained(folder, config, weights, task, cls, adapter, options)._replace(steps=steps)
-        check_room(found.model, options, copies=2 if is_pair else 1)  # the decoder: twice, then merged
-    return found
+        found = load_pretrained(folder, config, store_all(weights, options, run), task, cls, adapter, options)
+        check_room(found.model, run, copies=2 if is_pair else 1)  # the decoder: twice, then merged
+    return found._replace(steps=steps, facts=label_metadata(found.model.config))
 
 
-def convert_timm_folder(folder: Path, metadata: Mapping[str, str], options: argparse.Namespace) -> list[Converted]:
-    """Convert the image model in a vetted folder that timm wrote: a classifier, or without classes its features."""
-    wall = functools.partial(WALL.up, options.staging, unless=has_own_code(options))
-    with LOG.step(f"load: {options.input}"), wall():
-        model: Any = timm_model(folder, options)
-    own = "image-classification" if model.num_classes else "feature-extraction"
-    if options.task not in (None, own):
-        raise UsageError(f"--task {options.task} does not fit this model of timm; it can do: {own}")
-    LOG.info(f"mode: huggingface; {options.input.name} holds {type(model).__name__} of timm for {own}")
-    check_room(model, options)
-    with LOG.step("reference: PyTorch's answers"), wall():
-        plan = plan_graph(timm_graph(model, "logits" if model.num_classes else "pooler_output"), options)
-    facts = {"task": own, "preprocessing": preprocessing(model, None).metadata()}
-    with naming(options.input):
-        labels = Settings(read_json(folder / "config.json"), "config.json").names("label_names")
-    if labels:
-        facts["id2label"] = json.dumps({str(place): label for place, label in enumerate(labels)})
-    converted = [Converted(plan, export_and_verify(plan, {**metadata, **facts}, options))]
-    stage_side_files(folder, options.staging / "beside")
-    return converted
-
-
-def check_options(options: argparse.Namespace) -> None:
+def check_options(options: Options) -> None:
     """Raise UsageError for options of the other modes."""
     if options.mode not in ("auto", "huggingface"):
         raise UsageError(f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files")
@@ -9097,7 +9151,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out")
 
 
-def check_pair_options(options: argparse.Namespace) -> None:
+def check_pair_options(options: Options) -> None:
     """Raise UsageError for options that an encoder and its decoder cannot have."""
     if options.output.name != "model.onnx":
         raise UsageError(f"-o {options.output}: this model becomes an encoder and a decoder; name a directory")
@@ -9156,8 +9210,10 @@ def check_folder(vetted: VettedFolder) -> None:
             raise ConversionError(error.status, f"{folder / name}: {error}") from None
 
 
-def graphs_of(found: FolderModel, folder: Path, options: argparse.Namespace) -> list[Graph]:
+def graphs_of(found: FolderModel, folder: Path, options: Options) -> list[Graph]:
     """The graphs that the model becomes."""
+    if found.of_timm:
+        return [timm_graph(found.model, "logits" if found.model.num_classes else "pooler_output")]
     if found.task == "text-generation":
         return [decoder_graph(found, cached=not options.no_cache, verified=not options.no_verify)]
     if found.task in GENERATION_TASKS and found.model.config.is_encoder_decoder:
@@ -9166,11 +9222,9 @@ def graphs_of(found: FolderModel, folder: Path, options: argparse.Namespace) -> 
     return [single_graph(found, folder)]
 
 
-def merge_and_verify(
-    model: Any, converted: Sequence[Converted], metadata: Mapping[str, str], options: argparse.Namespace
-) -> Converted:
-    """The two decoders as one graph, verified as both and by generating; raises ConversionError (VERIFY)."""
-    encoder, (first, _), (following, _) = converted
+def merged_decoder(model: Any, jobs: Sequence[Job], options: Options, run: Run) -> Job:
+    """The two decoders as one graph, compared as both and by generating; raises ConversionError (VERIFY)."""
+    encoder, first, following = jobs
     flag = InputSpec(CACHE_FLAG, (1,), torch.bool)
     specs = list({spec.name: spec for spec in (*first.specs, *following.specs, flag)}.values())
     cases = [widen_case(case, specs, cached=False) for case in first.cases]
@@ -9179,21 +9233,12 @@ def merge_and_verify(
     if not options.no_verify:
         what = "nothing can be compared, since PyTorch itself cannot generate with this model"
         with explained(ExitStatus.VERIFY, what, "repair config.json, or pass --no-verify for graphs without proof"):
-            expected = generate_from_encoder(model, encoder.plan)
-        check = functools.partial(check_encoder_decoder, expected, specs, encoder)
-    plan = first._replace(specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check)
-    folder = options.staging / "merged"
-    folder.mkdir()
-    path, rung = folder / plan.file, converted[1].result.rung
-    with LOG.step("verify: both decoders in one graph, and generating with it"):
-        merged = merge_decoders(converted[1].result.light, converted[2].result.light)
-        light = write_graph(finish_graph(merged, plan, {**metadata, "exporter": exporter_name(rung)}), path)
-        try:
-            check_graph(light, rung.opset)
-            differences = [] if options.no_verify else verify(light, plan, options)
-        except RungError as error:
-            raise ConversionError(ExitStatus.VERIFY, f"the merged decoder does not hold: {error}") from error
-    return Converted(plan, Result(rung, path, light, differences))
+            expected = generate_from_encoder(model, encoder)
+        check = functools.partial(check_encoder_decoder, expected, specs, run.produced)
+    parts = (first.file, following.file)
+    return first._replace(
+        specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check, parts=parts, written=True
+    )
 
 
 def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
@@ -9211,7 +9256,7 @@ def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
     return Case(f"{case.label} {CACHE_FLAG}:{cached}", inputs, outputs)
 
 
-def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
+def plan_graph(graph: Graph, options: Options) -> Job:
     """PyTorch's answers for the graph's examples at all its sizes."""
     reference = Reference(graph.module, graph.specs, options, graph.examples)
     cases = []
@@ -9225,7 +9270,7 @@ def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
     if not options.no_verify:
         check_deterministic(reference, cases[0], graph.sizes[0], 0)
         check_outputs(cases[0])
-        cases = [case._replace(outputs=what_counts(case.outputs, case.inputs)) for case in cases]
+        cases = [case._replace(outputs=mask_padding(case.outputs, case.inputs)) for case in cases]
         for case in cases:
             check_finite(case)
     traced = reference.tensors(graph.sizes[0], 0)
@@ -9234,7 +9279,7 @@ def plan_graph(graph: Graph, options: argparse.Namespace) -> Plan:
     specs = [spec._replace(dims=tuple(tensor.shape)) for spec, tensor in zip(graph.specs, traced, strict=True)]
     file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
     checks = graph.further_checks
-    return Plan(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
+    return Job(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
 
 
 def label_metadata(config: Any) -> dict[str, str]:
@@ -9276,7 +9321,7 @@ def side_files(folder: Path) -> list[Path]:
     return [file for file in files if SIDE_FILES.fullmatch(file.name)]
 
 
-def check_side_files(folder: Path, options: argparse.Namespace) -> None:
+def check_side_files(folder: Path, options: Options) -> None:
     """Before the work begins: would files of another model be replaced? Raises UsageError.
 
     Those that an earlier conversion left beside its graph, which is replaced too, may be, unless weights are there.
@@ -9311,65 +9356,44 @@ def stage_side_files(folder: Path, target: Path) -> None:
             shutil.copyfileobj(content, copied)
 
 
-def convert_module(
-    model: nn.Module, loaded: Loaded, options: argparse.Namespace, metadata: Mapping[str, str]
-) -> list[Converted]:
-    """Reference, export and verification of a module in memory."""
+def plan_loaded(model: nn.Module, loaded: Loaded, options: Options, run: Run) -> Job:
+    """The graph of a module in memory, with PyTorch's answers; raises ConversionError where it is broken.
+
+    Its attributes may be anything: they come from a file.
+    """
     check_weights(itertools.chain(model.parameters(), model.buffers()), options.input)
-    unusual = f"{options.input}: the model in it cannot be used"
-    wall = WALL.up(unless=has_own_code(options))
-    with wall, explained(ExitStatus.INPUT, unusual, "save it again, or its state dict"):
+    unusual = f"{options.input}: the attributes of the model in it are not what {type(model).__name__} needs"
+    with (
+        WALL.up(unless=has_own_code(options)),
+        naming(options.input),
+        explained(ExitStatus.INPUT, unusual, "save it again, or its state dict"),
+    ):
         if not isinstance(model, torch.fx.GraphModule):
             model.eval()
         if float_dtype(model) is torch.bfloat16:
             LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
             model.float()
-        check_room(model, options)
+        check_room(model, run)
         for parameter in model.parameters():  # ScriptModule has no requires_grad_()
             parameter.requires_grad_(False)  # noqa: FBT003
         model.to(options.device)
-        with LOG.step("reference: PyTorch's answers"), forgotten(model):
-            known, plan = stored_plan(model, loaded, options)
-    facts = {**metadata, **({"task": options.task} if options.task else {})}
-    if known.source:
-        facts["preprocessing"] = known.metadata()
-    seconds = CONVERSION_RUNS * run_seconds(options, own_code=True)
-    bound = memory_bound(
-        free_bytes(options, LATER_BYTES),
-        "converting the model at guessed sizes",
-        "pass --input-shape, or --run-timeout",
-    )
-    wall = WALL.up(options.staging, unless=has_own_code(options))
-    with naming(options.input), wall, bound, time_limit(seconds) if is_archive(model) else contextlib.nullcontext():
-        return [Converted(plan, export_and_verify(plan, facts, options))]
+        limit = time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model)))
+        with LOG.step("reference: PyTorch's answers"), without_kept_state(model), limit:
+            known = preprocessing(model, options.model_class)
+            job = plan_module(model, loaded, known, options)
+    run.metadata |= {"task": options.task} if options.task else {}
+    run.metadata |= {"preprocessing": known.metadata()} if known.source else {}
+    return job
 
 
-def has_own_code(options: argparse.Namespace) -> bool:
+def has_own_code(options: Options) -> bool:
     """Whether the user brought code for this model, which may open what it likes: his own classes, or trusted ones."""
     own_class = options.model_class and ":" in options.model_class
     named = own_class and not belongs(options.model_class.partition(":")[0], ("torchvision", "timm"))
     return bool(options.trust_pickle or options.trust_remote_code or options.allow_class or named)
 
 
-def stored_plan(model: nn.Module, loaded: Loaded, options: argparse.Namespace) -> tuple[dict[str, Any], Plan]:
-    """What the library tells about the images, and the plan; raises InputError where the model is broken.
-
-    Its attributes may be anything: they come from a file.
-    """
-    try:
-        with naming(options.input), time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model))):
-            known = preprocessing(model, options.model_class)
-            return known, make_plan(model, loaded, known, options)
-    except (ConversionError, OSError):
-        raise
-    except Exception as error:
-        raise_out_of_memory(error)
-        what = f"{options.input}: the attributes of the model in it are not what {type(model).__name__} needs"
-        advice = "save it again, or its state dict"
-        raise InputError(f"{what} ({first_line(error)}); {advice}") from error
-
-
-def take_out(loaded: Loaded, options: argparse.Namespace) -> Loaded:
+def unwrap_checkpoint(loaded: Loaded, options: Options) -> Loaded:
     """The model or the weights inside a checkpoint; raises ConversionError where that is not clear."""
     with naming(options.input):
         found = find_weights(loaded.content, options.checkpoint_key)
@@ -9380,7 +9404,7 @@ def take_out(loaded: Loaded, options: argparse.Namespace) -> Loaded:
     return Loaded(found.content, what, around=loaded.content)
 
 
-def choose_mode(source: Source, loaded: Loaded, options: argparse.Namespace) -> str:
+def choose_mode(source: Source, loaded: Loaded, options: Options) -> str:
     """The mode that takes what was loaded, told with the reason; raises ConversionError where --mode contradicts it."""
     natural = "state_dict" if isinstance(loaded.content, Mapping) else "pytorch"
     if options.mode not in ("auto", natural):
@@ -9429,67 +9453,79 @@ def check_records(path: Path) -> None:
         raise InputError(message) from None
 
 
-def convert(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+def convert(source: Source, options: Options, run: Run) -> dict[str, Any]:
     """Convert `source` as `options` say; returns the report that --json prints. Raises ConversionError.
 
-    What fails with stored weights, in a model that does with them what only tensors in memory allow, is tried without.
+    What fails with weights that stay in their file, in a model that does with them what only tensors in memory allow,
+    is tried once more with all of them in memory.
     """
     start = time.monotonic()
-    options.streamed = False
     try:
-        mode, converted = dispatch(source, options)
+        convert_once(source, options, run)
     except ConversionError as error:
         lasting = error.status in (ExitStatus.INPUT, ExitStatus.REFUSED, ExitStatus.RESOURCES)
-        if lasting or not options.streamed:
+        if lasting or not run.streamed:
             raise
         LOG.info(f"{error}")
-        LOG.info("once more with all weights in memory, as with --no-stream")
-        for folder in options.staging.glob("*/"):  # the lock stays
+        LOG.info("once more with all weights in memory")
+        for folder in run.staging.glob("*/"):  # the lock stays
             shutil.rmtree(folder, ignore_errors=True)
-        mode, converted = dispatch(source, argparse.Namespace(**{**vars(options), "no_stream": True}))
-    places = choose_places(converted, options)
-    graphs = [describe_graph(item, options) for item in converted]
+        run = Run(run.staging, in_memory=True)
+        convert_once(source, options, run)
+    kept = [produced for produced in run.produced.values() if produced.job.written]
+    places = choose_places(kept, options, run)
+    graphs = [describe_graph(produced, options) for produced in kept]
     report = {
         "status": "ok",
         **graphs[0],
         "files": {str(place.target): place.file.stat().st_size for place in places},
         "steps": {kind: round(seconds, 2) for kind, seconds in LOG.seconds.items()},
-        "mode": mode,
+        "mode": run.metadata["mode"],
         **({"graphs": graphs} if len(graphs) > 1 else {}),
         "seconds": round(time.monotonic() - start, 2),
     }
-    move_into_place(places, report, options.staging)
+    move_into_place(places, report, run.staging)
     return report
 
 
-def dispatch(source: Source, options: argparse.Namespace) -> tuple[str, list[Converted]]:
-    """Load `source`, and convert it in the mode that takes it; returns the mode and the graphs."""
+def convert_once(source: Source, options: Options, run: Run) -> None:
+    """Load `source`, plan its graphs in the mode that takes it, and produce each."""
     if source.kind is Kind.HUGGINGFACE:
-        return "huggingface", convert_huggingface_model(source, options)
-    check_no_base(options)
-    digest = ThreadPoolExecutor(1).submit(source_digest, source)  # beside the imports, which leave a core free
+        jobs = convert_huggingface_model(source, options, run)
+    else:
+        check_no_base(options)
+        digest = in_background(source_digest, source)  # beside the imports, which leave a core free
+        loaded = load_content(source, options)
+        mode = choose_mode(source, loaded, options)
+        run.metadata = {"source_sha256": digest.result(), "mode": mode}
+        converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
+        jobs = converters[mode](loaded, options, run)
+    for job in jobs:
+        produce(job, options, run)
+
+
+def load_content(source: Source, options: Options) -> Loaded:
+    """What the file holds: a model, or weights; of a checkpoint, what is inside."""
     with LOG.step(f"load: {source.path}"), WALL.up(unless=options.trust_pickle):
         loaded = load(source, trust=options.trust_pickle)
-    if isinstance(loaded.content, Mapping):
-        loaded = take_out(loaded, options)
-    mode = choose_mode(source, loaded, options)
-    metadata = {"source_sha256": digest.result(), "mode": mode}
-    converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
-    return mode, converters[mode](loaded, options, metadata)
+    return unwrap_checkpoint(loaded, options) if isinstance(loaded.content, Mapping) else loaded
 
 
-def describe_graph(item: Converted, options: argparse.Namespace) -> dict[str, Any]:
+def in_background(function: Callable[..., str], *arguments: Any) -> Future[str]:
+    """Call a function in a thread of its own."""
+    return ThreadPoolExecutor(1).submit(function, *arguments)
+
+
+def describe_graph(produced: Produced, options: Options) -> dict[str, Any]:
     """One graph for the report."""
-    plan, result = item
+    job = produced.job
     return {
-        "output": str(options.output.with_name(plan.file)),
-        "exporter": result.rung.exporter,
-        "opset": result.rung.opset,
-        "inputs": {
-            spec.name: [spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)] for spec in plan.specs
-        },
-        "outputs": plan.outputs,
-        "verified": [difference._asdict() for difference in result.differences],
+        "output": str(options.output.with_name(job.file)),
+        "exporter": produced.attempt.exporter,
+        "opset": produced.attempt.opset,
+        "inputs": {spec.name: [spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)] for spec in job.specs},
+        "outputs": job.outputs,
+        "verified": [difference._asdict() for difference in produced.differences],
     }
 
 
@@ -9531,7 +9567,7 @@ class Census(InertUnpickler):
         return token
 
 
-def inspect(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+def inspect(source: Source, options: Options) -> dict[str, Any]:
     """What `source` is, as --json prints it; "problem" says why it would not convert. Raises ConversionError."""
     facts: dict[str, Any] = {"status": "ok", "path": str(source.path), "kind": source.kind.name.lower()}
     facts["why"] = source.why
@@ -9600,7 +9636,7 @@ def take_census(source: Source) -> Contents:
     return Contents(content, names, list(storages.values()), problem)
 
 
-def inspect_checkpoint(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
     """A complete model or a checkpoint: its globals, and what they make."""
     content, names, storages, problem = take_census(source)
     facts = {**problem, "globals": names, **count_elements(storages)}
@@ -9627,7 +9663,7 @@ def inspect_module(source: Source, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def inspect_weights(source: Source, content: Mapping[Any, Any], options: argparse.Namespace) -> dict[str, Any]:
+def inspect_weights(source: Source, content: Mapping[Any, Any], options: Options) -> dict[str, Any]:
     """A state dict, bare or in a checkpoint."""
     found = find_weights(content, options.checkpoint_key)
     if not isinstance(found.content, Mapping):
@@ -9639,7 +9675,7 @@ def inspect_weights(source: Source, content: Mapping[Any, Any], options: argpars
 
 
 def inspect_shapes(
-    source: Source, shapes: Mapping[str, tuple[int, ...]], content: Mapping[Any, Any], options: argparse.Namespace
+    source: Source, shapes: Mapping[str, tuple[int, ...]], content: Mapping[Any, Any], options: Options
 ) -> dict[str, Any]:
     """Weights of which only names and shapes are known: whose they are."""
     recognition = choose_recorded(recognise(shapes), content)
@@ -9654,7 +9690,7 @@ def inspect_shapes(
     }
 
 
-class WeightFile(NamedTuple):
+class WeightFacts(NamedTuple):
     """What --inspect finds in a file of weights."""
 
     shapes: dict[str, tuple[int, ...]]
@@ -9662,22 +9698,22 @@ class WeightFile(NamedTuple):
     facts: dict[str, Any]  # a pickle's names, and what is wrong with it
 
 
-def inspect_weight_file(source: Source) -> WeightFile:
+def inspect_weight_file(source: Source) -> WeightFacts:
     """The tensors of a safetensors file, from its header alone, or of a state dict; raises DamagedFileError."""
     if source.kind is Kind.SAFETENSORS:
         header = safetensors_header(source.path)
         elements = [(entry["dtype"], math.prod(entry["shape"])) for entry in header.values()]
-        return WeightFile({name: tuple(entry["shape"]) for name, entry in header.items()}, elements, {})
+        return WeightFacts({name: tuple(entry["shape"]) for name, entry in header.items()}, elements, {})
     if source.kind not in (Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
         raise DamagedFileError(f"{source.path.name} does not hold weights")
     content, names, storages, problem = take_census(source)
     tensors = state_dict_of(content) or {}
     elements = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors.values()]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return WeightFile(shapes, elements or storages, {"globals": names, **problem})
+    return WeightFacts(shapes, elements or storages, {"globals": names, **problem})
 
 
-def join_weight_files(files: Iterable[WeightFile]) -> WeightFile:
+def join_weight_files(files: Iterable[WeightFacts]) -> WeightFacts:
     """What several files hold together; of their problems the first one."""
     shapes, elements, facts, names = {}, [], {}, {}
     for file in files:
@@ -9685,15 +9721,15 @@ def join_weight_files(files: Iterable[WeightFile]) -> WeightFile:
         elements += file.elements
         names |= file.facts.get("globals", {})
         facts = {**file.facts, **facts}
-    return WeightFile(shapes, elements, facts | ({"globals": names} if names else {}))
+    return WeightFacts(shapes, elements, facts | ({"globals": names} if names else {}))
 
 
-def inspect_safetensors(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+def inspect_safetensors(source: Source, options: Options) -> dict[str, Any]:
     """A safetensors file: from its header alone."""
     return describe_weights(source, inspect_weight_file(source), options)
 
 
-def inspect_shards(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+def inspect_shards(source: Source, options: Options) -> dict[str, Any]:
     """An index of files of weights, each read by the rules of its own kind."""
     files = []
     for name, wanted in shard_files(source.path).items():
@@ -9704,13 +9740,13 @@ def inspect_shards(source: Source, options: argparse.Namespace) -> dict[str, Any
     return describe_weights(source, join_weight_files(files), options)
 
 
-def describe_weights(source: Source, file: WeightFile, options: argparse.Namespace) -> dict[str, Any]:
+def describe_weights(source: Source, file: WeightFacts, options: Options) -> dict[str, Any]:
     """Tensors that lie in one file or in several: how many there are, and whose."""
     facts = {"what": "weights without a model", **file.facts, **count_elements(file.elements)}
     return facts | inspect_shapes(source, file.shapes, {}, options)
 
 
-def inspect_torchscript(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001  (one signature)
+def inspect_torchscript(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001  (one signature)
     """A TorchScript archive: from its pickles' names and its code, which is read and not run."""
     vet_torchscript(source.path)
     reader, _ = open_archive(source.path)
@@ -9731,7 +9767,7 @@ def inspect_torchscript(source: Source, options: argparse.Namespace) -> dict[str
     }
 
 
-def inspect_program(source: Source, options: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001
+def inspect_program(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001
     """An exported program: from its JSON, after vetting."""
     with zipfile.ZipFile(rewrite_exported_program(source.path)) as archive:
         data = archive.read("model/models/model.json")
@@ -9773,7 +9809,7 @@ def program_tensors(graph: Any) -> tuple[list[TensorFacts], list[TensorFacts]]:
     return [*map(facts, inputs)], [*map(facts, stored)]
 
 
-def inspect_folder(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+def inspect_folder(source: Source, options: Options) -> dict[str, Any]:
     """A Hugging Face folder: from config.json or adapter_config.json and the headers of its weights."""
     vetted = vet_folder(source.path, trust=options.trust_remote_code)
     names: list[str | None]
@@ -9916,7 +9952,7 @@ def print_report(report: Mapping[str, Any], standard_output: int) -> None:
         os.write(standard_output, (json.dumps(report) + "\n").encode())
 
 
-def work(source: Source, options: argparse.Namespace) -> int:
+def work(source: Source, options: Options, run: Run) -> int:
     """The worker's life: convert or inspect, and return the exit code.
 
     What was converted is reported by the supervisor, which alone knows in the end what lies in the output folder.
@@ -9926,8 +9962,9 @@ def work(source: Source, options: argparse.Namespace) -> int:
         if source.kind is Kind.HUB_ID:
             advice = "or check -i, if a path was meant"
             source = download(str(source.path), options.revision, options, otherwise=advice)
+            options = replace(options, input=source.path)
         if not options.inspect:
-            convert(source, options)
+            convert(source, options, run)
             return ExitStatus.OK
         with WALL.up(unless=options.trust_pickle):
             facts = inspect(source, options)
@@ -9987,7 +10024,7 @@ def run_worker(arguments: Sequence[str], run: str) -> tuple[int, str]:
     return code, os.pread(step, STEP_BYTES, 0).decode(errors="replace").strip()
 
 
-def worker_error(number: int, step: str, options: argparse.Namespace) -> ConversionError:
+def worker_error(number: int, step: str, options: Options) -> ConversionError:
     """What it means that signal `number` ended the worker, in `step`, before anything was written."""
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     if number in STOP_SIGNALS:
@@ -10009,16 +10046,21 @@ def worker_error(number: int, step: str, options: argparse.Namespace) -> Convers
     return known.get(number) or ConversionError(ExitStatus.BUG, crashed)
 
 
-def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
+def staging_folder(options: Options, name: str) -> Path:
+    """Where a run works: beside the target, so that the last step is a rename, and in one folder to remove."""
+    return options.output.parent / f".pt2onnx.{name}.partial"
+
+
+def supervise(arguments: Sequence[str], options: Options, name: str) -> int:
     """Run the worker; whatever ends it, leave no debris, say what is true and return the exit code."""
     if options.inspect:
-        return conclude(*run_worker(arguments, options.run), None, options)
-    staging = options.staging
+        return conclude(*run_worker(arguments, name), None, options)
+    staging = staging_folder(options, name)
     made = [folder for folder in staging.absolute().parents if not folder.exists()]
     try:
         claim(staging)
         remove_abandoned(staging.parent)
-        code, step = run_worker(arguments, options.run)
+        code, step = run_worker(arguments, name)
     except OSError:
         remove_debris(staging, made)
         raise
@@ -10032,7 +10074,7 @@ def supervise(arguments: Sequence[str], options: argparse.Namespace) -> int:
     return conclude(code, step, report, options)
 
 
-def conclude(code: int, step: str, report: Mapping[str, Any] | None, options: argparse.Namespace) -> int:
+def conclude(code: int, step: str, report: Mapping[str, Any] | None, options: Options) -> int:
     """Say what the worker did not: that its files are in place, or which signal ended it; returns the exit code."""
     if report is not None:  # whatever happened afterwards
         LOG.line("SUCCESS", describe_success(report))
@@ -10055,25 +10097,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         os.open(os.devnull, os.O_RDWR)
     arguments = sys.argv[1:] if argv is None else list(argv)
-    run, step = os.environ.pop(WORKER_VARIABLE, None), os.environ.pop(STEP_VARIABLE, None)
-    if run is None:
+    name, step = os.environ.pop(WORKER_VARIABLE, None), os.environ.pop(STEP_VARIABLE, None)
+    if name is None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until there is a worker to end
     as_json = "--json" in arguments
     try:
-        options = parse_arguments(arguments, run or f"{os.getpid()}.{os.urandom(4).hex()}")
+        options = parse_arguments(arguments)
         USER_CLASSES.clear()
         USER_CLASSES.update(options.allow_class)
         INPUT_ROOTS.clear()
         source = detect(options.input)
-        if run is None:
-            return supervise(arguments, options)
-        LOG.current = int(step) if step else None
+        if name is None:
+            return supervise(arguments, options, f"{os.getpid()}.{os.urandom(4).hex()}")
     except (ConversionError, OSError) as error:
         known = as_conversion_error(error)
         if known is None:
             raise
         return report_failure(known, 1, as_json=as_json)
-    os._exit(work(source, options))  # tearing down torch takes a second and frees what the kernel frees anyway
+    LOG.current = int(step) if step else None
+    # Tearing down torch takes a second and frees what the kernel frees anyway.
+    os._exit(work(source, options, Run(staging_folder(options, name))))
 
 
 if __name__ == "__main__":

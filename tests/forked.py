@@ -82,7 +82,7 @@ def convert_in_child(source: Path, folder: Path, *options: str, seconds: float =
     Up to the export, where the model has been built and has answered; without `export` it ends there, with BUILT.
     """
     named = [Path(after) for option, after in itertools.pairwise(options) if option == "--base"]
-    go_on = product.export_and_verify
+    go_on = product.produce
 
     def action() -> int:
         watch = Watch([source, *named], folder)
@@ -96,7 +96,7 @@ def convert_in_child(source: Path, folder: Path, *options: str, seconds: float =
         product.LOG.stream = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
         os.environ[product.WORKER_VARIABLE] = "1"
         sys.argv = ["convert.py"]
-        product.export_and_verify = built
+        product.produce = built
         os._exit = functools.partial(watch.exit, os._exit)
         sys.addaudithook(watch.hear)
         return product.main(["-i", str(source), "-o", str(folder / "out" / "model.onnx"), *options])

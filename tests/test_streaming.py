@@ -109,7 +109,7 @@ def test_stored_tensors_cannot_be_written_to(tmp_path: Path) -> None:
     weight = stored(values, tmp_path, torch.float32)
     before = (tmp_path / "w.safetensors").read_bytes()
     for write in (weight.zero_, lambda: weight.t()[0].add_(1), lambda: weight[2].copy_(values[0])):
-        with pytest.raises(RuntimeError, match="no-stream"):
+        with pytest.raises(RuntimeError, match="stay in their file"):
             write()
     torch.testing.assert_close(product.in_memory(weight), values, rtol=0, atol=0)
     torch.zeros(100, 48).copy_(weight)  # from it is no writing to it
@@ -139,10 +139,13 @@ def weights_of(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def convert(folder: Path, *options: str) -> str:
+def convert(folder: Path, *options: str, in_memory: bool = False) -> str:
     """Convert folder/in to folder/out in a forked child; returns what was said."""
     shutil.rmtree(folder / "out", ignore_errors=True)
-    outcome = forked.convert_in_child(folder / "in", folder, *options, seconds=60)
+    with pytest.MonkeyPatch.context() as patch:
+        if in_memory:
+            patch.setattr(product, "STREAM_FROM", 1 << 60)
+        outcome = forked.convert_in_child(folder / "in", folder, *options, seconds=60)
     assert outcome.code == 0, outcome.err
     return outcome.err
 
@@ -157,7 +160,7 @@ def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     row = huggingface_sweep.check(name, tmp_path)
     assert row["status"] == "ok", row
     streamed = weights_of(tmp_path / "out")
-    convert(tmp_path, "--no-stream")
+    convert(tmp_path, in_memory=True)
     assert streamed == weights_of(tmp_path / "out")
     assert sum(map(len, streamed.values())) > 10
 
@@ -174,7 +177,7 @@ def test_state_dicts(name: str, suffix: str, tmp_path: Path) -> None:
     found = onnx_outputs(tmp_path / "out" / "model.onnx", {"input": image.numpy()})["output"]
     with torch.no_grad():
         np.testing.assert_allclose(found, model(image).numpy(), rtol=1e-3, atol=1e-4)
-    convert(tmp_path, "--model-class", name, "--no-stream")
+    convert(tmp_path, "--model-class", name, in_memory=True)
     assert streamed == weights_of(tmp_path / "out")
 
 
@@ -190,7 +193,7 @@ def test_complete_models(dtype: torch.dtype, tmp_path: Path) -> None:
     found = onnx_outputs(tmp_path / "out" / "model.onnx", {"input": image.numpy()})["output"]
     with torch.no_grad():
         np.testing.assert_allclose(found, model.float()(image).numpy(), rtol=1e-3, atol=1e-4)
-    convert(tmp_path, "--static", "--no-stream")
+    convert(tmp_path, "--static", in_memory=True)
     assert streamed == weights_of(tmp_path / "out")
 
 

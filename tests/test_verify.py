@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +20,17 @@ from torch import nn
 
 import convert as product
 
-OPTIONS = argparse.Namespace(
-    atol=None,
-    rtol=None,
-    device="cpu",
-    dynamic_axes=None,
-    static=False,
-    input_shape=None,
+OPTIONS = product.Options(
+    input=Path("model.pt"),
     output=Path("model.onnx"),
     run_timeout=60.0,
 )
 
 
-def export(model: nn.Module, shape: tuple[int, ...], folder: Path) -> tuple[product.Plan, Path]:
+def export(model: nn.Module, shape: tuple[int, ...], folder: Path) -> tuple[product.Job, Path]:
     """The plan of `model`, and its right export."""
-    options = argparse.Namespace(
-        **{**vars(OPTIONS), "input_shape": [product.InputShape(shape)], "output": folder / "m"}
-    )
-    plan = product.make_plan(model, product.Loaded(None, "a test"), product.Preprocessing(), options)
+    options = replace(OPTIONS, input_shape=[product.InputShape(shape)], output=folder / "m")
+    plan = product.plan_module(model, product.Loaded(None, "a test"), product.Preprocessing(), options)
     flat = product.flat_module(plan.model, ["input"]).eval()
     graph = product.finish_graph(product.export_torchscript(flat, plan, 14, folder), plan, {})
     product.write_graph(graph, folder / "right.onnx")
@@ -45,7 +38,7 @@ def export(model: nn.Module, shape: tuple[int, ...], folder: Path) -> tuple[prod
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Plan, Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Job, Path]:
     """A small network with two outputs, its plan, and its right export."""
     folder = tmp_path_factory.mktemp("exported")
 
@@ -105,7 +98,7 @@ MUTATIONS: dict[str, Callable[[onnx.ModelProto], None]] = {
 }
 
 
-def test_the_right_model_passes(exported: tuple[product.Plan, Path]) -> None:
+def test_the_right_model_passes(exported: tuple[product.Job, Path]) -> None:
     """Two outputs at three sizes, within the tolerance."""
     plan, path = exported
     found = product.verify(path, plan, OPTIONS)
@@ -116,7 +109,7 @@ def test_the_right_model_passes(exported: tuple[product.Plan, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutated_model_fails(name: str, exported: tuple[product.Plan, Path], tmp_path: Path) -> None:
+def test_a_mutated_model_fails(name: str, exported: tuple[product.Job, Path], tmp_path: Path) -> None:
     """One number, one attribute or one name changed after the export."""
     plan, path = exported
     model = onnx.load(path)
@@ -124,7 +117,7 @@ def test_a_mutated_model_fails(name: str, exported: tuple[product.Plan, Path], t
     MUTATIONS[name](model)
     assert model.SerializeToString() != before
     onnx.save(model, tmp_path / "wrong.onnx")
-    with pytest.raises(product.RungError, match=r"differs from PyTorch's|cannot load"):
+    with pytest.raises(product.AttemptError, match=r"differs from PyTorch's|cannot load"):
         product.verify(tmp_path / "wrong.onnx", plan, OPTIONS)
 
 
@@ -331,7 +324,7 @@ class Vanishing(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def vanishing(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Plan, Path]:
+def vanishing(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Job, Path]:
     """The plan and the right export of a model whose outputs are nearly zero."""
     torch.manual_seed(0)
     return export(Vanishing().eval(), (1, 3, 32, 32), tmp_path_factory.mktemp("vanishing"))
@@ -347,7 +340,7 @@ def weighted_mean(model: onnx.ModelProto) -> None:
     model.graph.node.insert(list(model.graph.node).index(node), wrong)
 
 
-def test_values_that_cancel_are_judged_by_what_flows_in(vanishing: tuple[product.Plan, Path]) -> None:
+def test_values_that_cancel_are_judged_by_what_flows_in(vanishing: tuple[product.Job, Path]) -> None:
     """Float32 leaves some 1e-8 of values around 1 that cancel, in PyTorch and in ONNX Runtime, but not the same."""
     plan, path = vanishing
     found = [item for item in product.verify(path, plan, OPTIONS) if item.output == "cancelled"]
@@ -356,14 +349,14 @@ def test_values_that_cancel_are_judged_by_what_flows_in(vanishing: tuple[product
 
 @pytest.mark.parametrize("change", [change_weight(1.0, 0), change_weight(1.0, 2), weighted_mean])
 def test_a_wrong_graph_near_zero_fails(
-    change: Callable[[onnx.ModelProto], None], vanishing: tuple[product.Plan, Path], tmp_path: Path
+    change: Callable[[onnx.ModelProto], None], vanishing: tuple[product.Job, Path], tmp_path: Path
 ) -> None:
     """Outputs near zero are no reason to let anything pass."""
     plan, path = vanishing
     model = onnx.load(path)
     change(model)
     onnx.save(model, tmp_path / "wrong.onnx")
-    with pytest.raises(product.RungError, match="differs from PyTorch's"):
+    with pytest.raises(product.AttemptError, match="differs from PyTorch's"):
         product.verify(tmp_path / "wrong.onnx", plan, OPTIONS)
 
 
@@ -379,7 +372,7 @@ def test_float16_ends_before_zero(tmp_path: Path) -> None:
     assert any("PyTorch's float16 output is" in line for line in lines(result, "WARN"))
 
 
-def test_the_second_opinion_leaves_the_model_as_it_was(vanishing: tuple[product.Plan, Path]) -> None:
+def test_the_second_opinion_leaves_the_model_as_it_was(vanishing: tuple[product.Job, Path]) -> None:
     """Weights of two dtypes keep their dtypes and their memory."""
     plan, _ = vanishing
     plan.model.register_buffer("wide", torch.ones(2, dtype=torch.float64))
@@ -416,12 +409,12 @@ def test_detections_are_compared_as_sets() -> None:
     rows = list(expected)
     order = random.permutation(9)
     moved = {name: value[order] for name, value in expected.items()}
-    assert product.lonely(product.partners(expected, moved, rows)) == 0
-    assert product.lonely(product.partners(expected, {n: v[:7] for n, v in expected.items()}, rows)) == 2
+    assert product.unmatched(product.matching_rows(expected, moved, rows)) == 0
+    assert product.unmatched(product.matching_rows(expected, {n: v[:7] for n, v in expected.items()}, rows)) == 2
     for name, step in (("boxes", 1.0), ("labels", 1), ("scores", 0.01), ("masks", 0.01)):
         wrong = {key: value.copy() for key, value in moved.items()}
         wrong[name][3] += step
-        assert product.lonely(product.partners(expected, wrong, rows)) == 1, name
+        assert product.unmatched(product.matching_rows(expected, wrong, rows)) == 1, name
 
 
 class Detector(nn.Module):
@@ -447,5 +440,5 @@ def test_a_mutated_detector_fails(name: str, tmp_path: Path) -> None:
     model = onnx.load(path)
     MUTATIONS[name](model)
     onnx.save(model, tmp_path / "wrong.onnx")
-    with pytest.raises(product.RungError, match="differs from PyTorch's"):
+    with pytest.raises(product.AttemptError, match="differs from PyTorch's"):
         product.verify(tmp_path / "wrong.onnx", plan, OPTIONS)
