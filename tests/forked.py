@@ -116,6 +116,7 @@ ACTS = ("open", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.g
 NAMED: dict[str, tuple[str, ...]] = {
     "open_input": ("input", "staging"),
     "copy_without_code": ("input", "staging"),  # links to the weights
+    "stage_side_files": ("staging",),
     **dict.fromkeys(("rewrite_settings", "read_config", "load_pretrained"), ("staging",)),
     "silence_third_parties": ("/dev/null",),
     "memory_bytes": ("/proc/",),
