@@ -7,10 +7,17 @@ In:   a complete model (torch.save(model)), TorchScript (torch.jit.save), an exp
 Out:  one .onnx file (plus NAME.onnx.data from 2 GB on) that ONNX Runtime computes as PyTorch does, at shapes it was
       not traced with, at the opset that was asked for; or one [ERROR] line, an exit code and nothing written.
 
-The file is laid out in the order in which a model travels through it: arguments - opening - detect - load - recognise -
-model from weights - stored weights - Hugging Face folders - adapters - inputs - the reference - graphs of Hugging Face
-models - export - finish - verify - put into place - the converters - inspect - main. Nothing named by an input file is
-executed (see "load"), and nothing but the input is opened while it is loaded (see "opening").
+The file begins with the types, errors and the log, and then tells the story: main, convert, the three converters and
+produce(), in some 400 lines that can be read without the rest. Below it are the rooms that they call, in the order in
+which a model travels; calls go down the file only, so what several rooms need lies below them:
+
+    arguments - inspect - Hugging Face folders - adapters - detect - folder - recognise - a model from weights -
+    read safely - exported programs - pickles - TorchScript - archives - the graphs of a Hugging Face model -
+    inputs and the reference - the exporters - finish and write - verify - supervise - put into place -
+    stored weights - modules and tensors - settings - files - libraries - workarounds
+
+Nothing named by an input file is executed (see "pickles"), and nothing but the input is opened while it is loaded and a
+model is built from it (see "files").
 """
 
 from __future__ import annotations
@@ -85,9 +92,8 @@ else:
 
 __version__ = "0.1.0"
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# constants, errors and the log
+# types, errors and the log: what every room may use
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_OPSET = 14
@@ -101,7 +107,6 @@ ALIGNMENT = 64  # bytes, of weights in a file: what the widest vector instructio
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODES = ("auto", "pytorch", "huggingface", "state_dict")
-
 # What torch, the C library, the C++ runtime and the dynamic loader say when memory runs out.
 NO_MEMORY = re.compile(
     r"can't allocate memory|[Cc]annot allocate memory|failed to map segment|std::bad_alloc|[Uu]nable to allocate"
@@ -379,11 +384,6 @@ class Log:
 LOG = Log()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# arguments
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class InputShape(NamedTuple):
     """One --input-shape: `dims`, and where given the input's name and dtype."""
 
@@ -451,6 +451,593 @@ class DynamicAxis(NamedTuple):
     name: str | None
     input_name: str | None
 
+
+class Kind(IntEnum):
+    """What an input file is."""
+
+    CHECKPOINT = 0  # torch.save, zip layout (PyTorch 1.6 and newer)
+    LEGACY_CHECKPOINT = 1  # torch.save before 1.6, or a plain pickle
+    TORCHSCRIPT = 2
+    EXPORTED_PROGRAM = 3
+    SAFETENSORS = 4
+    HUGGINGFACE = 5
+    HUB_ID = 7  # owner/model on the Hugging Face hub
+    SHARDED_WEIGHTS = 6  # an index file, NAME.safetensors.index.json or NAME.bin.index.json
+
+
+class Source(NamedTuple):
+    """An input, what it is, and how that was told."""
+
+    path: Path
+    kind: Kind
+    why: str
+
+
+def is_text(name: object) -> bool:
+    """Whether `name` is text that can be written down: half a surrogate pair cannot."""
+    return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+class Loaded(NamedTuple):
+    """What came out of a file: a module, a ScriptModule, an ExportedProgram or a checkpoint's dictionary."""
+
+    content: Any
+    what: str
+    examples: tuple[InputShape, ...] = ()  # the inputs that the file records
+    free: tuple[Mapping[int, str], ...] = ()  # for each of them: its axes of free size, and the program's symbols
+    around: Mapping[Any, Any] = {}  # the checkpoint that it was taken out of
+
+
+class FolderModel(NamedTuple):
+    """A Hugging Face model in memory: what it is for, and the outputs that its checkpoint has no weights for."""
+
+    model: Any  # PreTrainedModel, or a model of timm
+    task: str
+    missing: frozenset[str] = frozenset()
+    of_timm: bool = False
+    facts: Mapping[str, str] = {}  # for the metadata
+    steps: Sequence[Callable[..., Tensor]] = ()  # what makes a sentence's vector of the states
+
+    def describe(self) -> str:
+        """Its class."""
+        return f"{type(self.model).__name__}{' of timm' if self.of_timm else ''}"
+
+
+BATCH = "batch_size"
+
+
+class InputSpec(NamedTuple):
+    """One input of the model: `dims` as the user or the model gives them, `axes` the free ones and their names."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: torch.dtype
+    axes: Mapping[int, str] = {}
+
+    def resized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with every free axis at the size that `sizes` gives its name."""
+        return tuple(sizes.get(self.axes.get(axis, ""), size) for axis, size in enumerate(self.dims))
+
+
+class Guess(NamedTuple):
+    """Shapes that the model tells, one per input; `batch_axis` is -1 where there is none."""
+
+    shapes: list[InputShape]
+    reason: str
+    batch_axis: int = 0
+
+
+class Preprocessing(NamedTuple):
+    """What images a model was made for, as its library says: plain numbers, whatever the file holds."""
+
+    size: tuple[int, ...] | None = None  # pixels: channels, height and width, or the edges alone
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    source: str = ""  # who says so; "" where nobody does
+
+    def metadata(self) -> str:
+        """As JSON for the graph's metadata."""
+        known = {key: value for key, value in self._asdict().items() if value is not None}
+        return json.dumps(known, sort_keys=True)
+
+
+Arrays = dict[str, Any]  # name -> numpy array
+# Seeded inputs for sizes of the free axes and a seed.
+Examples = Callable[[Mapping[str, int], int], "list[Tensor]"]
+
+
+class Case(NamedTuple):
+    """Inputs of one shape and PyTorch's outputs for them."""
+
+    label: str
+    inputs: Arrays
+    outputs: Arrays
+
+
+class Job(NamedTuple):
+    """One graph to be made: what to export as which file, and what to compare it with.
+
+    `traced` are the inputs that it is traced with. `further_checks` says more about a session than the cases do, and
+    raises AttemptError.
+    """
+
+    model: nn.Module
+    specs: list[InputSpec]
+    outputs: list[str]
+    traced: list[Tensor]
+    cases: list[Case]
+    file: str
+    further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
+    step: TokenStep | None = None  # what is exported and then repeated, where `model` reads a text token by token
+    parts: tuple[str, ...] = ()  # files of graphs made before, which become one: nothing is exported
+    written: bool = True  # False for such a part, which is not kept
+
+
+class TokenStep(NamedTuple):
+    """A model's work on one token. The graph of a model with states repeats it: PyTorch's own loop cannot be traced.
+
+    `specs` are the inputs of a single token (batch x 1), the mask up to it, and the cache before it.
+    """
+
+    module: nn.Module
+    specs: list[InputSpec]
+    traced: list[Tensor]
+    outputs: list[str]
+
+
+class RejectedInputError(Exception):
+    """The model raised when it was called; the cause is the original exception."""
+
+
+CACHE_FLAG = "use_cache_branch"
+SEQUENCE, PAST, TOTAL = "sequence_length", "past_sequence_length", "total_sequence_length"
+ENCODER_SEQUENCE, DECODER_SEQUENCE = "encoder_sequence_length", "decoder_sequence_length"
+
+
+class Graph(NamedTuple):
+    """One graph of a model: its file, its module, its inputs at the traced sizes, and how to make examples of them."""
+
+    file: str
+    module: nn.Module  # tensors in, by position; a dict of tensors out
+    specs: list[InputSpec]
+    examples: Examples
+    sizes: tuple[dict[str, int], ...]
+    further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
+    step: TokenStep | None = None
+
+
+class Attempt(NamedTuple):
+    """One try: an exporter at an opset."""
+
+    exporter: str
+    opset: int
+
+    def __str__(self) -> str:
+        return f"{self.exporter}, opset {self.opset}"
+
+
+class AttemptError(Exception):
+    """Why an attempt failed. `exported`: there was a model; `needs`: the opset that an operator asks for.
+
+    `slight`: the largest difference from PyTorch, where it is so small that a user may accept it. `case`: the inputs
+    for which the model does not hold. `note`: what tracing fixed.
+    """
+
+    def __init__(
+        self, reason: str, *, exported: bool = False, needs: int | None = None, slight: float | None = None,
+        case: Case | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(reason)
+        self.exported, self.needs, self.slight, self.case, self.note = exported, needs, slight, case, ""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self.note}"
+
+
+class Difference(NamedTuple):
+    """How far an output is from PyTorch's, and what is wrong with that ("" for nothing)."""
+
+    case: str
+    output: str
+    largest: float
+    allowed: float
+    problem: str = ""
+
+
+class Produced(NamedTuple):
+    """A graph in the staging folder that has passed every check."""
+
+    job: Job
+    attempt: Attempt
+    path: Path
+    light: Path  # the same graph, with the weights of `path` (see write_graph)
+    differences: list[Difference]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the story: from a path to a verified model in its place
+#
+# main watches over a worker that converts. A converter loads the input and plans its graphs (Job); produce() makes
+# each: it exports, finishes, writes, checks and verifies. What they call lies below, in the order in which a model
+# travels, and calls go down the file only.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, detect and convert; returns the exit code."""
+    for descriptor in range(3):  # a closed one would be taken by the next file that is opened
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            continue
+        os.open(os.devnull, os.O_RDWR)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    name, step = os.environ.pop(WORKER_VARIABLE, None), os.environ.pop(STEP_VARIABLE, None)
+    if name is None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until there is a worker to end
+    as_json = "--json" in arguments
+    try:
+        options = parse_arguments(arguments)
+        USER_CLASSES.clear()
+        USER_CLASSES.update(options.allow_class)
+        INPUT_ROOTS.clear()
+        source = detect(options.input)
+        if name is None:
+            return supervise(arguments, options, f"{os.getpid()}.{os.urandom(4).hex()}")
+    except (ConversionError, OSError) as error:
+        known = as_conversion_error(error)
+        if known is None:
+            raise
+        return report_failure(known, 1, as_json=as_json)
+    LOG.current = int(step) if step else None
+    # Tearing down torch takes a second and frees what the kernel frees anyway.
+    os._exit(work(source, options, Run(staging_folder(options, name))))
+
+
+def work(source: Source, options: Options, run: Run) -> int:
+    """The worker's life: convert or inspect, and return the exit code.
+
+    What was converted is reported by the supervisor, which alone knows in the end what lies in the output folder.
+    """
+    standard_output = LOG.silence_third_parties(verbose=options.verbose)
+    try:
+        if source.kind is Kind.HUB_ID:
+            advice = "or check -i, if a path was meant"
+            source = download(str(source.path), options.revision, options, otherwise=advice)
+            options = replace(options, input=source.path)
+        if not options.inspect:
+            convert(source, options, run)
+            return ExitStatus.OK
+        with WALL.up(unless=options.trust_pickle):
+            facts = inspect(source, options)
+    except Exception as error:  # the one place where errors become exit codes
+        known = as_conversion_error(error)
+        if known is None or options.verbose:
+            traceback.print_exc(file=LOG.stream)
+        bug = f"a bug in pt2onnx {__version__} ({first_line(error)}); please report it with the traceback above"
+        return report_failure(known or ConversionError(ExitStatus.BUG, bug), standard_output, as_json=options.json)
+    report_inspection(facts)
+    if options.json:
+        print_report(facts, standard_output)
+    return ExitStatus.OK
+
+
+def convert(source: Source, options: Options, run: Run) -> dict[str, Any]:
+    """Convert `source` as `options` say; returns the report that --json prints. Raises ConversionError.
+
+    What fails with weights that stay in their file, in a model that does with them what only tensors in memory allow,
+    is tried once more with all of them in memory.
+    """
+    start = time.monotonic()
+    try:
+        convert_once(source, options, run)
+    except ConversionError as error:
+        lasting = error.status in (ExitStatus.INPUT, ExitStatus.REFUSED, ExitStatus.RESOURCES)
+        if lasting or not run.streamed:
+            raise
+        LOG.info(f"{error}")
+        LOG.info("once more with all weights in memory")
+        for folder in run.staging.glob("*/"):  # the lock stays
+            shutil.rmtree(folder, ignore_errors=True)
+        run = Run(run.staging, in_memory=True)
+        convert_once(source, options, run)
+    kept = [produced for produced in run.produced.values() if produced.job.written]
+    places = choose_places(kept, options, run)
+    graphs = [describe_graph(produced, options) for produced in kept]
+    report = {
+        "status": "ok",
+        **graphs[0],
+        "files": {str(place.target): place.file.stat().st_size for place in places},
+        "steps": {kind: round(seconds, 2) for kind, seconds in LOG.seconds.items()},
+        "mode": run.metadata["mode"],
+        **({"graphs": graphs} if len(graphs) > 1 else {}),
+        "seconds": round(time.monotonic() - start, 2),
+    }
+    move_into_place(places, report, run.staging)
+    return report
+
+
+def convert_once(source: Source, options: Options, run: Run) -> None:
+    """Load `source`, plan its graphs in the mode that takes it, and produce each."""
+    if source.kind is Kind.HUGGINGFACE:
+        jobs = convert_huggingface_model(source, options, run)
+    else:
+        check_no_base(options)
+        digest = in_background(source_digest, source)  # beside the imports, which leave a core free
+        loaded = load_content(source, options)
+        mode = choose_mode(source, loaded, options)
+        run.metadata = {"source_sha256": digest.result(), "mode": mode}
+        converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
+        jobs = converters[mode](loaded, options, run)
+    for job in jobs:
+        produce(job, options, run)
+
+
+def convert_pytorch_model(loaded: Loaded, options: Options, run: Run) -> list[Job]:
+    """The graph of a complete model: a pickled module, TorchScript or an exported program."""
+    model = loaded.content
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"{options.input} holds {loaded.what}, not a model; pass --mode state_dict and --model-class")
+    with explained(ExitStatus.INPUT, f"{options.input}: its weights cannot be used", "save its state dict"):
+        store_parameters(model, options, run)
+    return [plan_loaded(model, loaded, options, run)]
+
+
+def convert_huggingface_model(source: Source, options: Options, run: Run) -> list[Job]:
+    """The graphs of the model in a Hugging Face folder for its task; the files that belong beside them are staged."""
+    check_options(options)
+    trust = options.trust_remote_code
+    outer = vet_folder(source.path, trust=trust)
+    adapter = read_adapter(outer, options)
+    inner = vet_inner_folder(outer, adapter, trust=trust)
+    check_folder(inner)
+    digest = in_background(folder_digest, source.path, inner.path)
+    folder = copy_without_code(inner, run.staging / "source", trust=trust)
+    if adapter:
+        copy_without_code(outer, folder, trust=trust, only=PROCESSOR_FILES)
+    check_side_files(folder, options)
+    found = load_folder_model(outer, folder, adapter, options, run)
+    LOG.info(f"mode: huggingface; {source.path.name} holds {found.describe()} for {found.task}: {source.why}")
+    what = f"{type(found.model).__name__} cannot be called the way that {found.task} needs"
+    advice = "try another --task, or --no-cache"
+    bound = memory_bound(
+        free_bytes(options, LATER_BYTES), "running the model", "check its settings, or pass --run-timeout"
+    )
+    with (
+        LOG.step("reference: PyTorch's answers"),
+        blank_weights(found.model) if options.no_verify else contextlib.nullcontext(),  # shapes alone count then
+        without_kept_state(found.model),
+        WALL.up(run.staging, unless=has_own_code(options)),
+        time_limit(GRAPH_RUNS * run_seconds(options, own_code=False)),
+        naming(source.path),
+        explained(ExitStatus.EXPORT, what, advice),  # an unusual cache, call or configuration
+        bound,
+    ):
+        graphs = graphs_of(found, folder, options)
+        if not found.of_timm:
+            found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
+        jobs = [plan_graph(graph, options) for graph in graphs]
+    if not found.of_timm:
+        prepare_for_export(found.model)
+    if len(jobs) > 1:
+        jobs = [jobs[0], *(part._replace(written=False) for part in jobs[1:])]
+        jobs.append(merged_decoder(found.model, jobs, options, run))
+    run.metadata = {"mode": "huggingface", "task": found.task, **found.facts, "source_sha256": digest.result()}
+    stage_side_files(folder, run.staging / "beside")
+    return jobs
+
+
+def convert_state_dict_model(loaded: Loaded, options: Options, run: Run) -> list[Job]:
+    """The graph of weights, with the class that --model-class names, or that they are recognised to belong to."""
+    weights, hints = loaded.content, loaded.around.get("hyper_parameters")
+    check_weights(weights.values(), options.input)
+    if not options.model_class:
+        options = recognised_class(weights, loaded.around, options)
+    with LOG.step(f"build: {options.model_class}"), WALL.up(unless=has_own_code(options)):
+        hints = hints if isinstance(hints, Mapping) else {}
+        weights = store_all(weights, options, run)
+        model = model_from_weights(str(options.model_class), options.model_args, weights, hints)
+    return [plan_loaded(model, loaded, options, run)]
+
+
+def produce(job: Job, options: Options, run: Run) -> Produced:
+    """Export, finish, write, check and verify one graph: the first attempt that passes, at the opset asked for.
+
+    Raises ConversionError (EXPORT or VERIFY).
+    """
+    if options.no_verify and not job.parts:
+        LOG.warn("--no-verify: nothing proves that the exported model computes the same")
+    attempts = plan_attempts(options.exporter, options.opset)
+    if not attempts:
+        raise UsageError(
+            f"--exporter dynamo writes opset {DYNAMO_MIN_OPSET} and up; pass such an --opset, or another --exporter"
+        )
+    if job.parts:
+        attempts = [run.produced[job.parts[0]].attempt]
+    make = functools.partial(make_graph, job=job, options=options, run=run)
+    seconds = CONVERSION_RUNS * run_seconds(options, own_code=True)
+    what, advice = "converting the model at guessed sizes", "pass --input-shape, or --run-timeout"
+    with (
+        naming(options.input),
+        WALL.up(run.staging, unless=has_own_code(options)),
+        memory_bound(free_bytes(options, LATER_BYTES), what, advice),
+        time_limit(seconds) if is_archive(job.model) else contextlib.nullcontext(),
+    ):
+        produced, failures = first_success(attempts, make, higher=options.opset is None and not job.parts)
+        if produced is None:
+            raise every_attempt_failed(failures, make, job, options)
+    if options.opset is None and produced.attempt.opset != DEFAULT_OPSET and not job.parts:
+        why = "; ".join(f"{attempt}: {error}" for attempt, error in failures)
+        why = why or f"the {produced.attempt.exporter} exporter starts there"
+        LOG.warn(f"opset {produced.attempt.opset} instead of {DEFAULT_OPSET}: {why}")
+    run.produced[job.file] = produced
+    return produced
+
+
+def first_success(
+    attempts: Sequence[Attempt], make: Callable[[Attempt], Produced], *, higher: bool = True
+) -> tuple[Produced | None, list[tuple[Attempt, AttemptError]]]:
+    """The first of `attempts` that passes, and why others failed; an operator that wants a `higher` opset gets it."""
+    waiting, failures = list(attempts), []
+    while waiting:
+        attempt = waiting.pop(0)
+        try:
+            return make(attempt), failures
+        except AttemptError as error:
+            failures.append((attempt, error))
+            LOG.info(f"{attempt}: {error}")
+            if higher and error.needs is not None and error.needs > attempt.opset:
+                waiting.append(Attempt(attempt.exporter, error.needs))
+                waiting.sort(key=lambda waits: waits.opset)  # the lowest that passes
+    return None, failures
+
+
+def make_graph(attempt: Attempt, job: Job, options: Options, run: Run) -> Produced:
+    """One attempt; where tracing fixed what another case needs, once more with that case's inputs."""
+    try:
+        return make_graph_once(attempt, job, options, run)
+    except AttemptError as error:
+        if not error.note or error.case is None or error.case is job.cases[0]:  # the traced sizes themselves
+            raise
+        LOG.info(f"{attempt}: {error}; it is traced again with those inputs")
+        with contextlib.suppress(AttemptError), traced_whole_numbers(job.model):  # the first one's reason is told
+            return make_graph_once(attempt, job._replace(traced=case_tensors(error.case, job)), options, run)
+        raise
+
+
+def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> Produced:
+    """Export, finish, write, check and verify, in a folder of the graph's own; raises AttemptError."""
+    folder = run.staging / job.file.removesuffix(".onnx")
+    shutil.rmtree(folder, ignore_errors=True)
+    work = folder / "work"
+    work.mkdir(parents=True)
+    path, note = folder / job.file, ""
+    with LOG.step(f"export: {attempt}" if not job.parts else f"merge: {' and '.join(job.parts)}"):
+        if job.parts:
+            exported = merge_decoders(*(run.produced[name].light for name in job.parts))
+        else:
+            exported, note = run_exporter(attempt, job, work)
+    graph = finish_graph(exported, job, {**run.metadata, "exporter": exporter_name(attempt)})
+    light = write_graph(graph, path)
+    del exported, graph
+    shutil.rmtree(work)
+    with LOG.step("check: onnx.checker"):
+        check_graph(light, attempt.opset)
+    if options.no_verify:
+        return Produced(job, attempt, path, light, [])
+    labels = "; ".join(dict.fromkeys(case.label for case in job.cases))
+    with LOG.step(f"verify: ONNX Runtime against PyTorch at {labels}"):
+        try:
+            return Produced(job, attempt, path, light, verify(light, job, options))
+        except AttemptError as error:
+            error.note = note
+            raise
+
+
+def every_attempt_failed(
+    failures: Sequence[tuple[Attempt, AttemptError]],
+    make: Callable[[Attempt], Produced],
+    job: Job,
+    options: Options,
+) -> ConversionError:
+    """The error that says why each attempt failed and what to do; for an opset that was asked for, which one works."""
+    fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
+    advice = f"{fewer}, or replace the operator in the model"
+    slight = [error.slight for _, error in failures if error.slight]
+    if slight:  # 5 % more than the difference, so that two digits are enough
+        advice = f"pass --atol {min(slight) * 1.05:.2g} if you accept such a difference, or {advice}"
+    if options.opset is not None and not job.parts:
+        LOG.info(f"opset {options.opset} cannot express this model; looking for the lowest one that can")
+        others = [other for other in plan_attempts(options.exporter, None) if other.opset != options.opset]
+        others += [Attempt(attempt.exporter, error.needs) for attempt, error in failures if error.needs is not None]
+        found, _ = first_success(sorted(others, key=lambda other: other.opset), make)
+        works = f"opset {found.attempt.opset} works: pass --opset {found.attempt.opset}" if found else ""
+        advice = works or "no other opset works either"
+    reasons = "; ".join(f"{attempt}: {error}" for attempt, error in failures)
+    status = ExitStatus.VERIFY if any(error.exported for _, error in failures) else ExitStatus.EXPORT
+    return ConversionError(status, f"every exporter failed ({reasons}); {advice}")
+
+
+def load_content(source: Source, options: Options) -> Loaded:
+    """What the file holds: a model, or weights; of a checkpoint, what is inside."""
+    with LOG.step(f"load: {source.path}"), WALL.up(unless=options.trust_pickle):
+        loaded = load(source, trust=options.trust_pickle)
+    return unwrap_checkpoint(loaded, options) if isinstance(loaded.content, Mapping) else loaded
+
+
+def choose_mode(source: Source, loaded: Loaded, options: Options) -> str:
+    """The mode that takes what was loaded, told with the reason; raises ConversionError where --mode contradicts it."""
+    natural = "state_dict" if isinstance(loaded.content, Mapping) else "pytorch"
+    if options.mode not in ("auto", natural):
+        raise UsageError(f"--mode {options.mode}: {source.path} holds {loaded.what}; pass --mode {natural}, or none")
+    if natural == "pytorch" and (options.model_class or (options.checkpoint_key and not loaded.around)):
+        unused = "--model-class" if options.model_class else "--checkpoint-key"
+        raise UsageError(f"{unused} is for weights, but {source.path} holds {loaded.what}: leave it out")
+    LOG.info(f"mode: {natural}; {source.path.name} holds {loaded.what}: {source.why}")
+    return natural
+
+
+def unwrap_checkpoint(loaded: Loaded, options: Options) -> Loaded:
+    """The model or the weights inside a checkpoint; raises ConversionError where that is not clear."""
+    with naming(options.input):
+        found = find_weights(loaded.content, options.checkpoint_key)
+        if isinstance(found.content, Mapping):
+            return loaded._replace(content=found.content, around=loaded.content)
+        check_module_graph(found.content)
+    what = f"a checkpoint with a model in its entry {found.key!r} ({qualified_name(type(found.content))})"
+    return Loaded(found.content, what, around=loaded.content)
+
+
+def plan_loaded(model: nn.Module, loaded: Loaded, options: Options, run: Run) -> Job:
+    """The graph of a module in memory, with PyTorch's answers; raises ConversionError where it is broken.
+
+    Its attributes may be anything: they come from a file.
+    """
+    check_weights(itertools.chain(model.parameters(), model.buffers()), options.input)
+    unusual = f"{options.input}: the attributes of the model in it are not what {type(model).__name__} needs"
+    with (
+        WALL.up(unless=has_own_code(options)),
+        naming(options.input),
+        explained(ExitStatus.INPUT, unusual, "save it again, or its state dict"),
+    ):
+        if not isinstance(model, torch.fx.GraphModule):
+            model.eval()
+        if float_dtype(model) is torch.bfloat16:
+            LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
+            model.float()
+        check_room(model, run)
+        for parameter in model.parameters():  # ScriptModule has no requires_grad_()
+            parameter.requires_grad_(False)  # noqa: FBT003
+        model.to(options.device)
+        limit = time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model)))
+        with LOG.step("reference: PyTorch's answers"), without_kept_state(model), limit:
+            known = preprocessing(model, options.model_class)
+            job = plan_module(model, loaded, known, options)
+    run.metadata |= {"task": options.task} if options.task else {}
+    run.metadata |= {"preprocessing": known.metadata()} if known.source else {}
+    return job
+
+
+def case_tensors(case: Case, job: Job) -> list[Tensor]:
+    """The case's inputs as the model takes them."""
+    return [
+        torch.from_numpy(case.inputs[spec.name]).to(given.device, spec.dtype)
+        for spec, given in zip(job.specs, job.traced, strict=True)
+    ]
+
+
+def in_background(function: Callable[..., str], *arguments: Any) -> Future[str]:
+    """Call a function in a thread of its own."""
+    return ThreadPoolExecutor(1).submit(function, *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arguments
+#
+# Takes the command line, gives Options. Touches nothing but the folders that the output would go to, which it looks
+# at.
+# ---------------------------------------------------------------------------------------------------------------------
 
 SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_][\w.]*):)?(?P<dims>\d+(?:,\d+)*)(?::(?P<dtype>\w+))?")
 AXIS = re.compile(r"(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?")
@@ -709,304 +1296,1152 @@ def output_place(text: str, source: Path, layout: str) -> tuple[Path, Path]:
     return path.parent.parent if layout == "transformersjs" else path.parent, path
 
 
-def is_snapshot(folder: Path) -> bool:
-    """Whether `folder` is one that the hub's cache keeps, with links to its `blobs`."""
-    return folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# opening: the one way to the input's files, the wall around everything else, and what running it may take
+# inspect: say what an input is
 #
-# Takes paths, gives open files. A file of the input lies, resolved, in what the user named, is a regular file and the
-# same one each time that it is opened. While the input is loaded and a model is built from it, nothing else is opened,
-# started or connected to: whatever a file makes a library try, the wall is there.
+# Takes a source, gives facts for a person and for --json. The weights stay on the disk, and nothing is written.
 # ---------------------------------------------------------------------------------------------------------------------
 
-INPUT_ROOTS: set[Path] = set()  # what the user named: files and folders, as their real paths
-SEEN_FILES: dict[Path, tuple[int, ...]] = {}  # the fingerprint of each file of the input when it was first opened
+
+def describe_graph(produced: Produced, options: Options) -> dict[str, Any]:
+    """One graph for the report."""
+    job = produced.job
+    return {
+        "output": str(options.output.with_name(job.file)),
+        "exporter": produced.attempt.exporter,
+        "opset": produced.attempt.opset,
+        "inputs": {spec.name: [spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)] for spec in job.specs},
+        "outputs": job.outputs,
+        "verified": [difference._asdict() for difference in produced.differences],
+    }
 
 
-def admit(path: Path) -> None:
-    """Let the file `path`, or every file in that folder, be opened as the input, or as a part of it."""
-    root = path.resolve()
-    INPUT_ROOTS.update({root, root.parent.parent / "blobs"} if is_snapshot(root) else {root})
-    for file in [file for file in SEEN_FILES if file == root or root in file.parents]:
-        del SEEN_FILES[file]
+# torch._export.serde.schema.ScalarType, from 0 on.
+SCALAR_TYPES = ("unknown", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32",
+                "complex64", "complex128", "bool", "bfloat16")  # fmt: skip
 
 
-def is_admitted(real: Path) -> bool:
-    """Whether the real path of a file is that of an admitted one, or lies in an admitted folder."""
-    return not INPUT_ROOTS.isdisjoint((real, *real.parents))
+def inspect(source: Source, options: Options) -> dict[str, Any]:
+    """What `source` is, as --json prints it; "problem" says why it would not convert. Raises ConversionError."""
+    facts: dict[str, Any] = {"status": "ok", "path": str(source.path), "kind": source.kind.name.lower()}
+    facts["why"] = source.why
+    files = [source.path] if source.path.is_file() else [file for file in source.path.rglob("*") if file.is_file()]
+    facts["bytes"] = sum(file.stat().st_size for file in files)
+    inspectors = {
+        Kind.CHECKPOINT: inspect_checkpoint,
+        Kind.LEGACY_CHECKPOINT: inspect_checkpoint,
+        Kind.TORCHSCRIPT: inspect_torchscript,
+        Kind.EXPORTED_PROGRAM: inspect_program,
+        Kind.SAFETENSORS: inspect_safetensors,
+        Kind.SHARDED_WEIGHTS: inspect_shards,
+        Kind.HUGGINGFACE: inspect_folder,
+    }
+    unusual = f"{source.path}: what it holds is not what its classes need"
+    try:
+        with explained(ExitStatus.INPUT, unusual, "save it again, or its state dict"):
+            facts |= inspectors[source.kind](source, options)
+    except ConversionError as error:
+        facts |= {"problem": str(error), "exit_code": int(error.status)}
+    return facts
 
 
-def fingerprint(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def count_elements(pairs: Iterable[tuple[str, int]]) -> dict[str, Any]:
+    """The number of parameters, and of each dtype, of (dtype, number of elements) pairs."""
+    dtypes: dict[str, int] = {}
+    for dtype, elements in pairs:
+        dtypes[dtype] = dtypes.get(dtype, 0) + elements
+    return {"parameters": sum(dtypes.values()), "dtypes": dtypes}
 
 
-def real_input(path: Path, name: str = "") -> Path:
-    """The real path of a file or folder of the input; raises RefusedFileError where it lies elsewhere."""
-    real = Path(os.path.realpath(path))
-    if not is_admitted(real):
-        what = f"{name or path.name} is a link that leads out of the folder"
-        raise RefusedFileError(f"{what}; copy the file into it")
-    return real
+def command_for(source: Source, *extra: str) -> str:
+    """The command that converts `source`."""
+    import shlex
+
+    target = source.path.resolve().with_suffix(".onnx").name
+    if source.kind is Kind.HUGGINGFACE:
+        target = f"{source.path.resolve().name}-onnx/"
+    return shlex.join(["python", "convert.py", "-i", str(source.path), "-o", target, *extra])
 
 
-def open_input(path: Path, name: str = "") -> io.BufferedReader:
-    """Open a file of the input for reading; messages call it by `name`, or the last part of its path.
+def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
+    """A complete model or a checkpoint: its globals, and what they make."""
+    content, names, storages, problem = take_census(source)
+    facts = {**problem, "globals": names, **count_elements(storages)}
+    if isinstance(content, nn.Module):
+        return facts | inspect_module(source, content)
+    if isinstance(content, Mapping):
+        return facts | inspect_weights(source, content, options)
+    rebuilders = REBUILDERS.keys() | VALUE_CLASSES | {name for name in names if name.endswith("Storage")}
+    root = next((name for name in names if name not in rebuilders), None)
+    return facts | {"what": "a pickle that is not opened", "class": root}
 
-    Raises RefusedFileError where it lies elsewhere, DamagedFileError where it is not a regular file, or not the one
-    that was opened before under this name; OSError.
+
+def inspect_module(source: Source, model: nn.Module) -> dict[str, Any]:
+    """A complete model: its class, and the inputs that it was made for."""
+    known = preprocessing(model, None)
+    guess = next(input_guesses(model, Loaded(model, ""), known))
+    shapes = " ".join(map(str, guess.shapes))
+    return {
+        "what": "a complete model",
+        "class": qualified_name(type(model)),
+        "inputs": f"{shapes}, told by {guess.reason}",
+        "mode": "pytorch",
+        "command": command_for(source),
+    }
+
+
+def inspect_weights(source: Source, content: Mapping[Any, Any], options: Options) -> dict[str, Any]:
+    """A state dict, bare or in a checkpoint."""
+    found = find_weights(content, options.checkpoint_key)
+    if not isinstance(found.content, Mapping):
+        return inspect_module(source, found.content) | {"what": f"a checkpoint with a model in its entry {found.key!r}"}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.content.items()}
+    dtypes = ((str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in found.content.values())
+    where = f"weights in the entry {found.key!r} of a checkpoint" if found.key else "weights without a model"
+    return {"what": where, **count_elements(dtypes), **inspect_shapes(source, shapes, content, options)}
+
+
+def inspect_shapes(
+    source: Source, shapes: Mapping[str, tuple[int, ...]], content: Mapping[Any, Any], options: Options
+) -> dict[str, Any]:
+    """Weights of which only names and shapes are known: whose they are."""
+    recognition = choose_recorded(recognise(shapes), content)
+    known = len(recognition.candidates) == 1
+    key = ["--checkpoint-key", options.checkpoint_key] if options.checkpoint_key else []
+    return {
+        "tensors": len(shapes),
+        "architecture": recognition.explanation,
+        "candidates": recognition.candidates,
+        "mode": "state_dict",
+        "command": command_for(source, *key, *([] if known else ["--model-class", "CLASS"])),
+    }
+
+
+class WeightFacts(NamedTuple):
+    """What --inspect finds in a file of weights."""
+
+    shapes: dict[str, tuple[int, ...]]
+    elements: list[tuple[str, int]]  # dtype and number
+    facts: dict[str, Any]  # a pickle's names, and what is wrong with it
+
+
+def inspect_weight_file(source: Source) -> WeightFacts:
+    """The tensors of a safetensors file, from its header alone, or of a state dict; raises DamagedFileError."""
+    if source.kind is Kind.SAFETENSORS:
+        header = safetensors_header(source.path)
+        elements = [(entry["dtype"], math.prod(entry["shape"])) for entry in header.values()]
+        return WeightFacts({name: tuple(entry["shape"]) for name, entry in header.items()}, elements, {})
+    if source.kind not in (Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
+        raise DamagedFileError(f"{source.path.name} does not hold weights")
+    content, names, storages, problem = take_census(source)
+    tensors = state_dict_of(content) or {}
+    elements = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors.values()]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return WeightFacts(shapes, elements or storages, {"globals": names, **problem})
+
+
+def join_weight_files(files: Iterable[WeightFacts]) -> WeightFacts:
+    """What several files hold together; of their problems the first one."""
+    shapes, elements, facts, names = {}, [], {}, {}
+    for file in files:
+        shapes |= file.shapes
+        elements += file.elements
+        names |= file.facts.get("globals", {})
+        facts = {**file.facts, **facts}
+    return WeightFacts(shapes, elements, facts | ({"globals": names} if names else {}))
+
+
+def inspect_safetensors(source: Source, options: Options) -> dict[str, Any]:
+    """A safetensors file: from its header alone."""
+    return describe_weights(source, inspect_weight_file(source), options)
+
+
+def inspect_shards(source: Source, options: Options) -> dict[str, Any]:
+    """An index of files of weights, each read by the rules of its own kind."""
+    files = []
+    for name, wanted in shard_files(source.path).items():
+        file = inspect_weight_file(detect_file(source.path.parent / name))
+        if "problem" not in file.facts:
+            check_shard(name, wanted, file.shapes)
+        files.append(file)
+    return describe_weights(source, join_weight_files(files), options)
+
+
+def describe_weights(source: Source, file: WeightFacts, options: Options) -> dict[str, Any]:
+    """Tensors that lie in one file or in several: how many there are, and whose."""
+    facts = {"what": "weights without a model", **file.facts, **count_elements(file.elements)}
+    return facts | inspect_shapes(source, file.shapes, {}, options)
+
+
+def inspect_torchscript(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001  (one signature)
+    """A TorchScript archive: from its pickles' names and its code, which is read and not run."""
+    vet_torchscript(source.path)
+    reader, _ = open_archive(source.path)
+    program = read_record(reader, "data.pkl")
+    census = Census(io.BytesIO(program), len(program), lambda record_id: record_id)
+    with contextlib.suppress(ConversionError):  # its classes are not ours to build
+        census.load()
+    root = next((name for name in census.names if name.startswith("__torch__.")), "")
+    examples = traced_inputs(source.path)
+    return {
+        "what": "TorchScript",
+        "class": root.removeprefix("__torch__."),
+        "globals": census.names,
+        **count_elements(census.storages.values()),
+        "inputs": " ".join(map(str, examples)) + ", recorded when it was traced" if examples else "not recorded",
+        "mode": "pytorch",
+        "command": command_for(source),
+    }
+
+
+def inspect_program(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001
+    """An exported program: from its JSON, after vetting."""
+    with zipfile.ZipFile(rewrite_exported_program(source.path)) as archive:
+        data = archive.read("model/models/model.json")
+    try:
+        inputs, stored = program_tensors(json.loads(data)["graph_module"])
+        counts = count_elements((dtype, math.prod(map(int, dims))) for _, dims, dtype in stored)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"models/model.json is damaged ({first_line(error)}); export it again") from None
+    return {
+        "what": "an exported program",
+        **counts,
+        "inputs": " ".join(f"{name}:{','.join(dims)}:{dtype}" for name, dims, dtype in inputs),
+        "mode": "pytorch",
+        "command": command_for(source),
+    }
+
+
+TensorFacts = tuple[str, tuple[str, ...], str]  # name, sizes and dtype
+
+
+def program_tensors(graph: Any) -> tuple[list[TensorFacts], list[TensorFacts]]:
+    """The inputs of an exported program, and the tensors that it has stored; raises what damaged JSON leads to."""
+    values, specs = graph["graph"]["tensor_values"], graph["signature"]["input_specs"]
+
+    def size_text(size: Any) -> str:
+        number = size.get("as_int", size.get("as_expr"))
+        if type(number) is int and 0 <= number < 2**48:
+            return str(number)
+        return re.sub(r"Symbol\('(\w+)'.*\)", r"\1", shorten(number["expr_str"], 200))
+
+    def facts(name: Any) -> TensorFacts:
+        dtype = values[name]["dtype"]
+        if type(name) is not str or type(dtype) is not int or dtype not in range(len(SCALAR_TYPES)):
+            raise ValueError(f"a tensor has the dtype {shown(dtype)}")
+        return shorten(name, 60), tuple(map(size_text, values[name]["sizes"])), SCALAR_TYPES[dtype]
+
+    inputs = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec]
+    stored = [next(iter(spec.values()))["arg"]["name"] for spec in specs if spec.keys() & {"parameter", "buffer"}]
+    return [*map(facts, inputs)], [*map(facts, stored)]
+
+
+def inspect_folder(source: Source, options: Options) -> dict[str, Any]:
+    """A Hugging Face folder: from config.json or adapter_config.json and the headers of its weights."""
+    vetted = vet_folder(source.path, trust=options.trust_remote_code)
+    names: list[str | None]
+    if "adapter_config.json" in vetted.files:
+        with naming(source.path):
+            settings = vetted.settings("adapter_config.json")
+            check_adapter(settings)
+            base = settings.name("base_model_name_or_path")
+        what, names = f"an adapter (LoRA) of {shorten(str(base), 200)}", []
+    else:
+        check_folder(vetted)
+        settings = vetted.settings("config.json")
+        what = f"a Hugging Face model ({shorten(settings.name('model_type') or 'timm', 60)})"
+        names = [*settings.names("architectures")] or [settings.name("architecture")]
+    patterns = (("*.safetensors",), ("pytorch_model*.bin", "adapter_model.bin"))
+    kinds = ([file for pattern in kind for file in sorted(source.path.glob(pattern))] for kind in patterns)
+    files = next(filter(None, kinds), [])
+    weights = join_weight_files(inspect_weight_file(detect_file(file)) for file in files)
+    return {
+        "what": what,
+        "class": shorten(", ".join(filter(None, names)), 200) or None,
+        **weights.facts,
+        **count_elements(weights.elements),
+        "mode": "huggingface",
+        "command": command_for(source),
+    }
+
+
+def report_inspection(facts: Mapping[str, Any]) -> None:
+    """The facts as lines for a person."""
+    LOG.info(f"{facts['path']}: {facts.get('what', facts['kind'])} ({facts['bytes'] / 1e6:.1f} MB); {facts['why']}")
+    if "parameters" in facts:
+        dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["dtypes"].items())
+        LOG.info(f"parameters: {facts['parameters']:,} ({dtypes})")
+    for key in ("class", "architecture", "tensors", "inputs", "mode"):
+        if facts.get(key) is not None:
+            LOG.info(f"{key}: {facts[key]}")
+    for name, why in facts.get("globals", {}).items():
+        LOG.info(f"global {name}: {why or 'allowed'}")
+    if "problem" in facts:
+        LOG.warn(f"it would not convert (exit code {facts['exit_code']}): {facts['problem']}")
+    if "command" in facts:
+        LOG.info(f"convert it with: {facts['command']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders: the task, the class, the model with its weights, and the files beside its graphs
+#
+# Takes a vetted folder (see "folder"), gives a FolderModel and copies in the staging folder.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Every task that is converted; of several that a class serves (BartForConditionalGeneration), the first counts.
+TASKS = ("text2text-generation", "fill-mask", "text-generation", "zero-shot-image-classification",
+         "automatic-speech-recognition", "semantic-segmentation", "text-classification", "token-classification",
+         "question-answering", "multiple-choice", "image-classification", "object-detection",
+         "image-segmentation", "depth-estimation", "audio-classification", "feature-extraction",
+         "sentence-similarity")  # fmt: skip
+EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
+# Heads that may be missing from a checkpoint for these tasks, with the output that then is left out.
+OPTIONAL_HEADS = {"pooler": "pooler_output"}
+DEFAULT_TASK = "text-generation"
+GENERATION_TASKS = ("text-generation", "text2text-generation", "automatic-speech-recognition")
+# What a user of the model needs beside the graph; the index of shards and adapters belong to the weights.
+SIDE_FILES = re.compile(r"(?!.*\.index\.json|adapter_config\.json).*\.(json|txt|model|jinja|vocab|bpe|tiktoken)")
+
+
+def copy_without_code(source: VettedFolder, target: Path, *, trust: bool, only: re.Pattern[str] | None = None) -> Path:
+    """A folder of links to the files of `source`, without those that are code, and with its settings as vetted.
+
+    transformers reads this folder, so that no setting of the original can reach it. With `trust` it has everything.
+    With `only`, it is the files of such names, which take the places of those that are in `target` already.
     """
-    real, name = real_input(path, name), name or path.name
-    # The last part of a real path is no link unless it just became one; a pipe does not make us wait.
-    descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    status = os.fstat(descriptor)
-    problem = "" if stat.S_ISREG(status.st_mode) else f"{name} is not a regular file"
-    if SEEN_FILES.setdefault(real, fingerprint(status)) != fingerprint(status):
-        problem = problem or f"{name} changed while it was read; convert it once it is whole"
-    if problem:
-        os.close(descriptor)
-        raise DamagedFileError(problem)
-    return os.fdopen(descriptor, "rb")
+    target.mkdir(parents=True, exist_ok=True)
+    admit(target)
+    for entry in sorted(source.path.iterdir()):
+        wanted = trust or not (entry.is_dir() or entry.name.endswith((*CODE_FILES, *FOREIGN_FILES)))
+        if wanted and (only is None or only.fullmatch(entry.name)):
+            (target / entry.name).unlink(missing_ok=True)
+            if entry.name in source.files:
+                (target / entry.name).write_bytes(source.files[entry.name])
+            elif not READ_JSON.fullmatch(entry.name):  # one that came since then is not vetted
+                (target / entry.name).symlink_to(entry.resolve())
+    return target
 
 
-# Events of the audit hook (https://docs.python.org/3/library/audit_events.html) that act on more than this process.
-# What begins so is refused while the wall is up, ...
-OUTSIDE_EVENTS = (
-    "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile",
-    "pty.", "urllib.", "http.", "ftplib.", "imaplib.", "poplib.", "smtplib.", "telnetlib.", "webbrowser.", "sqlite3.",
-)  # fmt: skip
-# ... and this is, unless all its paths lie in a folder that we work in: where among the arguments each path stands, and
-# the descriptor of the folder that it is relative to, which is -1 for none.
-CHANGING_EVENTS = {
-    **dict.fromkeys(("os.rmdir", "os.remove"), ((0, 1),)), **dict.fromkeys(("os.mkdir", "os.chmod"), ((0, 2),)),
-    **dict.fromkeys(("os.chown", "os.utime"), ((0, 3),)), **dict.fromkeys(("os.rename", "os.link"), ((0, 2), (1, 3))),
-    **dict.fromkeys(("os.truncate", "os.setxattr", "os.removexattr"), ((0, 9),)), "os.symlink": ((1, 2),),
-}  # fmt: skip
-HARMLESS_EVENTS = ("socket.gethostname",)
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# What libraries ask the system about itself.
-SYSTEM_FILES = ("/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo", "/proc/self/status", "/proc/self/statm", "/proc/self/maps",
-                "/proc/self/cgroup", "/proc/self/mountinfo", "/sys/devices/system", "/sys/fs/cgroup")  # fmt: skip
+MAX_PARTS = 40  # configurations in each other: the largest known model has 12
 
 
-class Wall:
-    """While it is up, Python code can open the input and the libraries' own files, and write into `workplaces` alone.
+def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
+    """Take out of a file of settings what config_attribute drops; raises RefusedFileError for what it refuses.
 
-    An audit hook (PEP 578) hears of every file, connection and process that Python code asks for, in any thread, and
-    cannot be taken out again. It does not hear what C++ code opens by itself: the operators that do so are refused
-    before (see DENIED_OPERATORS).
+    The same in its parts that are configurations themselves. Other objects, such as labels by number, are data.
     """
+    left: list[str] = []
+    parts = itertools.count(1)
 
-    def __init__(self) -> None:
-        self.is_up, self.installed = False, False
-        self.workplaces: tuple[Path, ...] = ()
+    def fit(node: dict[str, Any], owner: type) -> None:
+        if next(parts) > MAX_PARTS:
+            raise DamagedFileError(f"{file.name} describes more than {MAX_PARTS} models in each other; repair it")
+        for key, value in list(node.items()):
+            verdict = config_attribute(owner, key, value)
+            if verdict is Verdict.REFUSE:
+                raise RefusedFileError(f"{file.name}: {shorten(key, 60)} is {shown(value)}, which is not known here")
+            if verdict is Verdict.DROP:
+                left.append(shorten(key, 40))
+                del node[key]
+            elif isinstance(value, dict) and (part := part_class(owner, key, value)):
+                fit(value, part)
 
-    @contextlib.contextmanager
-    def up(self, *workplaces: Path, unless: object = False) -> Iterator[None]:
-        """Refuse what is outside while in context, `unless` the user said that the code that comes along is trusted."""
-        if not self.installed:
-            library_places()  # imports torch
-            sys.addaudithook(self.audit)
-            self.installed = True
-        before = self.is_up, self.workplaces, sys.dont_write_bytecode
-        self.is_up, self.workplaces, sys.dont_write_bytecode = not unless, tuple(map(Path.resolve, workplaces)), True
+    fit(settings, cls)
+    if left:
+        LOG.info(f"{file.name}: left out, since models of this kind do not read it: {and_more(left, 8)}")
+        rewrite_settings(file, settings)
+
+
+def part_class(owner: type, key: str, value: Mapping[str, Any]) -> Any:
+    """The class of configuration that a part of `owner`'s settings becomes; None for data such as labels."""
+    transformers = import_library("transformers")
+    mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    spec = getattr(owner, "sub_configs_defaults", {}).get(key)
+    own = getattr(spec, "config_class", None)
+    if isinstance(own, type) and issubclass(own, transformers.PreTrainedConfig):
+        return own
+    name = value.get("model_type") or getattr(spec, "model_type", None)
+    return mapping[name] if isinstance(name, str) and name in mapping else None
+
+
+def read_config(folder: Path, weights: Mapping[str, Tensor], options: Options) -> Any:
+    """The configuration as transformers has it, whose sizes may be those of `weights`; raises InputError.
+
+    What the configuration's class does not know, and does not describe a network, is taken out of config.json.
+    """
+    trust = options.trust_remote_code
+    transformers = import_transformers()
+    configurations = transformers.models.auto.configuration_auto
+    settings = read_json(folder / "config.json")
+    model_type = settings["model_type"]
+    if model_type not in configurations.CONFIG_MAPPING_NAMES and not trust:
+        known = f"transformers {transformers.__version__} knows no model_type {shorten(repr(model_type), 60)}"
+        raise DamagedFileError(f"{known}; check config.json, or pass the model as a file (torch.export.save)")
+    with naming(options.input), bounded_build(len(weights), sum(tensor.nbytes for tensor in weights.values())):
+        check_sizes(settings, weights)
+        if not trust:
+            fit_settings(folder / "config.json", settings, configurations.CONFIG_MAPPING[model_type])
+            if (file := folder / "generation_config.json").exists():
+                fit_settings(file, read_json(file), transformers.GenerationConfig)
         try:
-            yield
-        finally:
-            self.is_up, self.workplaces, sys.dont_write_bytecode = before
-
-    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """The hook: raises WallError for an event that is refused."""
-        if self.is_up and event not in HARMLESS_EVENTS and not self.allows(event, arguments) and not is_importing():
-            what = ", ".join(shorten(repr(argument), 200) for argument in arguments[:2])
-            raise WallError(f"something in it led to {event}({what}), outside of the input and the libraries")
-
-    def allows(self, event: str, arguments: tuple[Any, ...]) -> bool:
-        """Whether an event stays inside."""
-        if event == "open":
-            path, _, flags = arguments
-            written = isinstance(flags, int) and flags & WRITING
-            return not isinstance(path, (str, bytes)) or (self.is_ours(path) if written else self.is_readable(path))
-        if event == "ctypes.dlopen":  # a library that the loader finds by its name, or one of a package
-            name = str(arguments[0])
-            return os.sep not in name or os.path.abspath(name).startswith(library_places())  # noqa: PTH100
-        if event in CHANGING_EVENTS:
-            places = CHANGING_EVENTS[event]
-            return all(self.is_ours(arguments[path], *arguments[folder : folder + 1]) for path, folder in places)
-        return not event.startswith(OUTSIDE_EVENTS)
-
-    def is_ours(self, path: Any, folder: int | None = None) -> bool:
-        """Whether a path lies in a folder that we work in, or is nowhere.
-
-        `folder`: the path itself is to be changed, not what it may be a link to, and it is relative to the folder of
-        this descriptor, if that is not negative.
-        """
-        given = Path(os.fsdecode(path))
-        if folder is not None and folder >= 0:
-            given = Path(f"/proc/self/fd/{folder}", given)
-        real = Path(os.path.realpath(given)) if folder is None else Path(os.path.realpath(given.parent), given.name)
-        return str(real) == os.devnull or any(place in (real, *real.parents) for place in self.workplaces)
-
-    def is_readable(self, path: str | bytes) -> bool:
-        """Whether a path is one of a library, of the system's about itself, of the input or of ours."""
-        name = os.path.abspath(os.fsdecode(path))  # noqa: PTH100  (links stay: a virtual environment may be one)
-        if name.startswith((*SYSTEM_FILES, *library_places())):
-            return True
-        return is_admitted(Path(os.path.realpath(name))) or self.is_ours(name)
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+        except Exception as error:  # validation raises a dozen kinds
+            raise_out_of_memory(error)
+            text = shorten(" ".join(str(error).split()), 200)
+            raise DamagedFileError(f"config.json is not accepted by transformers ({text}); repair it") from error
 
 
-WALL = Wall()
+def task_class(task: str, config: Any) -> Any:
+    """The class that does `task` for `config`'s architecture, by optimum's table and transformers' own; else None."""
+    from optimum.exporters.tasks import TasksManager
+
+    with contextlib.suppress(KeyError, ValueError, AttributeError):
+        auto = TasksManager.get_model_class_for_task(task, model_type=config.model_type)
+        found = auto._model_mapping[type(config)]  # noqa: SLF001  (there is no public way to ask)
+        return found[0] if isinstance(found, (list, tuple)) else found
+    return None
+
+
+def class_of_model(name: object, config: Any) -> Any:
+    """The class of transformers that `architectures` names, if it is a model for such a `config`; else None."""
+    transformers = import_transformers()
+    place = transformers._class_to_module.get(name, "") if isinstance(name, str) else ""  # noqa: SLF001
+    if not re.fullmatch(r"models\.\w+\.modeling_\w+", place) or place.startswith("models.auto."):
+        return None
+    found = getattr(transformers, str(name))
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and isinstance(config, found.config_class or ()) else None
+
+
+def choose_task(config: Any, options: Options, adapter: Adapter | None, *, embeds_sentences: bool) -> tuple[str, Any]:
+    """The task and the class for it: --task, what an adapter was trained for, or what config.json's class is for.
+
+    Raises UsageError that lists the tasks that fit.
+    """
+    from optimum.exporters.tasks import TasksManager
+
+    name = (getattr(config, "architectures", None) or [""])[0]
+    own = class_of_model(name, config)
+    fitting = {task: cls for task in TASKS if (cls := task_class(task, config)) is not None}
+    if own is not None and own not in fitting.values():  # a part, such as an encoder alone
+        fitting["feature-extraction"] = own
+    if options.task is not None:
+        given = options.task.removesuffix("-with-past")
+        task = given if given in TASKS else TasksManager.map_from_synonym(given)
+    else:
+        known = next((task for task, cls in fitting.items() if cls is own), None)
+        task, why = (known, f"its class, {name}") if known else (DEFAULT_TASK, "the default")
+        trained_for = (adapter.settings.name("task_type") or "") if adapter else ""
+        if ADAPTER_TASKS.get(trained_for) in fitting:
+            task, why = ADAPTER_TASKS[trained_for], f"the adapter's task_type, {trained_for}"
+        if embeds_sentences and "sentence-similarity" in fitting:
+            task, why = "sentence-similarity", "modules.json"
+        LOG.info(f"task: {task}, told by {why} (--task overrides)")
+    if task not in fitting:
+        fits = ", ".join(fitting) or "none"
+        raise UsageError(f"--task {task} does not fit a model of type {config.model_type}; it can do: {fits}")
+    return task, fitting[task]
+
+
+def load_pretrained(  # noqa: PLR0913, PLR0917
+    folder: Path,
+    config: Any,
+    weights: dict[str, Tensor],
+    task: str,
+    cls: Any,
+    adapter: Adapter | None,
+    options: Options,
+) -> FolderModel:
+    """The model with every weight that it needs, and with its `adapter`'s, in the dtype of --dtype.
+
+    Raises InputError where one lacks or has another shape.
+    """
+    own = adapter.own if adapter else {}
+    size = sum(tensor.nbytes for tensor in (*weights.values(), *own.values()))
+    what, advice = f"{options.input}: transformers cannot load it", "check config.json, and copy the whole folder again"
+    with naming(options.input), explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights) + len(own), size):
+        if adapter:
+            fit_config(folder, config, cls, adapter)
+        model, told = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=getattr(torch, DTYPE_NAMES[options.dtype]),
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are an error of our own below
+        )
+    resized = {name: sizes for name, *sizes in told["mismatched_keys"]}
+    for name in sorted(resized.keys() - own.keys()):
+        stored, wanted = resized[name]
+        sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
+        raise InputError(f"{options.input}: {sizes}; they do not belong together")
+    unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
+    missing = sorted(told["missing_keys"] - own.keys())
+    needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
+    if needed:
+        what = f"{options.input} lacks weights that {cls.__name__} needs for {task}: {and_more(needed, 3)}"
+        advice = "pass the --task that it was trained for, or the complete checkpoint"
+        raise InputError(f"{what}; {advice}")
+    if adapter:
+        merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
+    if extra := sorted(told["unexpected_keys"]):
+        LOG.info(f"{cls.__name__} has no place for {len(extra)} tensors of the checkpoint, such as {extra[0]}")
+    heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
+    return FolderModel(model.eval().requires_grad_(requires_grad=False).to(options.device), task, heads)
+
+
+def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
+    """The weights of a folder by transformers' names for their files, read inertly; ConversionError where one lacks.
+
+    safetensors first, whole or in shards; then pytorch_model.bin.
+    """
+    for name in WEIGHT_FILES:
+        if (folder / name).exists():
+            file = folder / name
+            if name.endswith(".bin"):  # what may be wrong with it names it
+                file = file.resolve()
+            content = state_dict_of(load(detect_file(file), trust=trust).content)
+            if content is None:
+                raise InputError(f"{name} does not hold a state dict; save the model again")
+            return content
+    raise InputError(
+        f"its weights are incomplete: none of {', '.join(WEIGHT_FILES)} is there; copy or download the whole folder"
+    )
+
+
+def pretrained_settings(settings: Settings) -> dict[str, Any]:
+    """What timm may know of a config.json's pretrained_cfg: sizes, statistics and layers, and no place of weights."""
+    given = settings.section("pretrained_cfg") or Settings({}, settings.where)
+    known: dict[str, Any] = {
+        "input_size": given.numbers("input_size", 3, 1, MAX_IMAGE_EDGE, whole=True),
+        "pool_size": given.numbers("pool_size", 2, 1, MAX_IMAGE_EDGE, whole=True),
+        "mean": given.numbers("mean", None, -MAX_STATISTIC, MAX_STATISTIC),
+        "std": given.numbers("std", None, -MAX_STATISTIC, MAX_STATISTIC),
+        "crop_pct": given.number("crop_pct", 0, 100),
+        "crop_mode": given.name("crop_mode"),
+        "interpolation": given.name("interpolation"),
+        "num_classes": given.integer("num_classes", 0, MAX_ARGUMENT),
+        "fixed_input_size": given.flag("fixed_input_size"),
+    }
+    for key in ("first_conv", "classifier"):  # the names of layers: one, or several
+        several = isinstance(given.content.get(key), list)
+        known[key] = tuple(given.names(key)) if several else given.name(key)
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def timm_model(folder: Path, weights: dict[str, Tensor], options: Options, run: Run) -> FolderModel:
+    """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
+
+    It is a classifier, or without classes its features.
+
+    transformers 5.23's own class for it refuses what timm 1.0.31 writes (num_classes among the model_args, too). Raises
+    InputError for an architecture that timm does not know, and weights that do not fit it.
+    """
+    timm = import_library("timm")
+    with naming(options.input):
+        settings = Settings(read_json(folder / "config.json"), "config.json")
+        name, config = settings.name("architecture"), pretrained_settings(settings)
+        arguments = {"num_classes": settings.integer("num_classes", 0, MAX_ARGUMENT)}
+        if model_args := settings.section("model_args"):
+            arguments |= architecture_arguments(model_args.content, model_args.where)
+        if not name or names_a_place(name) or not timm.is_model(name):
+            known = f"timm {timm.__version__} knows no architecture {shorten(repr(name), 60)}"
+            raise DamagedFileError(f"{known}; check config.json")
+        check_sizes(settings.content, weights)
+        size = sum(tensor.nbytes for tensor in weights.values())
+        what, advice = f"{options.input}: timm cannot build {name} as config.json says", "repair config.json"
+        with explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights), size), without_initialisation():
+            model = timm.create_model(name, pretrained=False, pretrained_cfg=config, checkpoint_path="", **arguments)
+    if len(preprocessing(model, None).size or ()) != 3 or not isinstance(getattr(model, "num_classes", None), int):
+        what = "needs an input_size and no features_only to be an image model"
+        raise InputError(f"{options.input}: config.json {what}; repair it")
+    model = (
+        model.eval().requires_grad_(requires_grad=False).to(options.device, getattr(torch, DTYPE_NAMES[options.dtype]))
+    )
+    if refusal := load_weights(model, store_all(weights, options, run)):
+        misfit = describe_misfit(model, weights) or refusal
+        raise InputError(f"{options.input}: its weights do not fit {name} of config.json: {misfit}; copy both again")
+    task = "image-classification" if model.num_classes else "feature-extraction"
+    if options.task not in (None, task):
+        raise UsageError(f"--task {options.task} does not fit this model of timm; it can do: {task}")
+    facts = {"preprocessing": preprocessing(model, None).metadata()}
+    if labels := settings.names("label_names"):
+        facts["id2label"] = json.dumps({str(place): label for place, label in enumerate(labels)})
+    return FolderModel(model, task, of_timm=True, facts=facts)
+
+
+def module_folder(module: Settings) -> str:
+    """The folder of a module of sentence-transformers, beside modules.json or "" for that folder itself."""
+    name = module.name("path") or ""
+    if name and not is_file_name(name):
+        raise module.misfit("path", "the name of a folder beside it")
+    return name
+
+
+def sentence_steps(folder: VettedFolder, *, trust: bool) -> list[SentenceStep]:
+    """What a sentence-transformers folder does with the states: functions of states, mask and the vector so far.
+
+    Raises InputError for a module that is not known. Without modules.json the mean, as
+    sentence-transformers itself does.
+    """
+    if "modules.json" not in folder.files:
+        LOG.warn("no modules.json says how words become a sentence: it is their mean, as sentence-transformers does")
+        return [pooling_step(["mean"])]
+    steps: list[SentenceStep] = []
+    with naming(folder.path):
+        for module in folder.modules()[1:]:
+            kind = (module.name("type") or "").rpartition(".")[2]
+            if kind == "Pooling":
+                steps.append(pooling_step(pooling_modes(module_settings(folder, module))))
+            elif kind == "Normalize":
+                steps.append(lambda _states, _mask, vector: torch.nn.functional.normalize(vector, dim=-1))
+            elif kind == "Dense":
+                steps.append(dense_step(folder, module, trust=trust))
+            else:
+                raise module.misfit("type", "Pooling, Normalize or Dense, which are all that is known here")
+    return steps
+
+
+def module_settings(folder: VettedFolder, module: Settings) -> Settings:
+    """The settings of a module of sentence-transformers."""
+    name = f"{module_folder(module)}/config.json".lstrip("/")
+    return Settings(parse_json(read_bounded(folder.path / name, MAX_JSON_BYTES, name), name), name)
+
+
+def pooling_modes(settings: Settings) -> list[str]:
+    """How words become a sentence, by the settings of a Pooling module; raises DamagedFileError for unknown ways."""
+    named = settings.content.get("pooling_mode")
+    modes = [named] if isinstance(named, str) else settings.names("pooling_mode")
+    flags = [key for key in settings.content if key.startswith("pooling_mode_") and settings.flag(key)]
+    modes = modes or [POOLING.get(key, key) for key in flags]
+    unknown = [mode for mode in modes if mode not in POOLING.values()]
+    if len(set(modes)) < len(modes):
+        raise settings.misfit("pooling_mode", "a list of different names")
+    if unknown or not modes:
+        what = f"the pooling mode {shown(unknown[0])}, which is not known here" if unknown else "no pooling mode"
+        raise DamagedFileError(f"{settings.where} names {what}; it can be {', '.join(POOLING.values())}")
+    return [mode for mode in POOLING.values() if mode in modes] if flags else modes
+
+
+def pooling_step(modes: Sequence[str]) -> SentenceStep:
+    """The vectors of all `modes`, one after the other."""
+    return lambda states, mask, _: torch.cat([pool_states(states, mask, mode) for mode in modes], -1)
+
+
+def dense_step(folder: VettedFolder, module: Settings, *, trust: bool) -> SentenceStep:
+    """The Dense module of sentence-transformers: a linear layer and its activation."""
+    settings, name = module_settings(folder, module), module_folder(module)
+    activation = (settings.name("activation_function") or "torch.nn.Identity").rpartition(".")[2]
+    if activation not in ACTIVATIONS:
+        raise settings.misfit("activation_function", "an activation of torch.nn that is known here")
+    files = [f"{name}/{file}" for file in ("model.safetensors", "pytorch_model.bin")]
+    file = next((file for file in files if os.path.lexists(folder.path / file)), files[0])
+    there = os.path.lexists(folder.path / file)
+    weights = state_dict_of(load(detect_file(folder.path / file), trust=trust).content) if there else None
+    if not weights or "linear.weight" not in weights:
+        raise DamagedFileError(f"{name} has no linear.weight; copy or download the whole folder")
+    matrix, bias = weights["linear.weight"], weights.get("linear.bias")
+    if matrix.dim() != 2 or not matrix.is_floating_point() or (bias is not None and bias.shape != matrix.shape[:1]):
+        raise DamagedFileError(f"{name} has a linear.weight or linear.bias that make no layer; download it again")
+    function = getattr(torch.nn, activation)()
+    return lambda _states, _mask, vector: function(torch.nn.functional.linear(vector, matrix, bias))
+
+
+def load_folder_model(
+    outer: VettedFolder, folder: Path, adapter: Adapter | None, options: Options, run: Run
+) -> FolderModel:
+    """The model in `folder`, the staged files of the vetted one, with the adapter and the sentence steps of `outer`."""
+    unusual = f"{outer.path}: config.json asks for what cannot be made"
+    wall = WALL.up(run.staging, unless=has_own_code(options))
+    with LOG.step(f"load: {outer.path}"), wall, naming(outer.path), explained(ExitStatus.INPUT, unusual, "repair it"):
+        weights = load_folder(folder, trust=options.trust_pickle)
+        if is_timm(read_json(folder / "config.json")):
+            if adapter:
+                raise InputError(f"{outer.path}: the adapter's base is a model of timm; {MERGE_IT}")
+            found = timm_model(folder, weights, options, run)
+            check_room(found.model, run)
+            return found
+        config = read_config(folder, weights, options)
+        sentences = "modules.json" in outer.files
+        task, cls = choose_task(config, options, adapter, embeds_sentences=sentences)
+        is_pair = config.is_encoder_decoder and task in GENERATION_TASKS
+        if is_pair:
+            check_pair_options(options)
+        steps: Sequence[SentenceStep] = ()
+        if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
+            steps = sentence_steps(outer, trust=options.trust_pickle)
+        found = load_pretrained(folder, config, store_all(weights, options, run), task, cls, adapter, options)
+        check_room(found.model, run, copies=2 if is_pair else 1)  # the decoder: twice, then merged
+    return found._replace(steps=steps, facts=label_metadata(found.model.config))
+
+
+def check_options(options: Options) -> None:
+    """Raise UsageError for options of the other modes."""
+    if options.mode not in ("auto", "huggingface"):
+        raise UsageError(f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files")
+    if options.dtype == "bf16" and options.device == "cpu" and not options.no_verify:
+        raise UsageError(
+            "--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass --dtype fp16, or "
+            "--no-verify for a graph without proof"
+        )
+    for name in ("model_class", "checkpoint_key", "input_shape", "dynamic_axes", "model_args", "allow_class"):
+        if getattr(options, name):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out")
+
+
+def check_pair_options(options: Options) -> None:
+    """Raise UsageError for options that an encoder and its decoder cannot have."""
+    if options.output.name != "model.onnx":
+        raise UsageError(f"-o {options.output}: this model becomes an encoder and a decoder; name a directory")
+    for flag, given in (("--static", options.static), ("--no-cache", options.no_cache)):
+        if given:
+            what = f"{flag}: this model becomes an encoder and a decoder, whose cache grows"
+            raise UsageError(f"{what}; leave {flag} out")
+
+
+def vet_inner_folder(outer: VettedFolder, adapter: Adapter | None, *, trust: bool) -> VettedFolder:
+    """The folder that has the config.json: the adapter's base's, or the first module's of sentence-transformers."""
+    if adapter and not adapter.base.samefile(outer.path):
+        outer = vet_folder(adapter.base, trust=trust)
+    if "modules.json" in outer.files and "config.json" not in outer.files:
+        with naming(outer.path):
+            name = module_folder(outer.modules()[0]) if outer.modules() else ""
+        if name and (outer.path / name).is_dir():
+            return vet_folder(outer.path / name, trust=trust)
+    return outer
+
+
+def graphs_of(found: FolderModel, folder: Path, options: Options) -> list[Graph]:
+    """The graphs that the model becomes."""
+    if found.of_timm:
+        return [timm_graph(found.model, "logits" if found.model.num_classes else "pooler_output")]
+    if found.task == "text-generation":
+        return [decoder_graph(found, cached=not options.no_cache, verified=not options.no_verify)]
+    if found.task in GENERATION_TASKS and found.model.config.is_encoder_decoder:
+        encoder = encoder_graph(found)
+        return [encoder, *decoder_graphs(found, encoder)]
+    return [single_graph(found, folder)]
+
+
+def merged_decoder(model: Any, jobs: Sequence[Job], options: Options, run: Run) -> Job:
+    """The two decoders as one graph, compared as both and by generating; raises ConversionError (VERIFY)."""
+    encoder, first, following = jobs
+    flag = InputSpec(CACHE_FLAG, (1,), torch.bool)
+    specs = list({spec.name: spec for spec in (*first.specs, *following.specs, flag)}.values())
+    cases = [widen_case(case, specs, cached=False) for case in first.cases]
+    cases += [widen_case(case, specs, cached=True) for case in following.cases]
+    check = None
+    if not options.no_verify:
+        what = "nothing can be compared, since PyTorch itself cannot generate with this model"
+        with explained(ExitStatus.VERIFY, what, "repair config.json, or pass --no-verify for graphs without proof"):
+            expected = generate_from_encoder(model, encoder)
+        check = functools.partial(check_encoder_decoder, expected, specs, run.produced)
+    parts = (first.file, following.file)
+    return first._replace(
+        specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check, parts=parts, written=True
+    )
+
+
+def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
+    """`case` with the inputs of the other branch, which it does not look at, and with the outputs that it hands on."""
+    sizes = {
+        symbol: case.inputs[spec.name].shape[axis]
+        for spec in specs
+        if spec.name in case.inputs
+        for axis, symbol in spec.axes.items()
+    }
+    inputs = {spec.name: np.zeros(spec.resized({PAST: 0, **sizes}), numpy_dtype(spec)) for spec in specs}
+    inputs |= {**case.inputs, CACHE_FLAG: np.array([cached])}
+    handed = {name.replace("past_key_values", "present", 1): array for name, array in case.inputs.items()}
+    outputs = case.outputs | {name: array for name, array in handed.items() if ".encoder." in name}
+    return Case(f"{case.label} {CACHE_FLAG}:{cached}", inputs, outputs)
+
+
+def plan_graph(graph: Graph, options: Options) -> Job:
+    """PyTorch's answers for the graph's examples at all its sizes."""
+    reference = Reference(graph.module, graph.specs, options, graph.examples)
+    cases = []
+    for seed, sizes in enumerate(graph.sizes[: 1 if options.static else None]):
+        try:
+            cases.append(reference.run(sizes, seed))
+        except RejectedInputError as error:
+            raise ConversionError(
+                ExitStatus.EXPORT, f"the model does not run at {sizes}: {error}; try another --task"
+            ) from error.__cause__
+    if not options.no_verify:
+        check_deterministic(reference, cases[0], graph.sizes[0], 0)
+        check_outputs(cases[0])
+        cases = [case._replace(outputs=mask_padding(case.outputs, case.inputs)) for case in cases]
+        for case in cases:
+            check_finite(case)
+    traced = reference.tensors(graph.sizes[0], 0)
+    if options.static:
+        graph = graph._replace(specs=[spec._replace(axes={}) for spec in graph.specs], further_checks=None)
+    specs = [spec._replace(dims=tuple(tensor.shape)) for spec, tensor in zip(graph.specs, traced, strict=True)]
+    file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
+    checks = graph.further_checks
+    return Job(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
+
+
+def label_metadata(config: Any) -> dict[str, str]:
+    """The labels of a classifier as metadata."""
+    labels = getattr(config, "id2label", None)
+    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
+        return {}
+    return {"id2label": json.dumps({str(key): label for key, label in labels.items()})} if labels else {}
+
+
+def prepare_for_export(model: Any) -> None:
+    """Let mixtures of experts and chunked attention run as exporters can follow them, after PyTorch's answers."""
+    from transformers import PreTrainedConfig
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
+    model.set_experts_implementation("pt2onnx")
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config.onnx_export = True  # Longformer and LED look for it
+
+
+def folder_digest(*folders: Path) -> str:
+    """SHA-256 of the names and digests of the folders' own files; of the same folder twice, once."""
+    files = [
+        file
+        for folder in dict.fromkeys(folders)
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not file.name.startswith(".")
+    ]
+    text = "\n".join(f"{file.name} {file_digest(file)}" for file in files)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def side_files(folder: Path) -> list[Path]:
+    """What a user of the model needs beside the graph: configuration, tokenizer, processor, chat template."""
+    files = [entry for entry in sorted(folder.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
+    return [file for file in files if SIDE_FILES.fullmatch(file.name)]
+
+
+def check_side_files(folder: Path, options: Options) -> None:
+    """Before the work begins: would files of another model be replaced? Raises UsageError.
+
+    Those that an earlier conversion left beside its graph, which is replaced too, may be, unless weights are there.
+    """
+    targets = {file: options.folder / file.name for file in side_files(folder)}
+    others = [
+        target.name for file, target in targets.items() if os.path.lexists(target) and not same_content(file, target)
+    ]
+    if not others:
+        return
+    names = and_more(others, 3)
+    graphs = [options.output, options.output.with_name("encoder_model.onnx")]
+    if any((options.folder / name).exists() for name in WEIGHT_FILES) or not any(map(is_our_graph, graphs)):
+        what = f"{names} with other content would be replaced there"
+        raise UsageError(f"-o {options.folder}: {what}; choose another directory, or remove what is not needed")
+    LOG.warn(f"{names} of an earlier conversion in {options.folder} will be replaced")
+
+
+def is_our_graph(path: Path) -> bool:
+    """Whether `path` is a graph of an earlier conversion: a protobuf message begins with its lowest fields."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"\x12\x07pt2onnx" in file.read(32)  # field 2, producer_name, of 7 bytes
+
+
+def stage_side_files(folder: Path, target: Path) -> None:
+    """Copy what belongs beside the graph."""
+    target.mkdir()
+    for file in side_files(folder):
+        with open_input(file) as content, (target / file.name).open("wb") as copied:
+            shutil.copyfileobj(content, copied)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adapters: LoRA's weights, added to those of the model that they were trained on
+#
+# Takes a folder with an adapter and the model, whose weights it changes. What settings and tensors mean is peft's to
+# say: https://huggingface.co/docs/peft/package_reference/lora, and in peft 0.21.2 tuners/lora/layer.py
+# (get_delta_weight, merge), tuners/lora/dora.py (get_weight_norm), utils/save_and_load.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rewrite_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Put other settings in the place of a file in the folder that transformers reads."""
+    file.unlink()
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    admit(file)  # it is the changed one that is read from now on
+
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# What an adapter's folder has of its own beside the weights: it wins over the base's.
+PROCESSOR_FILES = re.compile(
+    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|spiece|sentencepiece|chat_template|(pre)?processor).*"
+)
+ADAPTER_TASKS = {  # of peft's TaskType
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+# Settings with which an adapter is more than products that are added to weights.
+BEYOND_LORA = ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+               "kasa_config", "monteclora_config", "trainable_token_indices", "target_parameters")  # fmt: skip
+# Initialisations that leave the base as it is; the others (pissa, olora, corda, lora_ga, loftq) take something off it.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+LORA_TENSOR = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<part>A|B|magnitude_vector)(\.(?P<kind>weight|bias))?")
+# A key of rank_pattern or alpha_pattern, a regular expression: of two repetitions at most, more may take for ever.
+LAYER_PATTERN = re.compile(r"(?!(.*[*+]){3})[^(){}?]+")
+MAX_PATTERNS = 2000  # each is tried for each layer: one for each of 80 blocks' seven layers are 560
+HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)  # the oldest models have no owner there
+REVISION = re.compile(r"[\w.-]{1,100}", re.ASCII)
+MERGE_IT = "merge it where it was trained (merge_and_unload of peft), and pass the saved result"
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter: its folder, its base's, its settings, tensors that replace the base's, LoRA's parts by layer."""
+
+    folder: Path
+    base: Path
+    settings: Settings
+    own: dict[str, Tensor]
+    layers: dict[str, dict[str, Tensor]]
+    beneath: frozenset[str]  # those of `own` that lie under LoRA's parts: the base's, saved since tokens were added
+
+
+def check_adapter(settings: Settings) -> None:
+    """Raise DamagedFileError for an adapter that is not LoRA, or whose settings cannot be used."""
+    kind, start = settings.content.get("peft_type"), settings.content.get("init_lora_weights")
+    if kind != "LORA":
+        what = f"the adapter's peft_type is {shown(kind)}, and only LORA can be merged here"
+        raise DamagedFileError(f"{what}; {MERGE_IT}")
+    beyond = [key for key in BEYOND_LORA if settings.content.get(key)]
+    if isinstance(start, (dict, list)) or start not in PLAIN_STARTS:
+        beyond.append(f"init_lora_weights {shown(start)}")
+    if beyond:
+        raise DamagedFileError(f"the adapter is more than plain LoRA ({beyond[0]}); {MERGE_IT}")
+    settings.integer("r", 1, MAX_ARGUMENT)
+    settings.number("lora_alpha", -MAX_ARGUMENT, MAX_ARGUMENT)
+    settings.name("task_type")
+    for flag in ("use_dora", "use_rslora"):
+        settings.flag(flag)
+    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = settings.section(key) or Settings({}, key)
+        if len(patterns.content) > MAX_PATTERNS:
+            raise settings.misfit(key, f"one of {MAX_PATTERNS} patterns at most")
+        for pattern in patterns.content:
+            patterns.integer(pattern, 1, MAX_ARGUMENT) if whole else patterns.number(
+                pattern, -MAX_ARGUMENT, MAX_ARGUMENT
+            )
+            check_layer_pattern(pattern, patterns.where)
 
 
 @functools.cache
-def library_places() -> tuple[str, ...]:
-    """Where Python's own modules, installed packages and this script lie, each path with a slash at its end."""
-    import sysconfig
-
-    places = {*library_folders(), *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))}
-    folders = {f"{form}{os.sep}" for place in places for form in (place, place.resolve())}
-    return tuple({*folders, str(ARCHITECTURES), __file__})
+def layer_pattern(key: str) -> re.Pattern[str]:
+    """What finds the layers that a key of rank_pattern or alpha_pattern is for, compiled once for all layers."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
-def is_importing() -> bool:
-    """Whether an import is under way: the code of installed packages, whose names do not come from the input."""
-    frame: Any = sys._getframe()  # noqa: SLF001  (the documented way to look at the stack)
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
-        frame = frame.f_back
-    return frame is not None
-
-
-# What running an input may take. A model of a few megabytes answers within a second; the size of the file counts, since
-# large models are slow and slow disks are, too. Who gives the shapes knows how long these take.
-CODE_SECONDS = 5  # for the code of an archive
-RUN_SECONDS = 20  # for that of a library, which ends, and for opening a file
-BYTES_PER_SECOND = 10_000_000
-SHAPE_FACTOR = 20  # times as long, where --input-shape says what is to be run
-LATER_RUNS = 40  # times as long as the first run: batches of 5, and longer axes; ...
-MOST_LATER = 3  # ... but no more than so many times what the first one may
-REFERENCE_RUNS = 5  # what all runs for PyTorch's answers may take together
-CONVERSION_RUNS = 40  # what an archive's conversion may take: its code runs again in the exporters and ONNX Runtime
-GRAPH_RUNS = 10  # runs that a Hugging Face model's graphs take beside the cases: caches, generated tokens
-RUN_BYTES = 1 << 30  # of memory beyond four times the file's size, for building a model and for its first run
-LATER_BYTES = 4 << 30  # the same for larger batches and longer axes, and for the exporters and the verification
-LATER_FACTOR = 8  # times what the first run took, at most LATER_BYTES
-
-
-def run_seconds(options: Options, *, own_code: bool) -> float:
-    """Seconds that one run of the input's model may take (--run-timeout); `own_code`: an archive brought the code."""
-    if options.run_timeout is not None:
-        return float(options.run_timeout)
-    seconds = (CODE_SECONDS if own_code else RUN_SECONDS) + input_size(options.input) / BYTES_PER_SECOND
-    return seconds * (SHAPE_FACTOR if options.input_shape else 1)
-
-
-def input_size(path: Path) -> int:
-    """Bytes of a file; of a folder, of all files right in it; 0 of what is not there (a model on the hub)."""
-    with contextlib.suppress(OSError):
-        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
-    return 0
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """End this process by SIGALRM, of which the supervisor says why, when what is in context takes longer.
-
-    A loop in C++ code that holds Python's lock listens to nothing less.
-    """
-    start = time.monotonic()
-    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+def check_layer_pattern(pattern: str, where: str) -> None:
+    """Raise DamagedFileError for a regular expression that is none, or that could search for ever."""
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, max(outer - time.monotonic() + start, 1e-3) if outer else 0)
+        usable = len(pattern) <= 1000 and LAYER_PATTERN.fullmatch(pattern) and re.compile(pattern)
+    except re.error:
+        usable = None
+    if not usable:
+        raise DamagedFileError(f"{where} has {shown(pattern)}, a pattern that cannot be used; {MERGE_IT}")
 
 
-def free_bytes(options: Options, base: int) -> int | None:
-    """Bytes of memory that running the input's model may take; None where the user said what is to be run."""
-    if options.input_shape or options.run_timeout is not None:
+def read_adapter(folder: VettedFolder, options: Options) -> Adapter | None:
+    """The adapter in a vetted folder; None where there is none. Raises ConversionError."""
+    if "adapter_config.json" not in folder.files:
+        check_no_base(options)
         return None
-    return base + 4 * input_size(options.input)
+    own: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
+    with naming(folder.path):
+        settings = folder.settings("adapter_config.json")
+        check_adapter(settings)
+        for name, tensor in adapter_tensors(folder.path, options).items():
+            place = name.removeprefix("base_model.model.")
+            if match := LORA_TENSOR.fullmatch(place):
+                layers.setdefault(match["layer"], {})["bias" if match["kind"] == "bias" else match["part"]] = tensor
+            else:
+                own[place.replace(".base_layer.", ".")] = tensor
+        base = base_folder(folder.path, settings, options)
+    beneath = frozenset(name for name in own if name.rpartition(".")[0] in layers)
+    return Adapter(folder.path, base, settings, own, layers, beneath)
 
 
-def memory_bytes(field: str) -> int:
-    """Bytes of this process: "VmData" (what RLIMIT_DATA counts), "VmRSS" (in memory now), "VmHWM" (its peak so far)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]  # see proc(5)
+def adapter_tensors(folder: Path, options: Options) -> dict[str, Tensor]:
+    """The tensors of an adapter, read inertly; raises DamagedFileError where there are none."""
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
+    tensors = state_dict_of(load(detect_file(file), trust=options.trust_pickle).content) if file else None
+    if not tensors:
+        raise DamagedFileError(f"it has no weights, neither {' nor '.join(ADAPTER_FILES)}; copy or download them")
+    check_weights(tensors.values(), folder)
+    return tensors
 
 
-@contextlib.contextmanager
-def memory_bound(extra: int | None, what: str, advice: str) -> Iterator[None]:
-    """Let allocations fail beyond `extra` bytes more than this process has now; None, or no Linux: no bound.
+def base_folder(folder: Path, settings: Settings, options: Options) -> Path:
+    """The folder of the model that an adapter belongs to: what --base names, else one inside the adapter's own folder.
 
-    Raises DamagedFileError that says that `what` takes too much, unless a smaller limit of the user's own (ulimit) was
-    reached: then the MemoryError stays.
+    A file is never followed to another place, on this machine or on the hub. Raises DamagedFileError, or
+    InputError, that says how to supply it.
     """
-    import resource
+    recorded = settings.name("base_model_name_or_path") or "."
+    base = (
+        base_from_option(options.base, recorded, settings, options) if options.base else base_beside(folder, recorded)
+    )
+    if base is None:
+        advice = base_advice(folder, recorded)
+        raise DamagedFileError(f"the adapter was trained on {shown(recorded)}, which is not in its folder: {advice}")
+    if base.samefile(folder):
+        if not (base / "config.json").exists():
+            raise DamagedFileError("the adapter names no base model: pass --base FOLDER, or --base OWNER/MODEL")
+    elif (base / "adapter_config.json").exists():
+        raise DamagedFileError(f"the adapter's base model, {shown(base.name)}, is an adapter itself; merge that first")
+    return base
 
-    if extra is None or sys.platform != "linux":
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = memory_bytes("VmData") + extra + (os.cpu_count() or 1) * THREAD_STACK
-    known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    ours = not [limit for limit in known if limit < wanted] and resource.getrlimit(resource.RLIMIT_AS)[0] < 0
-    resource.setrlimit(resource.RLIMIT_DATA, (min(wanted, *known) if known else wanted, hard))
-    try:
-        yield
-    except Exception as error:
-        if ours and is_out_of_memory(error):
-            message = f"{what} takes more than {size_text(extra)} of memory beside its weights; {advice}"
-            raise DamagedFileError(message) from error
-        raise
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+def base_beside(folder: Path, recorded: str) -> Path | None:
+    """The folder inside an adapter's own that its settings name; None where they name another place."""
+    place = Path(os.path.normpath(recorded))
+    if not all(map(is_file_name, place.parts)) or not (folder / place).is_dir():
+        return None
+    base, root = (folder / place).resolve(), folder.resolve()
+    return base if base == root or root in base.parents else None
+
+
+def base_from_option(name: str, recorded: str, settings: Settings, options: Options) -> Path:
+    """The folder, or the model of the hub, that --base names; that one in the revision which the adapter records."""
+    if (base := Path(name)).is_dir():
+        admit(base)
+        return base.resolve()
+    if not HUB_NAME.fullmatch(name):
+        raise UsageError(f"--base {name}: there is no such folder, nor can the hub have it")
+    revision = settings.name("revision") if name == recorded else None
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise settings.misfit("revision", "a branch, tag or commit")
+    LOG.info(f"adapter: its base model is {name}")
+    return download(name, revision, options, otherwise="or pass --base FOLDER").path
+
+
+def base_advice(folder: Path, recorded: str) -> str:
+    """The option that supplies an adapter's base, ready to be copied where the recorded name is harmless."""
+    import shlex
+
+    usual = "pass --base FOLDER, or --base OWNER/MODEL to download it"
+    if not recorded.isprintable() or len(recorded.encode(errors="replace")) > 200 or recorded.startswith("-"):
+        return usual
+    beside = Path(os.path.normpath(folder / recorded))
+    if beside.is_dir():
+        return f"pass --base {shlex.quote(str(beside))}"
+    if HUB_NAME.fullmatch(recorded):
+        return f"pass --base {shlex.quote(recorded)} to download it, or --base FOLDER"
+    return usual
+
+
+def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
+    """Let `config`, and config.json in `folder`, have as many labels and tokens as the adapter's own tensors have."""
+    with torch.device("meta"):
+        expected = cls(copy.deepcopy(config)).state_dict()
+    told: dict[str, Any] = {"architectures": [cls.__name__]}
+    for name, tensor in adapter.own.items():
+        if name not in expected or not tensor.dim() or tensor.shape == expected[name].shape:
+            continue
+        if expected[name].shape[0] == config.num_labels:
+            config.num_labels = tensor.shape[0]
+            told |= {"id2label": config.id2label, "label2id": config.label2id}
+        elif expected[name].shape[0] == getattr(config, "vocab_size", None):
+            told["vocab_size"] = config.vocab_size = tensor.shape[0]
+    content = read_json(folder / "config.json") | told
+    rewrite_settings(folder / "config.json", content)
+
+
+def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
+    """Replace the tensors of `model` that the adapter brings whole, and merge LoRA's products into its layers.
+
+    `lost` are those that the base's files do not have in their sizes. Raises InputError for a tensor that
+    has no place, and where another is tied to a lost one.
+    """
+
+    def misfit(what: str) -> ConversionError:
+        advice = "pass the --task that it was trained for, or its true base with --base"
+        where = f"{adapter.folder}: the adapter does not fit {type(model).__name__} of {adapter.base}"
+        return InputError(f"{where}: {shorten(what, 300)}; {advice}")
+
+    expected, own = model.state_dict(keep_vars=True), {}
+    for name, tensor in adapter.own.items():
+        if name not in expected:
+            raise misfit(f"that has no {name}")
+        if tensor.shape != expected[name].shape:
+            raise misfit(f"{name} is {shape_text(tensor.shape)}, not {shape_text(expected[name].shape)}")
+        sharing = [other for other in expected if expected[other] is expected[name]] if name in lost else [name]
+        lacking = [other for other in sharing if other not in adapter.own]
+        if lacking and name not in adapter.beneath:
+            raise misfit(f"{lacking[0]} is tied to {name}, but the adapter resizes that alone")
+        own |= dict.fromkeys([name, *lacking], tensor.to(expected[name].dtype))
+    model.load_state_dict(own, strict=False, assign=True)
+    with torch.no_grad():
+        for name, parts in adapter.layers.items():
+            try:
+                merge_layer(model.get_submodule(name), parts, name, adapter.settings)
+            except (AttributeError, ValueError) as error:
+                raise misfit(f"{name}: {error}") from None
+    LOG.info(f"adapter: merged into {len(adapter.layers)} layers of {adapter.base}; {len(own)} tensors replaced")
+
+
+def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Settings) -> None:
+    """Add LoRA's product to the weight of `layer`, and scale its rows to DoRA's magnitudes; ValueError for a misfit."""
+
+    def setting(patterns: str, otherwise: str) -> float:
+        known = settings.content.get(patterns) or {}
+        fitting = (value for key, value in known.items() if layer_pattern(key).match(name))
+        usual = settings.content.get(otherwise)
+        return next(fitting, 8 if usual is None else usual)
+
+    conv1d = import_library("transformers.pytorch_utils").Conv1D
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if not isinstance(layer, (nn.Linear, nn.Embedding, conv1d, *convolutions)) or getattr(layer, "groups", 1) > 1:
+        raise ValueError(f"a {type(layer).__name__} is no layer that LoRA can be merged into here")
+    turned = isinstance(layer, (nn.Embedding, conv1d))  # its weight has a column, not a row, for each output
+    weight, rank = layer.weight.detach(), setting("rank_pattern", "r")
+    rows = (weight.t() if turned else weight.flatten(1)).float()
+    wanted = {"A": (rank, rows.shape[1]), "B": (rows.shape[0], rank)}
+    if settings.flag("use_dora"):
+        wanted["magnitude_vector"] = (rows.shape[0],)
+    if "bias" in parts and getattr(layer, "bias", None) is not None:
+        wanted["bias"] = (rows.shape[0],)
+    flat = {
+        part: (value.flatten(1) if part in "AB" and value.dim() > 1 else value.flatten()).float()
+        for part, value in parts.items()
+    }
+    found = {part: tuple(value.shape) for part, value in flat.items()}
+    if rank < 1 or found != wanted:
+        raise ValueError(f"LoRA's parts have the sizes {found}, not {wanted}")
+    scale = setting("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if settings.flag("use_rslora") else rank)
+    rows = rows + scale * (flat["B"] @ flat["A"])
+    if settings.flag("use_dora"):
+        rows *= flat["magnitude_vector"][:, None] / rows.norm(dim=1, keepdim=True)
+    merged = (rows.t() if turned else rows).reshape(weight.shape).to(weight.dtype).contiguous()
+    layer.weight = nn.Parameter(merged, requires_grad=False)  # where another layer shares it, that keeps the base's
+    if "bias" in flat:
+        bias = (layer.bias.float() + scale * flat["bias"]).to(layer.bias.dtype)
+        layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# detect: what a path holds, told by its content and without importing anything heavy
+# detect: what the input is, told by its content and without importing anything heavy
+#
+# Takes what the user named, gives a Source and admits its files (see "files"); fetches a model from the hub.
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-class Kind(IntEnum):
-    """What an input file is."""
-
-    CHECKPOINT = 0  # torch.save, zip layout (PyTorch 1.6 and newer)
-    LEGACY_CHECKPOINT = 1  # torch.save before 1.6, or a plain pickle
-    TORCHSCRIPT = 2
-    EXPORTED_PROGRAM = 3
-    SAFETENSORS = 4
-    HUGGINGFACE = 5
-    HUB_ID = 7  # owner/model on the Hugging Face hub
-    SHARDED_WEIGHTS = 6  # an index file, NAME.safetensors.index.json or NAME.bin.index.json
-
-
-class Source(NamedTuple):
-    """An input, what it is, and how that was told."""
-
-    path: Path
-    kind: Kind
-    why: str
-
-
-# Files that people pass by mistake: how they begin, and what to do about them.
-MISTAKES: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull"),
-    (b"<!DOCTYPE", "an HTML page, probably a download that failed; download the file again"),
-    (b"<!doctype", "an HTML page, probably a download that failed; download the file again"),
-    (b"<html", "an HTML page, probably a download that failed; download the file again"),
-    (b"GGUF", "a GGUF file of llama.cpp; pass the original PyTorch or safetensors model"),
-    (b"\x89HDF\r\n", "an HDF5 file (Keras?), not a PyTorch model"),
-    (b"\x93NUMPY", "a NumPy array, not a PyTorch model"),
-    (b"\x1f\x8b", "gzip-compressed; unpack it first"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
-    (b"\x08\x03\x12", "an ONNX model already, by the look of it"),
-    (b"\x08\x08\x12", "an ONNX model already, by the look of it"),
-)
-MAX_INDEX_BYTES = 64 << 20  # of the JSON that says which shard holds which tensor; a model of 10**6 tensors has 100 MB
-PICKLE_STARTS = (b"\x80", b"}", b"]", b"(", b"c")  # PROTO, or protocol 0's first opcodes
 HUB_ID = re.compile(r"(?!.*\.(pt|pth|pt2|bin|ckpt|onnx|zip|json|safetensors)$)[\w-][\w.-]*/[\w.-]+")  # owner/model
 
 
@@ -1030,58 +2465,6 @@ def detect(path: Path) -> Source:
     return source
 
 
-def detect_file(path: Path) -> Source:
-    """Tell what a file of the input holds from its content; raises InputError with advice, or OSError."""
-    try:
-        with open_input(path) as file:
-            head = file.read(512)
-            is_index = head[:1] == b"{" and b'"weight_map"' in head + file.read(MAX_INDEX_BYTES)
-    except (RefusedFileError, DamagedFileError) as error:
-        raise ConversionError(error.status, f"{path}: {error}") from None
-    if not head:
-        raise InputError(f"{path} is empty; copy or download it again")
-    if head.startswith(b"PK\x03\x04"):
-        return detect_zip(path)
-    for start, what in MISTAKES:
-        if head.startswith(start):
-            raise InputError(f"{path} is {what}")
-    if head[8:9] == b"{" and (head[6:8] == b"\0\0" or not head.startswith(PICKLE_STARTS)):
-        return Source(path, Kind.SAFETENSORS, "it begins with a safetensors header")
-    if is_index:
-        return Source(path, Kind.SHARDED_WEIGHTS, "it is JSON with a weight_map")
-    if head[257:262] == b"ustar":
-        raise InputError(f"{path} is a tar archive (PyTorch before 0.1.10?); open it there and save it again")
-    if head.startswith(PICKLE_STARTS) and not head.isascii():
-        return Source(path, Kind.LEGACY_CHECKPOINT, "it begins as a pickle")
-    what = "a text file" if head.isascii() else "no format that PyTorch writes"
-    raise InputError(f"{path} is {what}; pass a .pt, TorchScript, .pt2 or safetensors file")
-
-
-def detect_zip(path: Path) -> Source:
-    """Tell the zip layouts of PyTorch apart by the records that only one of them has."""
-    try:
-        with open_input(path) as file, zipfile.ZipFile(file) as archive:
-            names = {name.partition("/")[2] for name in archive.namelist()}
-    except Exception as error:  # zipfile raises a dozen kinds for damaged directories
-        message = f"{path} is a damaged or truncated archive ({first_line(error)}); copy or download it again"
-        raise InputError(message) from None
-    if any(name.startswith((".data/extern", ".data/python")) for name in names):
-        raise ConversionError(
-            ExitStatus.REFUSED,
-            f"{path} is a torch.package archive: it carries Python source that would have to be executed; "
-            "save the model itself with torch.save or torch.export.save",
-        )
-    if "constants.pkl" in names:
-        return Source(path, Kind.TORCHSCRIPT, "the archive has constants.pkl, as torch.jit.save writes")
-    if "archive_format" in names:
-        return Source(path, Kind.EXPORTED_PROGRAM, "the archive has archive_format, as torch.export.save writes")
-    if "serialized_exported_program.json" in names or ("version" in names and "data.pkl" not in names):
-        raise InputError(f"{path} has an old .pt2 layout; save it again with PyTorch 2.8 or newer")
-    if "data.pkl" in names:
-        return Source(path, Kind.CHECKPOINT, "the archive has data.pkl, as torch.save writes")
-    raise InputError(f"{path} is a zip archive, but none that PyTorch writes")
-
-
 # Directories that other programs write: a name (or how it ends) that tells them, what they are and what to do.
 DIRECTORIES: tuple[tuple[str, str], ...] = (
     ("zero_to_fp32.py", "a DeepSpeed checkpoint; run python zero_to_fp32.py . weights.pth in it and pass weights.pth"),
@@ -1095,8 +2478,6 @@ DIRECTORIES: tuple[tuple[str, str], ...] = (
     ("open_clip_config.json", "a model of OpenCLIP; load it there, and pass it as torch.export.save writes it"),
     ("model_index.json", "a pipeline of diffusers; of its folders, pass one of transformers such as text_encoder"),
 )
-
-
 # What tells a Hugging Face folder.
 FOLDER_MARKS = ("config.json", "adapter_config.json", "modules.json")
 
@@ -1129,11 +2510,1564 @@ def detect_directory(path: Path) -> Source:
     raise InputError(f"{path} {what}; check -i and, in a container, what is mounted there")
 
 
+def download(name: str, revision: str | None, options: Options, *, otherwise: str) -> Source:
+    """The folder of a model on the hub, downloaded into the cache; raises InputError.
+
+    `otherwise` is what to do where the hub was not meant.
+
+    HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are huggingface_hub's own. Code and other frameworks' weights stay
+    where they are.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    where = {"revision": revision}
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+    unwanted = ["onnx/*", "openvino/*", "flax*", "tf_*"] + ([] if options.trust_remote_code else ["*.py"])
+    try:
+        with LOG.step(f"download: {name}"):
+            if os.environ.get("HF_HUB_OFFLINE", "0") == "0":
+                files = HfApi().list_repo_files(name, **where)
+                check_library(name, files)
+                wanted += [] if any(file.endswith(".safetensors") for file in files) else ["*.bin"]
+            folder = snapshot_download(
+                name, cache_dir=options.cache_dir, allow_patterns=wanted, ignore_patterns=unwanted, **where
+            )
+    except ConversionError:
+        raise
+    except Exception as error:  # httpx, huggingface_hub and the operating system each have their own
+        problem = next(
+            (text for kind, text in HUB_PROBLEMS if kind in {cls.__name__ for cls in type(error).__mro__}), ""
+        )
+        if problem is UNREACHABLE:
+            with contextlib.suppress(Exception):  # what is not in the cache either is told as unreachable
+                folder = snapshot_download(name, cache_dir=options.cache_dir, local_files_only=True, **where)
+                LOG.warn(f"the hub cannot be reached: {name} is what was downloaded before")
+                return detect(Path(folder))
+        raise InputError(f"cannot download {name}: {problem or first_line(error)} ({otherwise})") from error
+    return detect(Path(folder))
+
+
+UNREACHABLE = (
+    "the hub cannot be reached; pass its folder, downloaded where there is a network (in a container: mount it)"
+)
+# The exceptions of huggingface_hub and httpx, the narrower ones first, and what to do about them.
+HUB_PROBLEMS = (
+    ("GatedRepoError", "its owner gives access on request: ask for it on the model's page and set HF_TOKEN"),
+    ("RepositoryNotFoundError", "the hub has no such model, or it is private: check the name, or set HF_TOKEN"),
+    ("RevisionNotFoundError", "it has no such revision; check --revision"),
+    ("OfflineModeIsEnabled", "HF_HUB_OFFLINE is set and it is not in the cache; download it first, or pass its folder"),
+    ("LocalEntryNotFoundError", UNREACHABLE),
+    ("HTTPError", UNREACHABLE),
+)  # fmt: skip
+
+
+def check_no_base(options: Options) -> None:
+    """Raise UsageError for --base with what is no adapter."""
+    if options.base:
+        what = f"--base {options.base}: {options.input} is no adapter, which alone has a base"
+        raise UsageError(f"{what}; leave --base out")
+
+
+def source_digest(source: Source) -> str:
+    """SHA-256 of the input, as hexadecimal digits; of an index of shards, that of the index's and the shards' digests.
+
+    Raises ConversionError for an archive whose records do not have their checksums, which torch does not look at.
+    """
+    if source.kind is Kind.SHARDED_WEIGHTS:
+        shards = [source.path.parent / name for name in sorted(shard_files(source.path))]
+        digests = [source_digest(detect_file(shard)) for shard in shards]
+        return hashlib.sha256("\n".join([file_digest(source.path), *digests]).encode()).hexdigest()
+    if source.kind in (Kind.CHECKPOINT, Kind.TORCHSCRIPT, Kind.EXPORTED_PROGRAM):
+        check_records(source.path)
+    return file_digest(source.path)
+
+
+def check_records(path: Path) -> None:
+    """Compare the stored records of an archive with their CRC-32; raises InputError.
+
+    A zero means that none was computed (torch.serialization.set_crc32_options).
+    """
+    try:
+        with open_input(path) as file, zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.CRC and entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size:
+                    with archive.open(entry) as record:
+                        while record.read(1 << 20):
+                            pass
+    except Exception as error:  # zipfile raises a dozen kinds: offsets before the file, flags of encryption
+        message = f"{path} is damaged ({first_line(error)}); copy or download it again"
+        raise InputError(message) from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# load: open a file without executing anything that it says
+# folder: what a Hugging Face folder may hold
 #
-# A pickle is a program for a machine that can call any function. Ours runs that program with nothing to call: every
-# name resolves to an inert Token, the few rebuilding functions that real checkpoints use are re-implemented in
+# Takes a folder, gives its settings and the names of its files, vetted: no code, no places, no kernels. Opens its
+# JSON files and the headers of its weights.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The JSON files of a folder that are read, here or by transformers. The others (tokenizer.json, vocab.json) are only
+# copied beside the graph, whatever they hold.
+READ_JSON = re.compile(r".*config\.json|modules\.json|.*\.index\.json")
+# What settings may ask for, at any depth, that runs code which comes with the folder or is fetched from the hub;
+# transformers would follow some of it although its caller said trust_remote_code=False.
+OWN_CODE_KEYS = ("auto_map", "auto_mapping", "custom_generate", "custom_pipelines", "trust_remote_code", "use_kernels",
+                 "use_pretrained_backbone")  # fmt: skip
+# Where configurations hand arguments on to timm's builder, and the names of its models.
+TIMM_ARGUMENT_KEYS = ("model_args", "backbone_kwargs", "timm_kwargs")
+TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?")  # no scheme: local-dir: and hf-hub: name places
+MAX_MODULES = 20  # of sentence-transformers: known models have four
+CODE_FILES = (".py", ".pkl", ".pickle", ".so", ".dll", ".pyc", ".joblib", "custom_generate")
+
+
+class FolderFindings(NamedTuple):
+    """What a Hugging Face folder asks for: what cannot be left out, and what can."""
+
+    refused: list[str]
+    ignored: list[str]
+
+
+class VettedFolder(NamedTuple):
+    """A Hugging Face folder, and its settings as they were vetted: what is read is these bytes, never the files again.
+
+    What would run code is not in them.
+    """
+
+    path: Path
+    files: Mapping[str, bytes]  # by name
+
+    def settings(self, name: str) -> Settings:
+        """One of the files; raises DamagedFileError where it holds no object."""
+        return Settings(parse_json(self.files[name], name), name)
+
+    def modules(self) -> list[Settings]:
+        """The parts of a model of sentence-transformers in their order; none where there is no modules.json."""
+        if "modules.json" not in self.files:
+            return []
+        settings = Settings({"modules": parse_json(self.files["modules.json"], "modules.json")}, "modules.json")
+        modules = settings.sections("modules")
+        if len(modules) > MAX_MODULES:
+            raise settings.misfit("modules", f"a list of {MAX_MODULES} modules at most")
+        return modules
+
+
+def vet_folder(path: Path, *, trust: bool) -> VettedFolder:
+    """Read the settings of a Hugging Face folder, and take out what would run code.
+
+    Raises ConversionError for what cannot be left out (unless `trust`, --trust-remote-code) and for files that lie
+    outside the folder; says in [WARN] lines what is ignored.
+    """
+    files: dict[str, bytes] = {}
+    findings = FolderFindings([], [])
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+        values = 0
+        for name in names:
+            real_input(path / name)
+            if READ_JSON.fullmatch(name):
+                files[name] = vetted_json(path / name, findings, trust=trust)
+                values += count_values(files[name])
+            check_values(values, "its settings together")
+    except (RefusedFileError, DamagedFileError) as error:
+        raise ConversionError(error.status, f"{path}: {shorten(str(error), 1000)}") from None
+    findings.ignored.extend(f"the file {name}" for name in names if name.endswith(CODE_FILES))
+    if trust:
+        LOG.warn(f"--trust-remote-code: code that comes with {path} may run")
+        return VettedFolder(path, files)
+    if findings.refused:
+        what = ", ".join(shorten(item, 120) for item in findings.refused[:4])
+        advice = "pass --trust-remote-code if you trust its maker"
+        raise ConversionError(ExitStatus.REFUSED, f"{path}: {what}; {advice}")
+    if findings.ignored:
+        what = ", ".join(shorten(item, 80) for item in findings.ignored[:6])
+        LOG.warn(f"{path}: ignored, since it would run code: {what} (--trust-remote-code)")
+    return VettedFolder(path, files)
+
+
+def vetted_json(path: Path, findings: FolderFindings, *, trust: bool) -> bytes:
+    """The content of a settings file: as it is where nothing was taken out, else without that."""
+    is_index = path.name.endswith(".index.json")
+    data = read_bounded(path, MAX_INDEX_BYTES if is_index else MAX_JSON_BYTES)
+    content, before = parse_json(data, path.name), len(findings.ignored)
+    if is_index:
+        check_shards(content, path)
+        return data
+    vet_settings(content, path.name, findings)
+    unchanged = trust or len(findings.ignored) == before
+    return data if unchanged else json.dumps(content, indent=2).encode() + b"\n"
+
+
+def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
+    """Take out of a folder's JSON, at every depth, what would run code, and note it; raises DamagedFileError."""
+    waiting = [content]
+    if file in ("config.json", "adapter_config.json", "generation_config.json"):
+        Settings(content, file)  # an object
+    known_type = isinstance(content, dict) and isinstance(content.get("model_type"), str)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting.extend(node)
+        if not isinstance(node, dict):
+            continue
+        for key, value in list(node.items()):
+            where = f"{key} in {file}"
+            check_timm_setting(key, value, file)
+            if key == "auto_map" and file == "config.json" and not known_type:
+                findings.refused.append(f"{where} is the only thing that says what the model is: its own Python code")
+            elif key == "quantization_config" and value:
+                method = value.get("quant_method") if isinstance(value, dict) else value
+                findings.refused.append(f"{where} needs the code of the quantiser {shown(method)}")
+            elif IMPLEMENTATION_KEY.fullmatch(key):
+                if not is_one_of(value, IMPLEMENTATIONS):
+                    findings.refused.append(f"{where} names the kernel {shown(value)}")
+            elif key in OWN_CODE_KEYS or (key == "backbone" and names_a_place(value)):
+                if value:
+                    findings.ignored.append(where)
+            else:
+                waiting.append(value)
+                continue
+            del node[key]
+
+
+def names_a_place(value: object) -> bool:
+    """Whether what stands for a model of timm is something else than its plain name, such as a hub's or a folder's."""
+    return isinstance(value, str) and not TIMM_NAME.fullmatch(value)
+
+
+def check_timm_setting(key: str, value: object, file: str) -> None:
+    """Raise DamagedFileError for settings that would make timm's builder open something."""
+    if key == "architecture" and names_a_place(value):
+        what = "which names no architecture of timm"
+        raise DamagedFileError(f"{file}: architecture is {shown(value)}, {what}; repair it")
+    if key in TIMM_ARGUMENT_KEYS and value is not None:
+        for name, entry in Settings(value, f"{file}: {key}").content.items():
+            if not is_architecture_argument(name, entry):
+                what = f"{shorten(repr(name), 60)} with the value {shown(entry)}"
+                raise DamagedFileError(f"{file}: {key} has {what}, which does not describe a network; remove it")
+
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SAFETENSORS_FILE = re.compile(r"model.*\.safetensors")  # one file, or its shards
+# Files that other programs' weights and training states lie in: never read, never copied.
+FOREIGN_FILES = (".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".data", ".pt", ".pth", ".ckpt", ".tflite", ".mlmodel",
+                 ".tar", ".gz", ".zip", ".npz")  # fmt: skip
+
+
+def is_timm(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one that timm writes for the hub."""
+    return "model_type" not in config and isinstance(config.get("pretrained_cfg"), dict) and "architecture" in config
+
+
+def check_folder(vetted: VettedFolder) -> None:
+    """Raise InputError for what is missing or of a wrong type, before anything heavy is imported."""
+    folder = vetted.path
+    names = sorted(entry.name for entry in folder.iterdir())
+    if "config.json" not in vetted.files:
+        raise InputError(f"{folder} holds no config.json; copy or download the whole folder")
+    with naming(folder):
+        settings = vetted.settings("config.json")
+        settings.names("architectures")
+        settings.name("model_type")
+        settings.section("id2label")
+    config = settings.content
+    if not config.get("model_type") and not is_timm(config):
+        what = "has no model_type; pass the weights' file and --model-class"
+        if "_diffusers_version" in config:
+            what = "is that of a model of diffusers; pass the model as torch.export.save writes it"
+        raise InputError(f"{folder}/config.json {what}")
+    weights = [name for name in names if SAFETENSORS_FILE.fullmatch(name)]
+    if not weights and not any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
+        foreign = [name for name in names if name.endswith(FOREIGN_FILES)]
+        there = f" (there is {', '.join(foreign[:3])}, which PyTorch does not read)" if foreign else ""
+        raise InputError(
+            f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them"
+        )
+    if not any(name in names for name in WEIGHT_FILES):
+        raise InputError(
+            f"{folder} has weights, but neither one file of all nor the index of its shards "
+            f"({', '.join(WEIGHT_FILES)}); copy or download it too"
+        )
+    for name in weights:
+        detect_file(folder / name)  # says what it is that is none: a pointer of Git LFS, an HTML page
+        try:
+            safetensors_header(folder / name)
+        except DamagedFileError as error:  # of many shards, that one
+            raise ConversionError(error.status, f"{folder / name}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recognise: whose weights these are, told by the names and shapes of the tensors
+#
+# Takes names and shapes, gives a class and its arguments. ARCHITECTURES lists the tensors of every model of
+# torchvision and timm, with the number of classes (C) and of input channels (I) left open, and which models of one
+# layout compute the same; tests/make_architectures.py writes it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SIZE = re.compile(r"(\d*)([CI])([+-]\d+)?")  # 4C+4: four times the number of classes, and four
+SHORT_NAME = 200  # characters, and this many names, in which patterns are searched: they look at a name again and again
+MAX_SEARCHED = 10_000
+NEAR = 0.5  # a layout of which less than half agrees is not worth naming
+# Names that only transformers writes, and the family that they tell; the first that occurs counts.
+TRANSFORMERS_NAMES = (
+    ("DETR", r"^(model\.)?(query_position_embeddings\.|backbone\.conv_encoder\.)"),
+    ("Whisper", r"^(model\.)?encoder\.conv2\.weight$(?s:.*)decoder\.layers\.0\.encoder_attn"),
+    ("SigLIP", r"^(siglip\.)?vision_model\.head\.probe$"),
+    ("CLIP", r"^(clip\.)?text_model\.encoder\.layers\.0\.self_attn|^(clip\.)?vision_model\.pre_layrnorm\."),
+    ("SAM", r"^vision_encoder\.layers\.0\.attn\.qkv\."),
+    ("BLIP", r"^text_(model|encoder|decoder)\..*\.layer\.0\.(crossattention|attention\.self)\.|^qformer\."),
+    ("wav2vec 2.0", r"^(wav2vec2\.|hubert\.|wavlm\.)?feature_extractor\.conv_layers\.0\.conv\.weight$"),
+    ("T5", r"^(decoder|encoder)\.block\.0\.layer\.0\.SelfAttention\.q\."),
+    ("BART", r"^(model\.)?decoder\.layers\.0\.encoder_attn\.k_proj\."),
+    ("GPT-2", r"^(transformer\.)?h\.0\.attn\.c_attn\."),
+    ("GPT-Neo", r"^(transformer\.)?h\.0\.attn\.attention\.q_proj\."),
+    ("GPT-J", r"^(transformer\.)?h\.0\.attn\.q_proj\."),
+    ("GPT-NeoX", r"^(gpt_neox\.)?layers\.0\.attention\.query_key_value\."),
+    ("BLOOM, Falcon", r"^(transformer\.)?h\.0\.self_attention\.query_key_value\."),
+    ("OPT", r"^(model\.)?decoder\.layers\.0\.self_attn\.q_proj\."),
+    ("Mamba", r"^(backbone\.|model\.)?layers\.0\.mixer\.in_proj\."),
+    ("Llama, Mistral, Qwen, Gemma", r"^(.*\.)?layers\.0\.self_attn\.(q|qkv)_proj\."),
+    ("DistilBERT", r"^(distilbert\.)?transformer\.layer\.0\.attention\.q_lin\."),
+    ("ALBERT", r"^(albert\.)?encoder\.albert_layer_groups\.0\."),
+    ("DeBERTa", r"^(deberta\.)?encoder\.(rel_embeddings\.|layer\.0\.attention\.self\.(query_proj|in_proj)\.)"),
+    ("RoBERTa", r"^(xlm_)?roberta\.encoder\.layer\.0\."),
+    ("ELECTRA", r"^electra\.encoder\.layer\.0\."),
+    ("Swin", r"^(swin\.|swinv2\.)?encoder\.layers\.0\.blocks\.0\.attention\.(self\.query|q_proj)\."),
+    ("SegFormer", r"^(segformer\.)?(encoder\.patch_embeddings\.0|stages\.0\.patch_embeddings)\.proj\."),
+    ("ConvNeXt", r"^(convnext\.|convnextv2\.)?encoder\.stages\.0\.layers\.0\.dwconv\."),
+    ("ResNet", r"^(resnet\.)?embedder\.embedder\.convolution\."),
+    ("BEiT", r"^beit\.(encoder\.layer|layers)\.0\."),
+    ("DINOv2", r"^(dinov2\.)?encoder\.layer\.0\.layer_scale1\."),
+    ("ViT, DeiT", r"^(vit\.|deit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\."),
+    ("MPNet", r"^(mpnet\.)?encoder\.layer\.0\.attention\.attn\.q\."),
+    ("BERT", r"^(\w+\.)?encoder\.layer\.0\.attention\.self\.query\."),
+)
+
+
+class Size(NamedTuple):
+    """One axis of a tensor in ARCHITECTURES: `factor` times what is `unknown` ("C", "I", or "" for none), and more."""
+
+    factor: int
+    unknown: str
+    offset: int
+
+
+class Layout(NamedTuple):
+    """The tensors that some models share, as numbers of the table; `head` is absent where the classifier is.
+
+    `groups` are the models as `package.module:function` (and JSON arguments); those in one group compute the same.
+    `unlike` are those that are made for images of another size, mean or deviation than the first of their group.
+    """
+
+    tensors: list[int]
+    head: frozenset[int]
+    groups: list[list[str]]
+    unlike: frozenset[str]
+
+
+class Architectures(NamedTuple):
+    """The data file: the table of tensors by name (each with its number) and the layouts."""
+
+    names: list[str]
+    sizes: list[str]  # 64x3x7x7
+    numbers: dict[str, int]  # `name sizes` without unknowns
+    patterns: dict[str, list[int]]  # those with unknowns, by name
+    layouts: list[Layout]
+    torchvision: frozenset[str]  # the names that need no package
+
+
+class Recognition(NamedTuple):
+    """Whose weights these are.
+
+    `candidates` are names for --model-class: one group is an answer, and any of its members computes the same; several
+    groups differ in results; none means unknown. `arguments` are the first candidate's, told by the shapes.
+    """
+
+    candidates: tuple[tuple[str, ...], ...]
+    arguments: dict[str, Any]
+    explanation: str
+
+
+@functools.cache
+def read_architectures() -> Architectures:
+    """The data file beside this script; raises UsageError where it is not there."""
+    import lzma
+
+    try:
+        content = json.loads(lzma.decompress(ARCHITECTURES.read_bytes()))
+    except (OSError, lzma.LZMAError, ValueError) as error:
+        raise UsageError(f"{ARCHITECTURES.name} cannot be read ({first_line(error)}); pass --model-class") from None
+    names, sizes = content["names"], content["sizes"]
+    numbers: dict[str, int] = {}
+    patterns: dict[str, list[int]] = {}
+    for number, (name, text) in enumerate(zip(names, sizes, strict=True)):
+        if "C" in text or "I" in text:
+            patterns.setdefault(name, []).append(number)
+        else:
+            numbers[f"{name} {text}"] = number
+    layouts = [
+        Layout(
+            [number for first, count in layout["runs"] for number in range(first, first + count)],
+            frozenset(layout["head"]),
+            layout["groups"],
+            frozenset(layout.get("unlike", ())),
+        )
+        for layout in content["layouts"]
+    ]
+    members = itertools.chain.from_iterable(itertools.chain.from_iterable(layout.groups for layout in layouts))
+    own = frozenset(re.findall(r"torchvision\.models:(\w+)", "\n".join(members)))
+    return Architectures(names, sizes, numbers, patterns, layouts, own)
+
+
+def parse_sizes(text: str) -> list[Size]:
+    """`4C+4x256x3x3`."""
+    sizes = []
+    for part in text.split("x"):
+        match = SIZE.fullmatch(part)
+        sizes.append(Size(int(match[1] or 1), match[2], int(match[3] or 0)) if match else Size(0, "", int(part)))
+    return sizes
+
+
+def solve_sizes(sizes: Sequence[Size], shape: Sequence[int]) -> dict[str, int] | None:
+    """What the unknowns are where `sizes` describe `shape`; None where they cannot."""
+    found: dict[str, int] = {}
+    if len(sizes) != len(shape):
+        return None
+    for size, number in zip(sizes, shape, strict=True):
+        if not size.unknown:
+            if number != size.offset:
+                return None
+            continue
+        value, rest = divmod(number - size.offset, size.factor)
+        if rest or value < 1 or found.setdefault(size.unknown, value) != value:
+            return None
+    return found
+
+
+def match_tensors(shapes: Mapping[str, Sequence[int]]) -> dict[int, dict[str, int]]:
+    """The numbers of the table's tensors that are in `shapes`, each with what its unknowns are."""
+    known = read_architectures()
+    matches: dict[int, dict[str, int]] = {}
+    for name, shape in shapes.items():
+        number = known.numbers.get(f"{name} {shape_text(shape)}")
+        if number is not None:
+            matches[number] = {}
+        for pattern in known.patterns.get(name, ()):
+            found = solve_sizes(parse_sizes(known.sizes[pattern]), shape)
+            if found is not None:
+                matches[pattern] = found
+    return matches
+
+
+def layout_fit(layout: Layout, matches: Mapping[int, Mapping[str, int]], count: int) -> dict[str, int] | None:
+    """The unknowns for which `layout` is exactly the `count` tensors that were matched; None where it is not.
+
+    The number of classes is 0 where the classifier alone is absent, as timm builds it for num_classes=0.
+    """
+    tensors = layout.tensors
+    found: dict[str, int] = {}
+    if layout.head and count == len(tensors) - len(layout.head):
+        tensors = [number for number in tensors if number not in layout.head]
+        found["C"] = 0
+    if count != len(tensors):
+        return None
+    for number in tensors:
+        if number not in matches or any(found.setdefault(k, v) != v for k, v in matches[number].items()):
+            return None
+    return found
+
+
+def arguments_for(member: str, unknowns: Mapping[str, int]) -> dict[str, Any] | None:
+    """The keyword arguments with which `member` of a layout is built; None where it cannot be built so.
+
+    torchvision's models have three input channels and a classifier.
+    """
+    name, _, fixed = member.partition(" ")
+    channels = unknowns.get("I", IMAGE_CHANNELS)
+    if name.startswith("torchvision.") and (channels != IMAGE_CHANNELS or unknowns.get("C") == 0):
+        return None
+    arguments = {"num_classes": unknowns["C"]} if "C" in unknowns else {}
+    return {**arguments, **({"in_chans": channels} if channels != IMAGE_CHANNELS else {}), **json.loads(fixed or "{}")}
+
+
+def short_name(member: str) -> str:
+    """What to pass as --model-class: the bare name where it means this model, else `timm.models:name`."""
+    module, _, name = member.partition(" ")[0].partition(":")
+    return name if module == "torchvision.models" or name not in read_architectures().torchvision else member
+
+
+def find_architecture(shapes: Mapping[str, Sequence[int]]) -> Recognition | None:
+    """The models whose tensors are exactly `shapes`, torchvision's first; None where there are none."""
+    matches = match_tensors(shapes)
+    candidates: list[tuple[str, ...]] = []
+    texts: list[str] = []
+    told: dict[str, Any] = {}
+    for layout in read_architectures().layouts:
+        unknowns = layout_fit(layout, matches, len(shapes))
+        if unknowns is None:
+            continue
+        for group in layout.groups:
+            usable = [member for member in group if arguments_for(member, unknowns) is not None]
+            if usable:
+                told = told or arguments_for(usable[0], unknowns) or {}
+                candidates.append(tuple(short_name(member) for member in usable))
+                texts.append(describe_group(usable, layout.unlike))
+    if not candidates:
+        return None
+    arguments = "".join(f", {key}={value}" for key, value in told.items())
+    explanation = f"{texts[0]}{arguments}, by the names and shapes of its {len(shapes)} tensors"
+    if len(candidates) > 1:
+        explanation = f"{len(texts)} models have these tensors but need not compute the same: {'; '.join(texts)}"
+    return Recognition(tuple(candidates), told, explanation)
+
+
+def describe_group(members: Sequence[str], unlike: Collection[str]) -> str:
+    """The first of `members`, and the others, which compute the same."""
+    first, *others = [short_name(member) + " (other preprocessing)" * (member in unlike) for member in members]
+    return first + (f" (the same as {', '.join(others)})" if others else "")
+
+
+def strip_prefixes(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
+    """`shapes` without counters and wrappers' names, then without each prefix that all names share (`model.`)."""
+    names = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
+    while names:
+        yield names
+        prefix = next(iter(names)).partition(".")[0] + "."
+        if not all(name.startswith(prefix) for name in names):
+            return
+        names = {name.removeprefix(prefix): shape for name, shape in names.items()}
+
+
+def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
+    """Whose weights have tensors of these names and `shapes`: models of torchvision and timm, or a transformers family.
+
+    Raises ConversionError where the data file is missing or the weights are FSDP's flattened shards.
+    """
+    variants = list(itertools.islice(strip_prefixes(shapes), 8))  # prefixes may be as deep as a file likes
+    for names in variants:
+        found = find_architecture(names)
+        if found:
+            return found
+    for names in variants:
+        text = "\n".join(itertools.islice((name for name in names if len(name) <= SHORT_NAME), MAX_SEARCHED))
+        family = next(
+            (family for family, pattern in TRANSFORMERS_NAMES if re.search(pattern, text, re.MULTILINE)), None
+        )
+        if family:
+            advice = "their config is needed too: pass the folder that has config.json beside the weights"
+            return Recognition((), {}, f"by their names they are of transformers ({family} or a relative); {advice}")
+    return Recognition((), {}, nearest_architectures(variants))
+
+
+def choose_recorded(recognition: Recognition, content: Mapping[Any, Any]) -> Recognition:
+    """`recognition` with the candidate alone that the checkpoint names in its entry `arch`, as training scripts do."""
+    name = content.get("arch")
+    chosen = tuple(group for group in recognition.candidates if isinstance(name, str) and name in group)
+    if len(recognition.candidates) < 2 or len(chosen) != 1:
+        return recognition
+    explanation = f"{name}, by the tensors, which other models have too, and the checkpoint's entry 'arch'"
+    return Recognition(chosen, recognition.arguments, explanation)
+
+
+def nearest_architectures(variants: Sequence[Mapping[str, Sequence[int]]]) -> str:
+    """The models that most of the tensors fit, and what differs; `variants` are the same tensors under other names."""
+    scored = []
+    for names in variants:
+        matches = match_tensors(names)
+        for layout in read_architectures().layouts:
+            common = sum(number in matches for number in layout.tensors)
+            union = len(layout.tensors) + len(names) - common
+            if common >= NEAR * union:
+                scored.append((common / union, layout, names, matches))
+    scored.sort(key=lambda item: -item[0])
+    texts = [
+        f"{short_name(layout.groups[0][0])} ({layout_difference(layout, names, matches)})"
+        for _, layout, names, matches in scored[:3]
+    ]
+    return f"nearest: {'; '.join(texts)}" if texts else "no model of torchvision or timm has such tensors"
+
+
+def layout_difference(layout: Layout, names: Mapping[str, Sequence[int]], matches: Collection[int]) -> str:
+    """`3 of 320 tensors differ: a.weight is 8x4, not 8x3`."""
+    known = read_architectures()
+    sizes = {known.names[number]: known.sizes[number] for number in layout.tensors}
+    agreeing = {known.names[number] for number in layout.tensors if number in matches}
+    reshaped = [name for name in names if name in sizes and name not in agreeing]
+    differences = [
+        *(f"{name} is {shape_text(names[name])}, not {re.sub(SIZE, '?', sizes[name])}" for name in reshaped),
+        *(f"{name} is missing" for name in sizes if name not in names),
+        *(f"{name} is not in it" for name in names if name not in sizes),
+    ]
+    if not differences:  # each tensor fits, but they contradict each other
+        return "its tensors disagree about the number of classes or channels"
+    return f"{len(differences)} of {len(names.keys() | sizes)} tensors differ: {and_more(differences, 2, 200)}"
+
+
+def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], options: Options) -> Options:
+    """The same options with the class that the `weights` in the checkpoint `content` tell.
+
+    Raises UsageError unless there is exactly one.
+    """
+    recognition = choose_recorded(recognise({name: tuple(tensor.shape) for name, tensor in weights.items()}), content)
+    if len(recognition.candidates) == 1:
+        LOG.info(f"recognised: {recognition.explanation}")
+        arguments = {**recognition.arguments, **options.model_args}
+        return replace(options, model_class=recognition.candidates[0][0], model_args=arguments)
+    some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in list(weights)[:2])
+    raise UsageError(
+        f"{options.input} holds weights only ({len(weights)} tensors: {some}, ...); {recognition.explanation}; pass "
+        "--model-class with their class: a torchvision or timm name, or package.module:Class"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a model from weights: find the weights in a checkpoint, build the class, and let the shapes tell its arguments
+#
+# Takes a checkpoint's content, gives a module. Arguments that come from a file describe a network and nothing else.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Where training scripts put the weights, the averaged ones first: they are what their authors evaluate.
+WEIGHT_KEYS = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "g_ema", "params_ema", "state_dict",
+               "model_state_dict", "model_state", "model", "net", "network", "params", "weights", "generator", "netG",
+               "student", "teacher", "module")  # fmt: skip
+# What lies beside the weights: entries whose tensors are never a model.
+OTHER_STATE = re.compile(r"optim|sched|scaler|rng|loop|callback|metric|hyper", re.IGNORECASE)
+# Counters of profilers and of weight averaging that lie among the weights.
+COUNTERS = ("total_ops", "total_params", "n_averaged")
+# What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
+WRAPPED_NAME = re.compile(r"(module\.)*")
+MAX_GUESSES = 60  # arguments that the shapes suggest: each is a model that is built
+MAX_PREFIXES = 16  # that may be taken off all names, one after the other
+WRAPPER_PARTS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+class Weights(NamedTuple):
+    """A model or its tensors found in a checkpoint: the entry that holds them ("" for the checkpoint itself)."""
+
+    content: Any  # nn.Module or dict[str, Tensor]
+    key: str
+
+
+def find_weights(content: Any, key: str | None) -> Weights:
+    """The module or state dict inside a checkpoint: the one at `key` (--checkpoint-key), or the likeliest.
+
+    `key` is an entry, entries joined by dots, or what the names of the wanted tensors begin with. Raises
+    ConversionError that lists what there is, where nothing or more than one thing without a usual name is found.
+    """
+    seen: set[int] = set()  # a file can name one mapping any number of times
+
+    def entries(value: object, path: str, depth: int) -> Iterator[Weights]:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        found = value if isinstance(value, nn.Module) else state_dict_of(value)
+        if found is not None:
+            yield Weights(found, path)
+        elif isinstance(value, Mapping) and depth < 3:
+            usual = [name for name in WEIGHT_KEYS if name in value]
+            for name in [*usual, *(name for name in value if name not in usual)]:
+                if not OTHER_STATE.search(str(name)) or (key is not None and key.startswith(f"{path}{name}")):
+                    yield from entries(value[name], f"{path}.{name}" if path else str(name), depth + 1)
+
+    found = list(entries(content, "", 0))
+    if key is not None:
+        return entry_at(found, key, content)
+    if not found:
+        raise DamagedFileError(f"no weights found in the checkpoint; it has {keys_of(content)}")
+    first, *others = found
+    names = ", ".join(item.key for item in others[:4])
+    if others and first.key.partition(".")[0] not in WEIGHT_KEYS:
+        raise UsageError(f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key")
+    if first.key:
+        also = f"; it also has {names} (--checkpoint-key)" if others else ""
+        kind = "model" if isinstance(first.content, nn.Module) else "weights"
+        LOG.info(f"{kind}: from the entry {first.key!r} of the checkpoint{also}")
+    return first
+
+
+def entry_at(found: Iterable[Weights], key: str, content: Any) -> Weights:
+    """The entry of `found` that --checkpoint-key names; raises UsageError that lists what there is."""
+    for item in found:
+        if item.key == key:
+            return item
+        if isinstance(item.content, Mapping):
+            prefix = f"{key}.".removeprefix(f"{item.key}.")
+            part = {n.removeprefix(prefix): tensor for n, tensor in item.content.items() if n.startswith(prefix)}
+            if part:
+                return Weights(part, key)
+    raise UsageError(f"--checkpoint-key {key}: no weights there; it has {keys_of(content)}")
+
+
+def keys_of(content: Any) -> str:
+    """The first keys of a checkpoint, for a message."""
+    return f"the keys {and_more(content.keys(), 8)}" if isinstance(content, Mapping) and content else "no keys"
+
+
+def resolve_model_class(name: str) -> Callable[..., nn.Module]:
+    """The class or builder function that --model-class names; raises UsageError with near misses."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        load = import_library if belongs(module, ("torchvision", "timm")) else importlib.import_module
+        try:
+            target = functools.reduce(getattr, attribute.split("."), load(module))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UsageError(
+                f"--model-class {name}: {first_line(error)}; install its package, or put its folder on PYTHONPATH"
+            ) from None
+        if not callable(target):
+            what = type(target).__name__
+            raise UsageError(f"--model-class {name}: that is a {what}, not a class")
+    else:
+        target = library_model(name)
+    own = belongs(getattr(target, "__module__", ""), ("torchvision",))
+    if own and accepts(target, "weights_backbone", by_name=True):  # it would download the backbone's
+        return functools.partial(target, weights=None, weights_backbone=None)
+    return target
+
+
+def library_model(name: str) -> Callable[..., nn.Module]:
+    """The builder of that name, torchvision's first, or timm's; raises UsageError with near misses."""
+    import difflib
+
+    own = import_library("torchvision.models")
+    with contextlib.suppress(ValueError):
+        return own.get_model_builder(name)
+    timm = import_library("timm")
+    if timm.is_model(name):
+        return functools.partial(timm.create_model, name)
+    lists = (own.list_models(), timm.list_models())
+    near = itertools.chain.from_iterable(difflib.get_close_matches(name.lower(), n, n=3, cutoff=0.4) for n in lists)
+    text = ", ".join(dict.fromkeys(near)) or "none"
+    raise UsageError(
+        f"--model-class {name}: torchvision and timm have no such model (near: {text}); a class of another package is "
+        "written package.module:Class"
+    )
+
+
+@contextlib.contextmanager
+def without_initialisation() -> Iterator[None]:
+    """Let torch.nn.init's random functions do nothing: filling a large model takes seconds, and the file has all of it.
+
+    Only they are replaced, as a whole: a function that draws until the numbers fit would never end on its parts.
+    """
+    from torch.nn import init
+
+    names = [
+        name for name in dir(init) if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_", name)
+    ]
+    originals = {name: getattr(init, name) for name in names}
+    for name in names:
+        setattr(init, name, lambda tensor, *_, **__: tensor)
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(init, name, function)
+
+
+MAX_SHARED = 1 << 20  # a size up to which nothing takes long, whatever the weights are
+
+
+@contextlib.contextmanager
+def bounded_build(tensors: int, size: int) -> Iterator[None]:
+    """Let what is built inside be no larger than the file's weights allow: `tensors` of them, of `size` bytes together.
+
+    Arguments and settings from a file may ask for any number of layers. Parameters and modules are counted as they are
+    registered, and the memory is limited, so the end does not depend on what the settings are called. Raises
+    DamagedFileError.
+    """
+    from torch.nn.modules import module as registry
+
+    def counting(what: str, limit: int) -> Callable[..., None]:
+        places = itertools.count(1)
+
+        def count(*_: object) -> None:
+            if next(places) > limit:
+                raise DamagedFileError(
+                    f"the model that it describes has more than {limit} {what}, the weights {tensors}"
+                )
+
+        return count
+
+    hooks = [
+        registry.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
+        registry.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
+    ]
+    try:
+        with memory_bound(RUN_BYTES + 4 * size, "building the model that it describes", "check its sizes"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# The last words of settings that count parts which have weights of their own, and words of those that are sizes of one.
+COUNT_WORDS = word_set("layer layers block blocks depth depths stage stages")
+SIZE_WORDS = word_set(
+    """labels classes experts vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner
+    num n size sizes"""
+)
+UNBOUNDED_WORDS = word_set(
+    "max position positions length len chunk window cache params parameters samples steps theta tokens"
+)
+
+
+def check_sizes(settings: object, weights: Mapping[str, Tensor]) -> None:
+    """Raise DamagedFileError where config.json, at any depth, asks for what `weights` cannot have.
+
+    There are at most as many layers as tensors, and no dimension is larger than all tensors together. Layers may share
+    tensors, though, and a part that is not stored may be described: so there is room for both.
+    """
+    elements = max(sum(tensor.numel() for tensor in weights.values()), MAX_SHARED)
+    waiting: list[tuple[str, object]] = [("", settings)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend((key, entry) for entry in value)
+        elif type(value) is int:
+            words = key.lower().split("_")
+            if words[-1] in COUNT_WORDS and value > 4 * len(weights) + 1000:
+                raise DamagedFileError(
+                    f"config.json asks for {key} {value}, but the weights have {len(weights)} tensors"
+                )
+            if SIZE_WORDS.intersection(words) and not UNBOUNDED_WORDS.intersection(words) and value > elements:
+                raise DamagedFileError(f"config.json asks for {key} {value}, but the weights have {elements} numbers")
+
+
+def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`weights` under the names of `model`: without wrappers' prefixes and counters, and of a larger model its part.
+
+    The batch counters that PyTorch before 0.4.1 lacked are added. Raises UsageError where two parts fit.
+    """
+    expected = model.state_dict()
+    weights = unwrap_names(weights)
+    prefix = common_prefix(weights, expected) or part_prefix(weights, expected)
+    if prefix:
+        left = [name for name in weights if not name.startswith(prefix)]
+        others = f"; {len(left)} tensors of other parts are left out ({', '.join(left[:3])})" if left else ""
+        LOG.info(f"weights: {prefix!r} is taken off the names{others}")
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    for name in expected.keys() - weights.keys():
+        if name.endswith("num_batches_tracked"):  # counts training steps; the forward pass in eval mode ignores it
+            weights[name] = torch.zeros_like(expected[name])
+    return weights
+
+
+def unwrap_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` without counters and without what wrappers put into names; raises ConversionError for FSDP's shards."""
+    if any(name.endswith("_flat_param") for name in weights):
+        raise InputError(
+            "the weights are FSDP's flattened shards; save a full state dict (StateDictType.FULL_STATE_DICT) instead"
+        )
+    result = {
+        WRAPPER_PARTS.sub("", name): tensor
+        for name, tensor in weights.items()
+        if name.rpartition(".")[2] not in COUNTERS
+    }
+    # DataParallel, DDP and AveragedModel, one in the other.
+    wraps = min((len(WRAPPED_NAME.match(name)[0]) for name in result), default=0)  # type: ignore[index]  # may be empty
+    return {name[wraps:]: tensor for name, tensor in result.items()}
+
+
+def common_prefix(weights: Collection[str], expected: Collection[str]) -> str:
+    """What every name begins with and none of the class does: Lightning's `model.`; "" where there is none."""
+    shared = os.path.commonprefix(list(weights))  # noqa: RUF071  (of characters, up to a dot below)
+    ends = (match.end() for match in re.finditer(r"\.", shared))
+    for end in (0, *itertools.islice(ends, MAX_PREFIXES)):
+        if any(name[end:] in expected for name in weights):
+            return shared[:end]
+    return ""
+
+
+def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
+    """The prefix of the part that has exactly the class's names, of a checkpoint that holds more than that part.
+
+    Raises UsageError where several parts do.
+    """
+
+    def lasting(names: Iterable[str]) -> set[str]:
+        return {name for name in names if not name.endswith("num_batches_tracked")}
+
+    wanted = lasting(expected)
+    if not any("." in name for name in wanted):  # a single layer: any layer of its kind has these names
+        return ""
+    anchor = f".{next(iter(wanted), '')}"
+    names = sorted(lasting(weights))
+    parts = []
+    for prefix in [name.removesuffix(anchor) + "." for name in names if name.endswith(anchor)]:
+        start = bisect.bisect_left(names, prefix)
+        within = names[start : start + len(wanted) + 1]  # one more than fits is enough to see
+        if wanted == {name.removeprefix(prefix) for name in within if name.startswith(prefix)}:
+            parts.append(prefix)
+    if len(parts) > 1:
+        names = ", ".join(part.rstrip(".") for part in parts[:8])
+        raise UsageError(f"the class's weights are there several times; pass --checkpoint-key: {names}")
+    return parts[0] if parts else ""
+
+
+def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+    """Keyword arguments that the tensors' shapes suggest: output size, input channels, auxiliary heads."""
+    expected = model.state_dict()
+    classes: dict[int, None] = {}
+    channels: dict[int, None] = {}
+    for name in expected.keys() & weights.keys():
+        have, want = weights[name].shape, expected[name].shape
+        if len(have) == len(want) and have != want and have:
+            if have[0] != want[0]:  # heads repeat the classes per anchor or per box side: 4 * 91, 6 * 91
+                defaults = (want[0], 1000, 400, 91, 21)
+                classes.update(dict.fromkeys(have[0] * n // want[0] for n in defaults if have[0] * n % want[0] == 0))
+            if len(have) > 3 and have[1] != want[1]:
+                channels[have[1]] = None
+    heads: list[dict[str, Any]] = [{}, {"aux_logits": False}, {"aux_logits": True}, {"aux_loss": True}]
+    sizes = [{}, *({"num_classes": number} for number in classes)]
+    inputs = [{}, *({key: number} for number in channels for key in ("in_chans", "in_channels"))]
+    for head, size, planes in itertools.product(heads, sizes, inputs):
+        yield {**head, **size, **planes}
+
+
+# Words of which the names of architecture arguments are made. None of them names a place, weights, a device or code.
+NETWORK_WORDS = word_set(
+    """aa abs act activation affine align alpha ar attention attn attns aux avg band base basic batch beta bias
+    bidirectional blk block blocks bn bottle bottleneck branch branches cardinality causal cell chan channel
+    channels chans chs class classes conv coords counts cpe cross crpe decoder dense depth depths depthwise
+    dilation dilations dim dims div down downsample downsamples drop dropout dw dynamic emb embed embedding
+    embeddings encoder end ends eps exp expand expansion extra factor fc feat feats feature features feedforward
+    fewer ffn filter filters final first fixed focal fork fuse fused fusion gamma gate gated global grid group
+    groups grow growth gru half head heads height hidden image img in indices inference init inner inplace input
+    intermediate interp interpolation kernel kernels key kv last latent layer layers layerscale len length level
+    levels linear list local logits loss ls lstm main mask max merge meta mid min mix mixer mixers mlp mode
+    momentum mul mult multi multiplier n neck negative neurons no norm normalize noskip num offset only
+    orthonormal out outer output outputs overlap pad padding parallel partial partition patch patches per period
+    pool pooling pos position positions post pre preact prefix prob proj projection qk qkv query rank rate rates
+    ratio ratios reduce reduction ref reg register rel relu rep repeats res residual resolution rnn root rope rot
+    rotate scale se section separate seq sequence sequential shape shared shift shortcut size sizes skip slices
+    slope small spatial squeeze sr stage stages state std stem strict stride strides swap swiglu tail temperature
+    temporal theta time token tokens transformer transition type types union unit units up use value values vocab
+    width widths window zero"""
+)
+NETWORK_NAMES = frozenset({"d_model", "d_ff", "d_kv", "nhead"})
+MAX_ARGUMENT = 1 << 24  # of a number that describes a network: vocabularies have a million entries
+
+
+def is_architecture_argument(name: object, value: object, depth: int = 0) -> bool:
+    """Whether an argument from a file says how wide, deep or shaped a network is, by its name and its plain value."""
+    if depth == 0:
+        short = isinstance(name, str) and len(name) <= 60
+        parts = str(name).replace("drop_path", "drop").split("_") if short else [""]  # the only path that is none
+        if name not in NETWORK_NAMES and not all(part.strip("0123456789") in NETWORK_WORDS for part in parts):
+            return False
+    if isinstance(value, (list, tuple)):
+        return depth < 3 and len(value) <= 1000 and all(is_architecture_argument("", v, depth + 1) for v in value)
+    if type(value) in (int, float):
+        return -MAX_ARGUMENT <= value <= MAX_ARGUMENT  # NaN is not
+    return (
+        value is None
+        or type(value) is bool
+        or (type(value) is str and bool(re.fullmatch(r"\w{0,40}", value, re.ASCII)))
+    )
+
+
+def architecture_arguments(given: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """The entries of `given`, arguments from a file, that may reach a builder; says in an [INFO] line which do not.
+
+    A builder's other arguments name places, URLs, weights, devices or functions: it would open or run them.
+    """
+    kept = {name: value for name, value in given.items() if is_architecture_argument(name, value)}
+    if left := [name for name in given if name not in kept]:
+        LOG.info(f"{where}: not used, since they do not describe a network: {and_more(left, 8, 40)}")
+    return kept
+
+
+def model_from_weights(
+    name: str, given: Mapping[str, Any], tensors: Mapping[str, Tensor], hints: Mapping[str, Any]
+) -> nn.Module:
+    """The class `name` with `tensors` loaded, every one of them; arguments not `given` are told by `hints` or shapes.
+
+    `hints` are the hyper_parameters that Lightning stores: those that the constructor names are tried first. Raises
+    UsageError that lists what is missing, unexpected or of another shape.
+    """
+    build = resolve_model_class(name)
+    fitting = {key: hints[key] for key in hints if key not in given and accepts(build, str(key), by_name=True)}
+    recorded = architecture_arguments(fitting, "hyper_parameters")
+    if recorded:
+        with contextlib.suppress(ConversionError):
+            model = attempt_build(build, {**recorded, **given}, name)
+            if not load_weights(model, clean_weights(tensors, model)):
+                told = ", ".join(f"{key}={value}" for key, value in recorded.items())
+                LOG.info(f"weights: the checkpoint's hyper_parameters tell {told}")
+                return model
+    first = attempt_build(build, given, name)
+    weights = clean_weights(tensors, first)
+    refusal = load_weights(first, weights)
+    if not refusal:
+        return first
+    for guess in itertools.islice(argument_guesses(first, weights), MAX_GUESSES):
+        if not guess or guess.keys() & given.keys() or not all(accepts(build, key) for key in guess):
+            continue
+        with contextlib.suppress(ConversionError):
+            model = attempt_build(build, {**given, **guess}, name)
+            if not load_weights(model, weights):
+                LOG.info(f"weights: their shapes tell {', '.join(f'{k}={v}' for k, v in guess.items())}")
+                return model
+    misfit = describe_misfit(first, weights) or refusal
+    advice = "pass the class they were saved from, or its arguments with --model-args"
+    raise UsageError(f"the weights do not fit --model-class {name}: {misfit}; {advice}")
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Load `weights` strictly, in the dtypes of the model; returns why they do not fit, or "".
+
+    load_state_dict itself judges, since modules may rename what older versions wrote (weight_norm's weight_g). It wants
+    the versions of the modules (`_metadata`), which not every file has: those of the installed classes.
+    """
+    own = model.state_dict()
+    state = collections.OrderedDict(
+        (key, value.to(own[key].dtype if key in own else value.dtype)) for key, value in weights.items()
+    )
+    vars(state)["_metadata"] = vars(own)["_metadata"]
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except Exception as error:  # modules with a loader of their own raise anything
+        raise_out_of_memory(error)
+        return first_line(error)
+    return ""
+
+
+def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any], name: str) -> nn.Module:
+    """Build the class; raises UsageError where its constructor fails."""
+    try:
+        with without_initialisation():
+            model = build(**arguments)
+    except Exception as error:  # whatever the user's constructor raises
+        raise_out_of_memory(error)
+        raise UsageError(
+            f"--model-class {name}: it cannot be built ({first_line(error)}); "
+            "pass what its constructor needs with --model-args"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"--model-class {name}: it made a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def describe_misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """The first few missing, unexpected and mis-shaped names, and how many more."""
+    expected = model.state_dict()
+    reshaped = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
+    kinds = (
+        ("missing", [key for key in expected if key not in weights]),
+        ("unexpected", [key for key in weights if key not in expected]),
+        (
+            "of another shape",
+            [f"{key} is {shape_text(weights[key].shape)}, not {shape_text(expected[key].shape)}" for key in reshaped],
+        ),
+    )
+    return "; ".join(f"{len(names)} {what} ({and_more(names, 3, 200)})" for what, names in kinds if names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# read safely: open a file without executing anything that it says
+#
+# Takes a Source, gives what is in it (Loaded): tensors, a module of allowed classes, TorchScript or an exported
+# program. Each format has its own way to make code run, and its room below.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_HEADER_BYTES = 16 << 20  # safetensors header: some 130,000 tensors; the library itself stops at 100 MB
+
+
+def load(source: Source, *, trust: bool) -> Loaded:
+    """Open `source` on the CPU; raises ConversionError that names the file. `trust` runs whatever the file says."""
+    loaders = {
+        Kind.CHECKPOINT: load_checkpoint,
+        Kind.LEGACY_CHECKPOINT: load_checkpoint,
+        Kind.SAFETENSORS: load_safetensors,
+        Kind.SHARDED_WEIGHTS: load_shards,
+        Kind.TORCHSCRIPT: load_torchscript,
+        Kind.EXPORTED_PROGRAM: load_exported_program,
+    }
+    problem: ConversionError | None = None
+    try:
+        seconds = RUN_SECONDS + input_size(source.path) / BYTES_PER_SECOND
+        with time_limit(seconds) if not trust else contextlib.nullcontext():
+            loaded = loaders[source.kind](source, trust=trust)
+    except (RefusedFileError, DamagedFileError) as error:
+        problem = error
+    except RecursionError:
+        problem = DamagedFileError("what it holds is nested too deeply")
+    try:
+        open_input(source.path).close()  # once more: it is still the one that it was
+    except (RefusedFileError, DamagedFileError) as error:
+        problem = error
+    if problem:
+        raise ConversionError(problem.status, f"{source.path}: {shorten(str(problem), 1000)}") from None
+    return loaded
+
+
+# Bits of a number, and torch's name for it where it has one (safetensors 0.7's Dtype).
+SAFETENSORS_DTYPES = {
+    "BOOL": (8, "bool"),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F4": (4, None),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "F32": (32, "float32"),
+    "C64": (64, "complex64"),
+    "F64": (64, "float64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
+}
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The entries of a safetensors file by tensor name, checked against the file: the data lie end to end in it.
+
+    Raises DamagedFileError. Format: 8 bytes with the length of a JSON object, that object, the data.
+    """
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise DamagedFileError(f"its safetensors header would have {length} bytes; copy or download it again")
+        text = file.read(length)
+    try:
+        needed = 8 + length
+        if size >= needed:
+            header = json.loads(text.decode(), object_pairs_hook=unique_keys)
+            header.pop("__metadata__", None)
+            needed += check_extents(header, size - needed)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        advice = "copy or download it again"
+        raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)}); {advice}") from None
+    if size < needed:
+        raise DamagedFileError(
+            f"it is cut off: a safetensors file of {needed} bytes, {size} of which are there; copy or download it again"
+        )
+    return header
+
+
+def check_extents(header: Mapping[str, Any], size: int) -> int:
+    """Compare shapes, dtypes and offsets of a safetensors header with each other and with the `size` of the data.
+
+    Returns the size that they tell, which is larger where the file is cut off; raises ValueError for what is damaged.
+    """
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        numbers = [begin, stop, *entry["shape"]]
+        if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(numbers) > 66:
+            raise ValueError(f"the tensor {shorten(name, 60)!r} has a damaged shape or offset")
+        bits = math.prod(entry["shape"]) * SAFETENSORS_DTYPES[entry["dtype"]][0]
+        if begin != end or (stop - begin) * 8 != bits:
+            raise ValueError(f"the data of {shorten(name, 60)!r} overlap others, leave a gap or have another size")
+        end = stop
+    if end < size:
+        raise ValueError(f"{end} bytes of data are declared and {size} are there")
+    return end
+
+
+def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
+    """The tensors of a safetensors file, which lie in the mapped file until somebody reads them."""
+    header = safetensors_header(source.path)
+    names = {name: SAFETENSORS_DTYPES[name][1] for name in sorted({entry["dtype"] for entry in header.values()})}
+    unknown = [name for name, known in names.items() if known is None]
+    if unknown:
+        raise DamagedFileError(f"it holds {', '.join(unknown)} numbers, which PyTorch lacks; save it in another dtype")
+    mapped = map_file(source.path)
+    size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    data = torch.empty(0, dtype=torch.uint8).set_(mapped)[mapped.nbytes() - size :]
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype = getattr(torch, names[entry["dtype"]])
+        part = data[begin:end]
+        aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
+        tensors[name] = aligned.view(dtype).view(entry["shape"])
+    return Loaded(tensors, "weights without a model (safetensors)")
+
+
+def shard_files(index: Path) -> dict[str, set[str]]:
+    """The tensors that each shard should hold, by the shard's name, which must be plain: a file beside the index."""
+    return check_shards(read_json(index), index)
+
+
+def check_shards(content: Any, index: Path) -> dict[str, set[str]]:
+    """The tensors by shard that the `content` of an index tells; raises DamagedFileError, or RefusedFileError."""
+    try:
+        entries = content["weight_map"].items()
+    except (TypeError, KeyError, AttributeError) as error:
+        what = f"the weight_map of {index.name} is damaged ({first_line(error)})"
+        raise DamagedFileError(f"{what}; download it again") from None
+    shards: dict[str, set[str]] = {}
+    for tensor, name in entries:
+        if not isinstance(name, str) or not is_file_name(name):
+            raise RefusedFileError(
+                f"{index.name} points at {shown(name)}, outside its own folder; copy the shard there and name it alone"
+            )
+        if not os.path.lexists(index.parent / name):
+            raise DamagedFileError(f"the shard {name} is missing; copy or download it too")
+        shards.setdefault(name, set()).add(tensor)
+    return shards
+
+
+def load_shards(source: Source, *, trust: bool) -> Loaded:
+    """The tensors of all the shards that an index names, each opened by the rules of its own kind."""
+    tensors: dict[str, Tensor] = {}
+    for name, wanted in shard_files(source.path).items():
+        shard = detect_file(source.path.parent / name)
+        if shard.kind not in (Kind.SAFETENSORS, Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
+            raise DamagedFileError(f"the shard {name} does not hold weights")
+        content = state_dict_of(load(shard, trust=trust).content) or {}
+        check_shard(name, wanted, content.keys())
+        tensors |= content
+    return Loaded(tensors, "weights without a model (sharded)")
+
+
+def check_shard(name: str, wanted: set[str], found: Collection[str]) -> None:
+    """Raise DamagedFileError where a shard has not all the tensors that its index says."""
+    missing = sorted(wanted.difference(found))
+    if missing:
+        raise DamagedFileError(f"the shard {name} lacks {len(missing)} tensors ({', '.join(missing[:3])})")
+
+
+def load_torchscript(source: Source, *, trust: bool) -> Loaded:
+    """A ScriptModule, and the inputs that it was traced with where the archive has them."""
+    if trust:
+        LOG.warn(f"--trust-pickle: the code in {source.path} is not vetted")
+    else:
+        vet_torchscript(source.path)
+    try:
+        bound = memory_bound(RUN_BYTES + 4 * source.path.stat().st_size, "opening it", "save it again")
+        with open_input(source.path) as file, bound:
+            module = torch.jit.load(file if trust else without_debug_records(file), map_location="cpu")
+    except ConversionError:
+        raise
+    except Exception as error:  # the compiler of TorchScript raises whatever its C++ code does
+        raise_out_of_memory(error)
+        raise DamagedFileError(f"torch.jit.load cannot open it ({first_line(error)})") from None
+    return Loaded(module, f"TorchScript ({module.original_name})", traced_inputs(source.path))
+
+
+def without_debug_records(file: io.BufferedReader) -> mmap.mmap:
+    """A TorchScript archive whose records of source lines have other names, so that torch does not look for them.
+
+    They are pickles that C++ code reads unchecked when a model raises, and they only make its message longer. The
+    archive's directory, at its end, alone says what a record is called; pages that are changed are copied.
+    """
+    archive = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = zipfile.ZipFile(file).start_dir
+    archive[start:] = archive[start:].replace(b".py.debug_pkl", b".py.debug_off")
+    return archive
+
+
+def traced_inputs(path: Path) -> tuple[InputShape, ...]:
+    """The shapes that a TorchScript archive was traced with; empty for a scripted one.
+
+    torch.jit.save records the tensors without their data, so the storages made here are never filled.
+    """
+    reader, records = open_archive(path)
+    if "traced_inputs.pkl" not in records:
+        return ()
+
+    def empty_storage(record_id: tuple[Any, ...]) -> tuple[torch.UntypedStorage, torch.dtype]:
+        _, dtype, nbytes = parse_storage_id(record_id)
+        if nbytes > MAX_EXAMPLE_BYTES:
+            raise DamagedFileError("its recorded inputs are larger than any model's")
+        return torch.UntypedStorage(nbytes, device="meta"), dtype
+
+    program = read_record(reader, "traced_inputs.pkl")
+    recorded = InertUnpickler(io.BytesIO(program), len(program), empty_storage).load()
+    examples = recorded.get("forward", []) if isinstance(recorded, dict) else []
+    if not all(isinstance(example, torch.Tensor) for example in examples):
+        return ()
+    return tuple(InputShape(tuple(x.shape), None, str(x.dtype).removeprefix("torch.")) for x in examples)
+
+
+MAX_NAME = 2_000  # characters of a tensor's name, or of a checkpoint's entry; the longest known have some 200
+
+
+def state_dict_of(value: object) -> dict[str, Tensor] | None:
+    """The tensors of a mapping from names to tensors, beside which plain values may lie; None for anything else.
+
+    Raises DamagedFileError where a name is endless.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return None
+    if not all(map(is_text, value)):
+        raise DamagedFileError("a name in it is no text; save its state dict again")
+    longest = max(map(len, value), default=0)
+    if longest > MAX_NAME:
+        raise DamagedFileError(f"a name in it has {longest} characters, as no model's has; save its state dict again")
+    numbers = (torch.Tensor, np.ndarray)
+    tensors = {key: torch.as_tensor(item) for key, item in value.items() if isinstance(item, numbers)}
+    others = [item for item in value.values() if not isinstance(item, numbers)]
+    nested = any(isinstance(item, (Mapping, torch.nn.Module)) for item in others)
+    named_like_weights = any("." in name for name in tensors)
+    return tensors if tensors and (not others or (named_like_weights and not nested)) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# exported programs: the JSON of a .pt2 file, from which torch.export.load would evaluate, import and unpickle
+#
+# It sees a copy without what could run.
+# ---------------------------------------------------------------------------------------------------------------------
+
+GRAPH_TARGET = re.compile(r"torch\.ops\.(aten|prims|torchvision|quantized|higher_order)\.(\w+)(\.\w+)?")
+# Operators with functions inside; those that call compiled code (aoti_call_delegate, call_torchbind) are missing.
+HIGHER_ORDER = frozenset(
+    name
+    for names in (
+        "cond while_loop map_impl scan associative_scan wrap_with_set_grad_enabled wrap_with_autocast invoke_subgraph",
+        "out_dtype flex_attention strict_mode hints_wrapper auto_functionalized auto_functionalized_v2",
+        "tag_activation_checkpoint wrap_activation_checkpoint",
+    )
+    for name in names.split()
+)
+PYTHON_TARGETS = frozenset(
+    f"{module}.{name}"
+    for module, names in (
+        ("_operator", "add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge and_ or_ xor not_ getitem"),
+        ("math", "ceil floor trunc sqrt"),
+        ("torch", "sym_int sym_float sym_not sym_max sym_min sym_ite sym_sqrt _sym_sqrt _check"),
+    )
+    for name in names.split()
+)
+SYMBOLIC_CALLS = frozenset(
+    name
+    for names in (
+        "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Lt Le Gt Ge And Or Not Piecewise FloorDiv",
+        "ModularIndexing CleanDiv CeilDiv PythonMod CeilToInt FloorToInt TruncToInt IntTrueDiv FloatTrueDiv",
+        "PowByNatural FloatPow ToFloat Where Identity Relational",
+    )
+    for name in names.split()
+)
+SYMBOL = re.compile(r"[a-z]{1,3}\d{1,5}|int_oo|oo|zoo|nan|-?\d{1,20}")
+MAX_POWER = 64  # the product of all exponents of an expression: 9**9**9 takes for ever
+# Names become Python code when the program is turned into a module.
+PROGRAM_NAME = re.compile(r"[A-Za-z0-9_.:]*")
+MODULE_PATH = re.compile(r"[\w.\-\[\]'@]*", re.ASCII)
+
+
+def is_operator(target: object) -> bool:
+    """Whether a node of an exported program may call `target`."""
+    match = GRAPH_TARGET.fullmatch(target) if isinstance(target, str) else None
+    if match is None:
+        return target in PYTHON_TARGETS if isinstance(target, str) else False
+    return match[2] in HIGHER_ORDER if match[1] == "higher_order" else match[2] not in DENIED_OPERATORS
+
+
+def is_symbolic_expression(text: object) -> bool:
+    """Whether `text` is an expression over sizes and nothing else: torch.export.load has sympy evaluate it."""
+    if not isinstance(text, str) or len(text) > 4000 or not text.isascii():
+        return False
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    shapes = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.keyword, ast.Load, ast.unaryop, ast.cmpop,
+              ast.Tuple, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)  # fmt: skip
+    power = 1
+    for node in ast.walk(tree):
+        exponent = None
+        if isinstance(node, ast.Call):
+            good = isinstance(node.func, ast.Name) and node.func.id in SYMBOLIC_CALLS
+            if good and "Pow" in ast.unparse(node.func):
+                exponent = node.args[1] if len(node.args) == 2 else node
+        elif isinstance(node, ast.Name):
+            good = node.id in SYMBOLIC_CALLS or SYMBOL.fullmatch(node.id) is not None
+        elif isinstance(node, ast.Constant):
+            good = type(node.value) in (bool, float) or SYMBOL.fullmatch(str(node.value)) is not None
+        else:
+            good = isinstance(node, shapes)
+            exponent = node.right if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) else None
+        if exponent is not None:
+            power *= max(1, abs(exponent.value)) if isinstance(exponent, ast.Constant) else MAX_POWER + 1
+        if not good or power > MAX_POWER:
+            return False
+    return True
+
+
+def is_plain_tree(text: object) -> bool:
+    """Whether a serialised pytree spec names only built-in containers, and keys that are text or numbers.
+
+    An "__enum__" among the keys would import the module that it names.
+    """
+    names = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.Size", None}
+
+    def check(node: Any) -> bool:
+        context = node["context"]
+        keys = json.loads(context) if isinstance(context, str) else context
+        plain_keys = keys is None or (isinstance(keys, list) and all(type(key) in (str, int) for key in keys))
+        return node["type"] in names and plain_keys and all(map(check, node["children_spec"]))
+
+    try:
+        _, tree = json.loads(text if isinstance(text, str) else "")
+        return check(tree)
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def are_identifiers(names: object) -> bool:
+    """Whether `names` are argument names, or None."""
+    return names is None or (isinstance(names, list) and all(isinstance(n, str) and n.isidentifier() for n in names))
+
+
+# What the values of some keys must be in the JSON of an exported program, and what to call those that are not.
+PROGRAM_CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "expr_str": (is_symbolic_expression, "the expression"),
+    "target": (is_operator, "the operator"),
+    "as_operator": (is_operator, "the operator"),
+    "in_spec": (is_plain_tree, "arguments of a custom class:"),
+    "out_spec": (is_plain_tree, "results of a custom class:"),
+    "forward_arg_names": (are_identifiers, "the argument names"),
+    **dict.fromkeys(("name", "as_name", "class_fqn"), (PROGRAM_NAME.fullmatch, "the name")),
+    **{f"{kind}_name": (MODULE_PATH.fullmatch, "the name") for kind in ("parameter", "buffer", "tensor_constant")},
+    "fqn": (MODULE_PATH.fullmatch, "the name"),
+}
+
+
+def vet_program(node: object, found: set[str]) -> None:
+    """Walk the JSON of an exported program; add every part that would run as code to `found`, and drop its notes."""
+    if isinstance(node, list):
+        for item in node:
+            vet_program(item, found)
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        check, what = PROGRAM_CHECKS.get(key, (None, ""))
+        if not MODULE_PATH.fullmatch(key):
+            found.add(f"the name {shorten(key, 40)!r}")
+        elif key == "metadata" and ("target" in node or "signature" in node):
+            node[key] = {}
+        elif check and isinstance(value, (str, list)):
+            if not check(value):
+                found.add(f"{what} {shorten(str(value), 60)!r}")
+        else:
+            vet_program(value, found)
+
+
+def vet_payloads(reader: Any, records: Collection[str], kind: str) -> Iterator[str]:
+    """What the weights or constants of an exported program hold besides plain tensors that fit their records."""
+    config = f"data/{kind}/model_{kind}_config.json"
+    entries = json.loads(read_record(reader, config))["config"] if config in records else {}
+    for key, entry in entries.items():
+        name = entry["path_name"]
+        if entry.get("use_pickle"):
+            yield f"a pickled {kind[:-1]} ({shorten(key, 60)})"
+            continue
+        if not re.fullmatch(r"(weight|tensor)_\d{1,9}", name):
+            yield f"a {kind[:-1]} called {shorten(name, 60)!r}"
+            continue
+        record = f"data/{kind}/{name}"
+        sizes = [size["as_int"] for size in entry["tensor_meta"]["sizes"]]
+        if record not in records or not all(type(size) is int and size >= 0 for size in sizes):
+            raise DamagedFileError(f"its {kind[:-1]} {shorten(key, 60)} is missing or damaged")
+        elements = math.prod(sizes)  # dtypes are a byte or more; torch makes zeros of what an empty record lacks
+        if elements > reader.get_record_size(record) + (MAX_OVERLAP if reader.get_record_size(record) else 0):
+            raise DamagedFileError(f"its {kind[:-1]} {shorten(key, 60)} is larger than its data")
+
+
+def rewrite_exported_program(path: Path) -> io.BytesIO:
+    """The .pt2 archive at `path` with only what torch.export.load may see: no guards, pickles, libraries or notes."""
+    reader, records = open_archive(path)
+    found = {
+        shorten(name, 80)
+        for name in records
+        if name.startswith("data/aotinductor/") or name.endswith((".so", ".o", ".cubin", ".cpp", ".py"))
+    }
+    found |= {f"pickled {name}" for name in ("data/weights/model.pt", "data/constants/model.pt") if name in records}
+    programs = [name for name in records if name.startswith("models/")]
+    if programs != ["models/model.json"] or read_record(reader, "archive_format") != b"pt2":
+        raise DamagedFileError("it does not hold exactly one exported program of PyTorch 2.8 or newer")
+    try:
+        for kind in ("weights", "constants"):
+            found.update(vet_payloads(reader, records, kind))
+        program = json.loads(read_record(reader, "models/model.json"))
+        program["guards_code"] = []
+        program["graph_module"]["treespec_namedtuple_fields"] = {}
+        vet_program(program, found)
+        ranges = program.get("range_constraints", {})
+        found.update(f"the range of {shorten(key, 60)}" for key in ranges if not SYMBOL.fullmatch(key))
+        text = json.dumps(program)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedFileError(f"its program is damaged ({first_line(error)})") from None
+    if found:
+        raise RefusedFileError(
+            f"it holds {', '.join(sorted(found)[:8])}, which torch.export.load would run as code; "
+            "pass --trust-pickle if you trust its maker"
+        )
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(rewritten, "w") as archive:
+        for name in records:
+            if name == "models/model.json":
+                archive.writestr(f"model/{name}", text)
+            elif name.startswith("data/sample_inputs/"):  # a pickle; torch.export.load takes an empty one for none
+                archive.writestr(f"model/{name}", b"")
+            elif name.startswith(
+                ("data/weights/", "data/constants/", "archive_", "byteorder", "version", ".data/version")
+            ):
+                archive.writestr(f"model/{name}", reader.get_record(name))
+    rewritten.seek(0)
+    return rewritten
+
+
+@contextlib.contextmanager
+def weights_only(*, enforced: bool) -> Iterator[None]:
+    """Let no torch.load inside unpickle whatever a file says, not even one that asks for it (where `enforced`)."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1" if enforced else "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({name: before} if before is not None else {})
+
+
+def load_exported_program(source: Source, *, trust: bool) -> Loaded:
+    """An ExportedProgram with its inputs' shapes and free axes."""
+    if trust:
+        LOG.warn(f"--trust-pickle: {source.path} is opened without vetting it")
+    file = source.path if trust else rewrite_exported_program(source.path)
+    try:
+        with weights_only(enforced=not trust):
+            program = torch.export.load(file)
+        values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+        examples = [(name, values[name]) for name in program.graph_signature.user_inputs]
+        sizes = [[getattr(getattr(size, "node", size), "hint", size) for size in value.shape] for _, value in examples]
+        shapes = tuple(
+            InputShape(tuple(map(int, dims)), None, str(value.dtype).removeprefix("torch."))
+            for (_, value), dims in zip(examples, sizes, strict=True)
+        )
+        free = tuple({axis: str(n) for axis, n in enumerate(v.shape) if not isinstance(n, int)} for _, v in examples)
+    except Exception as error:  # torch.export raises whatever its deserialiser met
+        raise_out_of_memory(error)
+        raise DamagedFileError(f"torch.export.load cannot open it ({first_line(error)})") from error
+    if any(math.prod(shape.dims) * 8 > MAX_EXAMPLE_BYTES for shape in shapes):
+        raise DamagedFileError("its recorded inputs are larger than any model's")
+    return Loaded(program, "an exported program", shapes, free)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pickles: a program for a machine that can call any function; ours runs it with nothing to call
+#
+# Every name resolves to an inert Token, the few rebuilding functions that real checkpoints use are re-implemented in
 # REBUILDERS, and objects are only made of classes that known libraries define, without running their code.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1307,14 +4241,10 @@ NEVER_ATTRIBUTES = frozenset(
      "attribute_map"}
 )  # fmt: skip
 MAX_LAYERS = 64  # of an RNN beyond its parameters: its __setstate__ makes names for each of them
-MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
 MAX_OPCODES = 5_000_000  # some 3 s; complete pickles of known models have below a million
-MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
 MAX_OVERLAP = 1 << 20  # elements that a tensor may have beyond its storage's: expanded masks and position numbers
 MAX_OVERLAPS = 1 << 24  # the same of all tensors of a file
 MAX_CHOSEN_KEYS = 10_000  # in dictionaries and sets: old optimizers have the addresses of their parameters as keys
-MAX_HEADER_BYTES = 16 << 20  # safetensors header: some 130,000 tensors; the library itself stops at 100 MB
-MAX_EXAMPLE_BYTES = 1 << 27  # of an input that a file records or its model suggests
 MAX_MODULE_PATHS = 200_000  # eval() visits every path, so a DAG of shared modules would never end
 MIN_MODULE_PATHS = 20_000  # so many are never too many
 MAX_SHARING = 100  # paths to each module, beyond that: some models use one layer a few dozen times
@@ -1322,138 +4252,9 @@ MAX_MODULE_DEPTH = 400
 MIN_STORAGE_BYTES = 16  # of a legacy file for each storage: its key in the pickle and in the list, and its count
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 ZIP_METHOD_OFFSET = 8  # of the compression method in a local file header (PKWARE APPNOTE 4.3.7)
-MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # asm-generic/mman.h; Python names it from 3.13 on
 STORAGE_ALIGNMENT = 8  # bytes; what the largest dtype needs (torch.save aligns to 64)
-
-
-class Token(NamedTuple):
-    """What a global name of a pickle resolves to: never callable. `value` is the class or function that may be kept."""
-
-    name: str
-    value: Any = None
-
-
 # --allow-class: classes that the user named, filled in once when the arguments have been read.
 USER_CLASSES: set[str] = set()
-
-
-@functools.cache
-def library_folders() -> tuple[Path, ...]:
-    """Where installed packages lie: site-packages, never the shell's folder or that of the input."""
-    import site
-    import sysconfig
-
-    folders = [*map(sysconfig.get_path, ("purelib", "platlib")), *site.getsitepackages(), site.getusersitepackages()]
-    return (Path(torch.__file__).resolve().parents[1], *(Path(folder).resolve() for folder in folders))
-
-
-def check_origin(package: str, origins: Iterable[str | None], *, named: bool) -> None:
-    """Raise RefusedFileError if `package` lies outside site-packages; the user's own may lie on PYTHONPATH too.
-
-    An empty entry of PYTHONPATH means the working directory, which nobody asked for.
-    """
-    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep) if named else []
-    folders = (*library_folders(), *(Path(entry).resolve() for entry in entries if entry))
-    for origin in origins:
-        if not origin or not any(folder in Path(origin).resolve().parents for folder in folders):
-            also = " or PYTHONPATH" if named else ""
-            raise RefusedFileError(f"the package {package} would be imported from outside site-packages{also}")
-
-
-def import_library(module: str, *, named: bool = False) -> Any:
-    """Import `module` from an installed package, after a look at where it would come from; `named` by the user.
-
-    Raises DamagedFileError where it is missing or cannot be imported, RefusedFileError where it lies elsewhere.
-    """
-    if module in sys.modules:
-        return sys.modules[module]
-    package = module.partition(".")[0]
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        advice = "install it or put its folder on PYTHONPATH" if named else "install it, or save a state dict"
-        raise DamagedFileError(f"it needs the Python package {package}, which is not installed here; {advice}")
-    check_origin(package, [spec.origin] if spec.origin else spec.submodule_search_locations or [None], named=named)
-    try:
-        if package in ("torchvision", "timm", "ultralytics"):
-            import_torchvision()
-        if package == "ultralytics":
-            import_ultralytics()
-        if package == "transformers":
-            os.environ["HF_HUB_OFFLINE"] = "1"  # what a pickle refers to is installed or not: never the network
-        loaded = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and belongs(module, (error.name,)):
-            raise DamagedFileError(missing_from(module)) from None
-        raise DamagedFileError(f"{package} needs the Python package {error.name}, which is not installed") from None
-    except Exception as error:  # whatever a library raises while it is imported
-        raise_out_of_memory(error)
-        raise DamagedFileError(f"{module} cannot be imported here ({first_line(error)})") from None
-    check_origin(package, [getattr(loaded, "__file__", None)], named=named)
-    return loaded
-
-
-def missing_from(full_name: str) -> str:
-    """What to say of a module or class that the installed version of its package does not have."""
-    import importlib.metadata
-
-    package = full_name.partition(".")[0]
-    try:
-        version = f" {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
-    advice = f"install the version of {package} that saved the file, or save the model's state dict with it"
-    return f"the installed {package}{version} has no {full_name}; {advice}"
-
-
-def import_torchvision() -> None:
-    """Import torchvision, and leave out torch's compiler, which takes as long to import as the rest of torch.
-
-    One file of torchvision 0.29 (ops/roi_align.py) asks torch._dynamo a question, and only if a kernel is missing.
-    """
-
-    def is_compile_supported(device_type: str) -> bool:
-        return bool(importlib.import_module("torch._dynamo.utils").is_compile_supported(device_type))
-
-    if "torch._dynamo" not in sys.modules:
-        compiler, utils = types.ModuleType("torch._dynamo"), types.ModuleType("torch._dynamo.utils")
-        vars(utils)["is_compile_supported"] = is_compile_supported
-        stand_ins = {module.__name__: module for module in (compiler, utils)}
-        sys.modules.update(stand_ins)
-        try:
-            importlib.import_module("torchvision")
-        finally:
-            for name in stand_ins:
-                del sys.modules[name]
-
-
-def import_ultralytics() -> None:
-    """Import ultralytics without what it does by the way.
-
-    ultralytics.utils writes a settings file into the home directory, asks the network whether it is there, sets
-    variables for libraries that are loaded later, and lets its checks run pip.
-    """
-    import tempfile
-
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="pt2onnx.") as folder:
-        os.environ |= {"YOLO_CONFIG_DIR": folder, "MPLCONFIGDIR": folder, "YOLO_AUTOINSTALL": "false",
-                       "YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false"}  # fmt: skip
-        try:
-            importlib.import_module("ultralytics.utils")
-        finally:
-            for name in os.environ.keys() - before.keys():
-                del os.environ[name]
-            os.environ |= before
-
-
-def belongs(module: str, prefixes: Iterable[str]) -> bool:
-    """Whether `module` is one of `prefixes` or lies below one."""
-    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
-
-
-def qualified_name(cls: type) -> str:
-    """`package.module.Class`."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def holds_models(module: str) -> bool:
@@ -1770,10 +4571,6 @@ def finished(value: Any) -> Any:
     if type(value) is tuple and any(isinstance(item, (Token, NumpyDtype, NumpyArray, Wrapper)) for item in value):
         return tuple(finished(item) for item in value)
     return value
-
-
-class Ignored:
-    """Stands for an object that the forward pass does not need."""
 
 
 def is_ignored(name: str) -> bool:
@@ -2196,11 +4993,7 @@ InertUnpickler.dispatch.update(
         for opcode in opcodes
     }
 )  # fmt: skip
-
-
 Unpickler = Callable[[Any, int, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, size, read_storage)
-
-
 MODEL_MODULES = ("transformers.models", "transformers.backbone_utils")
 # Marks of transformers' loading and of models on several devices, which no answer depends on.
 LOADING_MARKS = re.compile(r"_is_hf_initialized|_output_capturing_hooks_installed|_original_object_hash|\w*_plan")
@@ -2233,11 +5026,6 @@ def names_assigned_in(cls: type) -> frozenset[str]:
             if after.opname == "STORE_ATTR" and code.co_varnames[:1] == loaded:
                 names.update({after.argval} if constructs or (is_model and after.argval[0] != "_") else ())
     return frozenset(names)
-
-
-def is_text(name: object) -> bool:
-    """Whether `name` is text that can be written down: half a surrogate pair cannot."""
-    return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def keeps_attribute(cls: type, name: str, value: object) -> bool:
@@ -2384,78 +5172,6 @@ def check_module_graph(root: nn.Module) -> None:
     count(root, 0)
 
 
-# The records of PyTorch's archives, and no others: torch's reader takes no notice of case, cuts names at 511 bytes, and
-# would find `code/x.PY` where it looks for `code/x.py`. What is spelt exactly so is the same record to every reader.
-RECORD_NAME = re.compile(
-    r"(data|constants|traced_inputs|bytecode|mobile_debug_handles|attributes)\.pkl|tensors\.json|model\.json"
-    r"|version|byteorder|archive_(format|version)|\.format_version|\.storage_alignment"
-    r"|\.data/(serialization_id|version)"
-    r"|(data|constants|traced_inputs|bytecode|tensors)/\d{1,20}"
-    r"|code/(\w+/)*\w+\.py(\.debug_pkl)?"
-    r"|models/[\w.-]+\.json|data/(weights|constants|sample_inputs|aotinductor)/(\w[\w.-]*/)*[\w.-]+"
-    r"|extra/[ -~]+",
-    re.ASCII,
-)
-MAX_RECORD_NAME = 240  # characters, with the folder that is the archive's own
-
-
-def check_record_names(records: Sequence[str]) -> None:
-    """Raise for an archive with records that PyTorch does not write, which its readers may take for one another."""
-    if len({name.lower() for name in records}) != len(records):
-        raise DamagedFileError("the archive has two records of one name")
-    for name in records:
-        if name.startswith("/") or not {"..", "."}.isdisjoint(name.split("/")) or "\\" in name:
-            raise DamagedFileError(f"the archive has a record outside itself ({shorten(name, 80)})")
-        if not RECORD_NAME.fullmatch(name) or len(name) > MAX_RECORD_NAME:
-            advice = "save the model again with torch.save, torch.jit.save or torch.export.save"
-            raise RefusedFileError(f"PyTorch writes no record called {shorten(name, 80)!r} into an archive; {advice}")
-
-
-def open_archive(path: Path) -> tuple[Any, list[str]]:
-    """Torch's own zip reader and its record names: zipfile disagrees with it on duplicate and mismatched entries."""
-    try:
-        file = open_input(path)
-        reader = torch._C.PyTorchFileReader(file)  # noqa: SLF001
-        records = reader.get_all_records()
-        check_record_names(records)
-        total = sum(reader.get_record_size(name) for name in records)
-        if total > os.fstat(file.fileno()).st_size + MAX_EXPANSION:
-            raise DamagedFileError("the archive expands to far more than its own size")
-        byte_order = reader.get_record("byteorder") if "byteorder" in records else b"little"
-    except (RuntimeError, ValueError, IndexError) as error:  # the last two: a version that is no number, or a huge one
-        raise DamagedFileError(f"it is a damaged or truncated archive ({first_line(error)})") from None
-    if byte_order != b"little":
-        raise DamagedFileError("it was saved on a big-endian machine; save it again on a little-endian one")
-    return reader, records
-
-
-def read_record(reader: Any, name: str) -> bytes:
-    """One record that is parsed as a whole; raises DamagedFileError where it is missing, damaged or too large."""
-    try:
-        if reader.get_record_size(name) > MAX_PICKLE_BYTES:
-            raise DamagedFileError(f"its {name} is larger than that of any known model")
-        return bytes(reader.get_record(name))
-    except RuntimeError as error:  # missing, or with a wrong checksum
-        raise DamagedFileError(f"its {name} is missing or damaged ({first_line(error)})") from None
-
-
-MAPPED: dict[int, int] = {}  # where files lie in memory: the addresses of their begins and ends
-
-
-def map_file(path: Path) -> torch.UntypedStorage:
-    """The bytes of a file, read when they are needed; who writes to them gets a copy of the page, not the file.
-
-    MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory. MAPPED
-    remembers the addresses.
-    """
-    flags = mmap.MAP_PRIVATE | MAP_NORESERVE
-    with open_input(path) as file:
-        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
-    MAPPED[storage.data_ptr()] = storage.data_ptr() + storage.nbytes()
-    return storage
-
-
 def read_archive(path: Path, unpickler: Unpickler = InertUnpickler) -> Any:
     """The object in a zip checkpoint, read inertly; its tensors lie in the mapped file until somebody reads them."""
     reader, _ = open_archive(path)
@@ -2485,20 +5201,6 @@ def read_archive(path: Path, unpickler: Unpickler = InertUnpickler) -> Any:
         return unpickler(io.BytesIO(program), len(program), read_storage).load()
     except RuntimeError as error:
         raise DamagedFileError(f"the archive is damaged ({first_line(error)})") from None
-
-
-def parse_storage_id(record_id: object) -> tuple[str, torch.dtype, int]:
-    """(key, dtype, size in bytes) of ("storage", storage type, key, location, number of elements, ...)."""
-    if not isinstance(record_id, tuple) or len(record_id) < 5 or record_id[0] not in ("storage", b"storage"):
-        raise DamagedFileError("a tensor refers to something that is not a storage")
-    token, key, _, elements = record_id[1:5]
-    plain_key = type(key) in (str, int, bytes)
-    if not isinstance(token, Token) or not plain_key or type(elements) is not int or not 0 <= elements < 2**48:
-        raise DamagedFileError("a storage has a damaged record")
-    name = token.name.rpartition(".")[2]
-    untyped = name == "UntypedStorage"
-    dtype = torch.uint8 if untyped else torch.storage._get_dtype_from_pickle_storage_type(name)  # noqa: SLF001
-    return str(key), dtype, elements * dtype.itemsize
 
 
 def read_legacy(file: io.BufferedIOBase, size: int, unpickler: Unpickler = InertUnpickler) -> Any:
@@ -2549,6 +5251,195 @@ def fill_storage(file: io.BufferedIOBase, storage: torch.UntypedStorage, dtype: 
     if raw:
         storage.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8).untyped_storage())
 
+
+IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
+# Implementations of attention and experts that are part of transformers; anything else names a kernel on the hub.
+IMPLEMENTATIONS = frozenset(
+    {None, True, False, "", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "batched_mm",
+     "grouped_mm"}
+)  # fmt: skip
+
+
+def read_checkpoint(source: Source, unpickler: Unpickler = InertUnpickler) -> Any:
+    """The object in a checkpoint of either layout, read inertly."""
+    if source.kind is Kind.CHECKPOINT:
+        return read_archive(source.path, unpickler)
+    with open_input(source.path) as file:
+        return read_legacy(file, os.fstat(file.fileno()).st_size, unpickler)
+
+
+def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
+    """A complete module, or a dictionary that holds weights."""
+    if trust:
+        LOG.warn(f"--trust-pickle: {source.path} is executed as it is opened")
+        try:
+            content = torch.load(source.path, map_location="cpu", weights_only=False)
+        except Exception as error:  # whatever the file's own code raises
+            raise_out_of_memory(error)
+            raise DamagedFileError(f"it cannot be opened ({first_line(error)})") from error
+    else:
+        content = read_checkpoint(source)
+    if isinstance(content, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        content = content.module
+    if isinstance(content, torch.nn.Module):
+        check_module_graph(content)
+        return Loaded(content, f"a complete model ({qualified_name(type(content))})")
+    if isinstance(content, Mapping):
+        return Loaded(content, "weights without a model (a state dict)")
+    raise DamagedFileError(f"it holds {type(content).__name__}, neither a model nor a state dict")
+
+
+class Verdict(IntEnum):
+    """What becomes of an attribute that a file gives to an object of transformers."""
+
+    KEEP = 0
+    DROP = 1  # nothing that the model computes depends on it
+    REFUSE = 2  # the model cannot be what it was without it, and it would run or fetch code
+
+
+# What code of transformers acts upon, whoever declares it: kernels, compilers, quantisers, devices, files and code.
+ACTING_ATTRIBUTES = re.compile(
+    r"_?use_kernels|kernel_config|auto_map(ping)?|custom_(generate|pipelines)|trust_remote_code|transformers_weights"
+    r"|use_pretrained_backbone|compile_config|_compiled_call|_last_compile_config|cache_config"
+    r"|distributed_config|(hf_)?device_map|hf_quantizer|is_quantized|quantization_method|extra_(config_)?files"
+    r"|(base_model_)?_?(tp|pp|ep|fsdp)_(plan|size)|_auto_class|attribute_map|watermarking_config|is_assistant"
+    r"|assistant_(confidence_threshold|lookbehind|early_exit|ensemble_weight)"
+)
+# Caches of transformers that neither quantise nor move what they hold.
+CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "hybrid_chunked", "sliding_window")
+# Attributes with a string of such a name would be a place; _name_or_path is only told in messages.
+PLACE_ATTRIBUTE = re.compile(r"(.*_)?(path|paths|file|files|filename|url|uri|repo|repo_id|dir|directory|folder)")
+DTYPE_ATTRIBUTE = re.compile(r"(.*_)?dtype")
+DTYPE_VALUE = re.compile(r"auto|bool|half|float|double|(b?float|u?int|complex)\d{1,3}(_e\dm\d\w*)?")
+# What the bases of configurations and models set or read of themselves, and files may say too.
+CONFIG_ATTRIBUTES = word_set(
+    """model_type name_or_path _name_or_path _commit_hash num_labels torch_dtype output_attentions _output_attentions
+    rope_scaling rope_theta per_layer_config _heterogeneity_spec _post_init_done transformers_version
+    ignore_keys_at_rope_validation allow_global_per_layer_attribute_access use_cache bos_token_id eos_token_id
+    pad_token_id num_classes label_names _out_features _out_indices"""
+)
+# The files of transformers, besides those of the model, whose code reads a configuration to compute with it.
+SHARED_READERS = (
+    "masking_utils.py",
+    "cache_utils.py",
+    "modeling_rope_utils.py",
+    "modeling_layers.py",
+    "pytorch_utils.py",
+)
+READ_NAME = re.compile(r"(?<=config\.)\w+|(?<=config, [\"'])\w+")  # config.name, getattr(config, "name", ...)
+
+
+@functools.cache
+def declared_attributes(cls: type) -> frozenset[str]:
+    """The attributes that configurations of this class have by its declaration, or that its models' code reads."""
+    import dataclasses
+    import inspect
+
+    transformers = import_library("transformers")
+    if issubclass(cls, transformers.GenerationConfig):
+        return frozenset(vars(transformers.GenerationConfig()))
+    names = CONFIG_ATTRIBUTES | assigned_names(cls) | {field.name for field in dataclasses.fields(cls)}
+    for owner in cls.__mro__:
+        names |= {*vars(owner).get("attribute_map", {}), *vars(owner).get("attribute_map", {}).values()}
+        names |= {name for name, value in vars(owner).items() if isinstance(value, property) and value.fset}
+        if "__init__" in vars(owner) and owner not in transformers.PreTrainedConfig.__mro__:
+            names |= inspect.signature(owner).parameters.keys()
+    library, own = Path(transformers.__file__).parent, Path(inspect.getfile(cls)).parent
+    for file in (*own.glob("modeling_*.py"), *(library / name for name in SHARED_READERS)):
+        names |= frozenset(READ_NAME.findall(file.read_text(encoding="utf-8")))
+    return frozenset(names)
+
+
+def config_attribute(cls: type, name: str, value: object) -> Verdict:
+    """Whether a configuration of `cls` (a PreTrainedConfig or GenerationConfig) may have an attribute from a file.
+
+    The same for the JSON of a folder and for an object in a pickle. Kept is what the class declares or its models read,
+    and of that nothing that hides a method, or that transformers acts upon.
+    """
+    if IMPLEMENTATION_KEY.fullmatch(name):
+        return Verdict.KEEP if is_one_of(value, IMPLEMENTATIONS) else Verdict.REFUSE
+    if name == "quantization_config":
+        return Verdict.REFUSE if value else Verdict.KEEP
+    if ACTING_ATTRIBUTES.fullmatch(name) or (name == "cache_implementation" and not is_one_of(value, CACHES)):
+        return Verdict.DROP if value else Verdict.KEEP
+    if DTYPE_ATTRIBUTE.fullmatch(name):
+        return Verdict.KEEP if is_dtype(value) else Verdict.REFUSE
+    if isinstance(value, str) and PLACE_ATTRIBUTE.fullmatch(name) and name not in CONFIG_ATTRIBUTES:
+        return Verdict.DROP
+    hides = callable(getattr(cls, name, None)) and not isinstance(getattr(cls, name), type)
+    return Verdict.KEEP if name in declared_attributes(cls) and not hides else Verdict.DROP
+
+
+def is_dtype(value: object) -> bool:
+    """Whether a value names dtypes: one, or one for each part of a model."""
+    if isinstance(value, dict):
+        return all(is_dtype(entry) for entry in value.values() if not isinstance(entry, dict))
+    return (
+        value is None or isinstance(value, torch.dtype) or bool(isinstance(value, str) and DTYPE_VALUE.fullmatch(value))
+    )
+
+
+class Census(InertUnpickler):
+    """An unpickler that notes every name and every storage, and reads on where a name is not allowed."""
+
+    def __init__(self, file: Any, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
+        self.names: dict[str, str] = {}  # every global: why it is not allowed, or ""
+        self.storages: dict[str, tuple[str, int]] = {}  # dtype and number of elements
+
+        def note_storage(record_id: tuple[Any, ...]) -> Any:
+            if record_id[:1] == ("storage",):
+                key, dtype, nbytes = parse_storage_id(record_id)
+                self.storages[key] = (str(dtype).removeprefix("torch."), nbytes // dtype.itemsize)
+            return read_storage(record_id)
+
+        super().__init__(file, size, note_storage)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """As the loader's; what it would refuse is noted with the reason."""
+        full_name = f"{module}.{name}"
+        try:
+            token = super().find_class(module, name)
+            why = "not allowed" if isinstance(token, Token) and token.name in self.refused else ""
+        except ConversionError as error:
+            why = str(error)
+            self.refused[full_name] = None
+            token = Token(full_name)
+        self.names[full_name] = "" if module.partition(".")[0] == "__torch__" else why  # TorchScript's own classes
+        return token
+
+
+class Contents(NamedTuple):
+    """What the pickles of a checkpoint hold: the object, unless they are not opened, all their names, all storages."""
+
+    content: Any
+    names: dict[str, str]
+    storages: list[tuple[str, int]]
+    problem: dict[str, Any]  # as `inspect` reports it, where they are not opened
+
+
+def take_census(source: Source) -> Contents:
+    """Read a checkpoint, and note what it holds also where it may not be opened."""
+    readers: list[Census] = []
+
+    def census(file: Any, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> Census:
+        readers.append(Census(file, size, read_storage))
+        return readers[-1]
+
+    content, problem = None, {}
+    try:
+        content = read_checkpoint(source, census)
+    except ConversionError as error:
+        problem = {"problem": f"{source.path}: {error}", "exit_code": int(error.status)}
+    names = {name: why for reader in readers for name, why in reader.names.items()}
+    storages = {key: storage for reader in readers for key, storage in reader.storages.items()}
+    return Contents(content, names, list(storages.values()), problem)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TorchScript: its code is parsed and vetted before PyTorch's compiler sees it
+#
+# torch.jit.load runs an archive's __setstate__, default arguments and class constants, and some operators open files.
+# ---------------------------------------------------------------------------------------------------------------------
 
 # TorchScript and .pt2 archives are programs too: torch.jit.load runs the archive's __setstate__, default arguments and
 # class constants, some operators read and write files, and torch.export.load evaluates expressions from the file,
@@ -2812,1599 +5703,3009 @@ def vet_script_pickle(reader: Any, record: str) -> None:
     ScriptUnpickler(io.BytesIO(program), len(program), check_storage).load()
 
 
-GRAPH_TARGET = re.compile(r"torch\.ops\.(aten|prims|torchvision|quantized|higher_order)\.(\w+)(\.\w+)?")
-# Operators with functions inside; those that call compiled code (aoti_call_delegate, call_torchbind) are missing.
-HIGHER_ORDER = frozenset(
-    name
-    for names in (
-        "cond while_loop map_impl scan associative_scan wrap_with_set_grad_enabled wrap_with_autocast invoke_subgraph",
-        "out_dtype flex_attention strict_mode hints_wrapper auto_functionalized auto_functionalized_v2",
-        "tag_activation_checkpoint wrap_activation_checkpoint",
-    )
-    for name in names.split()
+# ---------------------------------------------------------------------------------------------------------------------
+# archives: PyTorch's zip files, whose records must be spelt exactly as PyTorch writes them
+#
+# Two readers that disagree on a name would see two different files.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
+MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
+
+
+class Ignored:
+    """Stands for an object that the forward pass does not need."""
+
+
+class Token(NamedTuple):
+    """What a global name of a pickle resolves to: never callable. `value` is the class or function that may be kept."""
+
+    name: str
+    value: Any = None
+
+
+# The records of PyTorch's archives, and no others: torch's reader takes no notice of case, cuts names at 511 bytes, and
+# would find `code/x.PY` where it looks for `code/x.py`. What is spelt exactly so is the same record to every reader.
+RECORD_NAME = re.compile(
+    r"(data|constants|traced_inputs|bytecode|mobile_debug_handles|attributes)\.pkl|tensors\.json|model\.json"
+    r"|version|byteorder|archive_(format|version)|\.format_version|\.storage_alignment"
+    r"|\.data/(serialization_id|version)"
+    r"|(data|constants|traced_inputs|bytecode|tensors)/\d{1,20}"
+    r"|code/(\w+/)*\w+\.py(\.debug_pkl)?"
+    r"|models/[\w.-]+\.json|data/(weights|constants|sample_inputs|aotinductor)/(\w[\w.-]*/)*[\w.-]+"
+    r"|extra/[ -~]+",
+    re.ASCII,
 )
-PYTHON_TARGETS = frozenset(
-    f"{module}.{name}"
-    for module, names in (
-        ("_operator", "add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge and_ or_ xor not_ getitem"),
-        ("math", "ceil floor trunc sqrt"),
-        ("torch", "sym_int sym_float sym_not sym_max sym_min sym_ite sym_sqrt _sym_sqrt _check"),
-    )
-    for name in names.split()
-)
-SYMBOLIC_CALLS = frozenset(
-    name
-    for names in (
-        "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Lt Le Gt Ge And Or Not Piecewise FloorDiv",
-        "ModularIndexing CleanDiv CeilDiv PythonMod CeilToInt FloorToInt TruncToInt IntTrueDiv FloatTrueDiv",
-        "PowByNatural FloatPow ToFloat Where Identity Relational",
-    )
-    for name in names.split()
-)
-SYMBOL = re.compile(r"[a-z]{1,3}\d{1,5}|int_oo|oo|zoo|nan|-?\d{1,20}")
-MAX_POWER = 64  # the product of all exponents of an expression: 9**9**9 takes for ever
-# Names become Python code when the program is turned into a module.
-PROGRAM_NAME = re.compile(r"[A-Za-z0-9_.:]*")
-MODULE_PATH = re.compile(r"[\w.\-\[\]'@]*", re.ASCII)
+MAX_RECORD_NAME = 240  # characters, with the folder that is the archive's own
 
 
-def is_operator(target: object) -> bool:
-    """Whether a node of an exported program may call `target`."""
-    match = GRAPH_TARGET.fullmatch(target) if isinstance(target, str) else None
-    if match is None:
-        return target in PYTHON_TARGETS if isinstance(target, str) else False
-    return match[2] in HIGHER_ORDER if match[1] == "higher_order" else match[2] not in DENIED_OPERATORS
+def check_record_names(records: Sequence[str]) -> None:
+    """Raise for an archive with records that PyTorch does not write, which its readers may take for one another."""
+    if len({name.lower() for name in records}) != len(records):
+        raise DamagedFileError("the archive has two records of one name")
+    for name in records:
+        if name.startswith("/") or not {"..", "."}.isdisjoint(name.split("/")) or "\\" in name:
+            raise DamagedFileError(f"the archive has a record outside itself ({shorten(name, 80)})")
+        if not RECORD_NAME.fullmatch(name) or len(name) > MAX_RECORD_NAME:
+            advice = "save the model again with torch.save, torch.jit.save or torch.export.save"
+            raise RefusedFileError(f"PyTorch writes no record called {shorten(name, 80)!r} into an archive; {advice}")
 
 
-def is_symbolic_expression(text: object) -> bool:
-    """Whether `text` is an expression over sizes and nothing else: torch.export.load has sympy evaluate it."""
-    if not isinstance(text, str) or len(text) > 4000 or not text.isascii():
-        return False
+def open_archive(path: Path) -> tuple[Any, list[str]]:
+    """Torch's own zip reader and its record names: zipfile disagrees with it on duplicate and mismatched entries."""
     try:
-        tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    shapes = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.keyword, ast.Load, ast.unaryop, ast.cmpop,
-              ast.Tuple, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)  # fmt: skip
-    power = 1
-    for node in ast.walk(tree):
-        exponent = None
-        if isinstance(node, ast.Call):
-            good = isinstance(node.func, ast.Name) and node.func.id in SYMBOLIC_CALLS
-            if good and "Pow" in ast.unparse(node.func):
-                exponent = node.args[1] if len(node.args) == 2 else node
-        elif isinstance(node, ast.Name):
-            good = node.id in SYMBOLIC_CALLS or SYMBOL.fullmatch(node.id) is not None
-        elif isinstance(node, ast.Constant):
-            good = type(node.value) in (bool, float) or SYMBOL.fullmatch(str(node.value)) is not None
-        else:
-            good = isinstance(node, shapes)
-            exponent = node.right if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) else None
-        if exponent is not None:
-            power *= max(1, abs(exponent.value)) if isinstance(exponent, ast.Constant) else MAX_POWER + 1
-        if not good or power > MAX_POWER:
-            return False
-    return True
+        file = open_input(path)
+        reader = torch._C.PyTorchFileReader(file)  # noqa: SLF001
+        records = reader.get_all_records()
+        check_record_names(records)
+        total = sum(reader.get_record_size(name) for name in records)
+        if total > os.fstat(file.fileno()).st_size + MAX_EXPANSION:
+            raise DamagedFileError("the archive expands to far more than its own size")
+        byte_order = reader.get_record("byteorder") if "byteorder" in records else b"little"
+    except (RuntimeError, ValueError, IndexError) as error:  # the last two: a version that is no number, or a huge one
+        raise DamagedFileError(f"it is a damaged or truncated archive ({first_line(error)})") from None
+    if byte_order != b"little":
+        raise DamagedFileError("it was saved on a big-endian machine; save it again on a little-endian one")
+    return reader, records
 
 
-def is_plain_tree(text: object) -> bool:
-    """Whether a serialised pytree spec names only built-in containers, and keys that are text or numbers.
-
-    An "__enum__" among the keys would import the module that it names.
-    """
-    names = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.Size", None}
-
-    def check(node: Any) -> bool:
-        context = node["context"]
-        keys = json.loads(context) if isinstance(context, str) else context
-        plain_keys = keys is None or (isinstance(keys, list) and all(type(key) in (str, int) for key in keys))
-        return node["type"] in names and plain_keys and all(map(check, node["children_spec"]))
-
+def read_record(reader: Any, name: str) -> bytes:
+    """One record that is parsed as a whole; raises DamagedFileError where it is missing, damaged or too large."""
     try:
-        _, tree = json.loads(text if isinstance(text, str) else "")
-        return check(tree)
-    except (ValueError, TypeError, KeyError):
-        return False
+        if reader.get_record_size(name) > MAX_PICKLE_BYTES:
+            raise DamagedFileError(f"its {name} is larger than that of any known model")
+        return bytes(reader.get_record(name))
+    except RuntimeError as error:  # missing, or with a wrong checksum
+        raise DamagedFileError(f"its {name} is missing or damaged ({first_line(error)})") from None
 
 
-def are_identifiers(names: object) -> bool:
-    """Whether `names` are argument names, or None."""
-    return names is None or (isinstance(names, list) and all(isinstance(n, str) and n.isidentifier() for n in names))
+def parse_storage_id(record_id: object) -> tuple[str, torch.dtype, int]:
+    """(key, dtype, size in bytes) of ("storage", storage type, key, location, number of elements, ...)."""
+    if not isinstance(record_id, tuple) or len(record_id) < 5 or record_id[0] not in ("storage", b"storage"):
+        raise DamagedFileError("a tensor refers to something that is not a storage")
+    token, key, _, elements = record_id[1:5]
+    plain_key = type(key) in (str, int, bytes)
+    if not isinstance(token, Token) or not plain_key or type(elements) is not int or not 0 <= elements < 2**48:
+        raise DamagedFileError("a storage has a damaged record")
+    name = token.name.rpartition(".")[2]
+    untyped = name == "UntypedStorage"
+    dtype = torch.uint8 if untyped else torch.storage._get_dtype_from_pickle_storage_type(name)  # noqa: SLF001
+    return str(key), dtype, elements * dtype.itemsize
 
 
-# What the values of some keys must be in the JSON of an exported program, and what to call those that are not.
-PROGRAM_CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "expr_str": (is_symbolic_expression, "the expression"),
-    "target": (is_operator, "the operator"),
-    "as_operator": (is_operator, "the operator"),
-    "in_spec": (is_plain_tree, "arguments of a custom class:"),
-    "out_spec": (is_plain_tree, "results of a custom class:"),
-    "forward_arg_names": (are_identifiers, "the argument names"),
-    **dict.fromkeys(("name", "as_name", "class_fqn"), (PROGRAM_NAME.fullmatch, "the name")),
-    **{f"{kind}_name": (MODULE_PATH.fullmatch, "the name") for kind in ("parameter", "buffer", "tensor_constant")},
-    "fqn": (MODULE_PATH.fullmatch, "the name"),
+# ---------------------------------------------------------------------------------------------------------------------
+# the graphs of a Hugging Face model: modules that take and return flat tensors under the ecosystem's names
+#
+# Takes a FolderModel, gives Graphs: a module, its inputs, examples of them, and further checks such as generating
+# text.
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_CHANNELS = 3  # what torchvision's models take, all of them, and timm's unless told otherwise
+# What each task's graph returns; of the others everything that is a tensor.
+TASK_OUTPUTS = {
+    "feature-extraction": ("last_hidden_state", "pooler_output", "encoder_last_hidden_state"),
+    "sentence-similarity": ("last_hidden_state", "sentence_embedding"),
+    "question-answering": ("start_logits", "end_logits"),
+    "object-detection": ("logits", "pred_boxes"),
+    "depth-estimation": ("predicted_depth",),
+    "zero-shot-image-classification": ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
 }
+# Sizes of the free axes: what is traced first, then what is verified beside it. No two axes change alike.
+TEXT_SIZES = ({BATCH: 2, SEQUENCE: 12}, {BATCH: 1, SEQUENCE: 7}, {BATCH: 3, SEQUENCE: 18})
+DECODER_SIZES = tuple(
+    {BATCH: batch, PAST: past, SEQUENCE: new} for batch, past, new in ((2, 6, 5), (1, 0, 9), (3, 11, 1), (2, 0, 14))
+)
+# The decoder behind an encoder: without a past, and with one.
+ENCODED = ((2, 12), (1, 7), (3, 18))
+FIRST_SIZES, NEXT_SIZES = (
+    tuple(
+        {BATCH: batch, ENCODER_SEQUENCE: encoded, PAST: past, SEQUENCE: new}
+        for (batch, encoded), (past, new) in zip(ENCODED, lengths, strict=True)
+    )
+    for lengths in (((0, 5), (0, 1), (0, 8)), ((6, 3), (1, 1), (11, 1)))
+)
+WINDOW_BYTES = 512_000_000  # of a cache that is longer than the sliding window: beyond, the window goes unverified
+GENERATED = 10  # tokens that PyTorch and ONNX Runtime generate for the same prompts
+FEW_GENERATED = 2  # the same of heavy models
+HEAVY_BYTES = 8_000_000_000  # of weights: reading them once takes many seconds, and a model is called a dozen times
+STEPPED = 5  # tokens that a model with states reads in one call and one after the other
+STEPS_APART = 1e-3  # of the largest value: what rounding does to two ways of computing the same
+DECODED = 5  # tokens of the decoder where an encoder-decoder model is called once
+CHOICES = 3  # answers of a multiple-choice question in the examples
+AUDIO_SAMPLES = 16000  # a second, as the feature extractors resample
 
 
-def vet_program(node: object, found: set[str]) -> None:
-    """Walk the JSON of an exported program; add every part that would run as code to `found`, and drop its notes."""
-    if isinstance(node, list):
-        for item in node:
-            vet_program(item, found)
-    if not isinstance(node, dict):
-        return
-    for key, value in node.items():
-        check, what = PROGRAM_CHECKS.get(key, (None, ""))
-        if not MODULE_PATH.fullmatch(key):
-            found.add(f"the name {shorten(key, 40)!r}")
-        elif key == "metadata" and ("target" in node or "signature" in node):
-            node[key] = {}
-        elif check and isinstance(value, (str, list)):
-            if not check(value):
-                found.add(f"{what} {shorten(str(value), 60)!r}")
+def padding_mask(batch: int, length: int, *, left: bool) -> Tensor:
+    """A mask (int64, batch x length) of ones whose later rows begin (`left`) or end with ever more zeros."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    for row in range(1, batch):
+        empty = min(length - 1, row * length // (batch + 1))
+        mask[row, : empty if left else 0] = 0
+        mask[row, length if left else length - empty :] = 0
+    return mask
+
+
+def token_ids(config: Any, shape: Sequence[int], generator: Any) -> Tensor:
+    """Random tokens (int64) of the vocabulary that are none of the special ones."""
+    special = {value for key, value in config.to_dict().items() if key.endswith("_token_id") and type(value) is int}
+    usual = torch.tensor([token for token in range(min(config.vocab_size, 50000)) if token not in special] or [0])
+    return usual[torch.randint(0, len(usual), tuple(shape), generator=generator)]
+
+
+def example_tensors(
+    specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int, *, left: bool = False
+) -> list[Tensor]:
+    """Seeded inputs at `sizes` as a processor makes them: padded rows (`left` or right), real positions."""
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor] = {}
+    for spec in sorted(specs, key=lambda spec: "mask" not in spec.name):  # the masks first: others follow them
+        shape = spec.resized(sizes)
+        if spec.name in ("attention_mask", "encoder_attention_mask"):
+            rows = padding_mask(math.prod(shape[:-1]), shape[-1], left=left)
+            made[spec.name] = rows.view(shape)
+        elif spec.name == "input_ids":
+            made[spec.name] = padded_ids(config, token_ids(config, shape, generator), made.get("attention_mask"))
+        elif spec.name == "decoder_input_ids":
+            made[spec.name] = token_ids(config, shape, generator)
+        elif spec.name == "token_type_ids":
+            made[spec.name] = (torch.arange(shape[-1]) >= shape[-1] // 2).to(torch.int64).expand(shape).clone()
+        elif spec.name == "position_ids":
+            made[spec.name] = (made["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, -shape[-1] :]
+        elif spec.name == "bbox":
+            limit = min(1000, getattr(config, "max_2d_position_embeddings", 1000) - 1)
+            corners = torch.randint(0, limit // 2, (*shape[:-1], 2), generator=generator)
+            made[spec.name] = torch.cat([corners, corners + limit // 3], -1)  # left, top, right, bottom
         else:
-            vet_program(value, found)
+            made[spec.name] = torch.randn(shape, generator=generator).to(spec.dtype)
+    return [made[spec.name] for spec in specs]
 
 
-def vet_payloads(reader: Any, records: Collection[str], kind: str) -> Iterator[str]:
-    """What the weights or constants of an exported program hold besides plain tensors that fit their records."""
-    config = f"data/{kind}/model_{kind}_config.json"
-    entries = json.loads(read_record(reader, config))["config"] if config in records else {}
-    for key, entry in entries.items():
-        name = entry["path_name"]
-        if entry.get("use_pickle"):
-            yield f"a pickled {kind[:-1]} ({shorten(key, 60)})"
-            continue
-        if not re.fullmatch(r"(weight|tensor)_\d{1,9}", name):
-            yield f"a {kind[:-1]} called {shorten(name, 60)!r}"
-            continue
-        record = f"data/{kind}/{name}"
-        sizes = [size["as_int"] for size in entry["tensor_meta"]["sizes"]]
-        if record not in records or not all(type(size) is int and size >= 0 for size in sizes):
-            raise DamagedFileError(f"its {kind[:-1]} {shorten(key, 60)} is missing or damaged")
-        elements = math.prod(sizes)  # dtypes are a byte or more; torch makes zeros of what an empty record lacks
-        if elements > reader.get_record_size(record) + (MAX_OVERLAP if reader.get_record_size(record) else 0):
-            raise DamagedFileError(f"its {kind[:-1]} {shorten(key, 60)} is larger than its data")
+def on_device_of(model: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the device of `model`."""
+    return [tensor.to(model.device) for tensor in tensors]
 
 
-def rewrite_exported_program(path: Path) -> io.BytesIO:
-    """The .pt2 archive at `path` with only what torch.export.load may see: no guards, pickles, libraries or notes."""
-    reader, records = open_archive(path)
-    found = {
-        shorten(name, 80)
-        for name in records
-        if name.startswith("data/aotinductor/") or name.endswith((".so", ".o", ".cubin", ".cpp", ".py"))
-    }
-    found |= {f"pickled {name}" for name in ("data/weights/model.pt", "data/constants/model.pt") if name in records}
-    programs = [name for name in records if name.startswith("models/")]
-    if programs != ["models/model.json"] or read_record(reader, "archive_format") != b"pt2":
-        raise DamagedFileError("it does not hold exactly one exported program of PyTorch 2.8 or newer")
-    try:
-        for kind in ("weights", "constants"):
-            found.update(vet_payloads(reader, records, kind))
-        program = json.loads(read_record(reader, "models/model.json"))
-        program["guards_code"] = []
-        program["graph_module"]["treespec_namedtuple_fields"] = {}
-        vet_program(program, found)
-        ranges = program.get("range_constraints", {})
-        found.update(f"the range of {shorten(key, 60)}" for key in ranges if not SYMBOL.fullmatch(key))
-        text = json.dumps(program)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedFileError(f"its program is damaged ({first_line(error)})") from None
-    if found:
-        raise RefusedFileError(
-            f"it holds {', '.join(sorted(found)[:8])}, which torch.export.load would run as code; "
-            "pass --trust-pickle if you trust its maker"
+def padded_ids(config: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """`ids` with the padding token where `mask` is zero, and one end token in every row where the model counts them."""
+    if mask is None or mask.shape[-1] < ids.shape[-1]:
+        return ids
+    mask = mask[..., -ids.shape[-1] :]
+    pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
+    ids = ids.masked_fill(mask == 0, pad)
+    if getattr(config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
+        ids.scatter_(-1, mask.sum(-1, keepdim=True) - 1, config.eos_token_id)
+    return ids
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward names this argument."""
+    return accepts(model.forward, name, by_name=True)
+
+
+def text_specs(model: Any, task: str) -> list[InputSpec]:
+    """The inputs of a text encoder, as its tokenizer makes them."""
+    names = ["input_ids", "attention_mask"]
+    if takes_argument(model, "token_type_ids") and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+        names.append("token_type_ids")
+    if takes_argument(model, "bbox"):
+        names.append("bbox")
+    dims, axes = (TEXT_SIZES[0][BATCH], TEXT_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
+    if task == "multiple-choice":
+        dims, axes = (dims[0], CHOICES, dims[1]), {0: BATCH, 1: "num_choices", 2: SEQUENCE}
+    specs = [InputSpec(name, dims, torch.int64, axes) for name in names if takes_argument(model, name)]
+    if task == "feature-extraction" and model.config.is_encoder_decoder and takes_argument(model, "decoder_input_ids"):
+        few = (dims[0], DECODED)
+        specs.append(InputSpec("decoder_input_ids", few, torch.int64, {0: BATCH, 1: DECODER_SEQUENCE}))
+    return [spec._replace(dims=(*dims, 4)) if spec.name == "bbox" else spec for spec in specs]
+
+
+MAX_WINDOW = 8192  # tokens: twice the widest local attention that a text is made for
+
+
+def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
+    """The sizes to try, with one that is longer than the window of local attention where the model has one."""
+    windows = [getattr(config, name, None) for name in ("attention_window", "local_attention")]
+    widest = max((window if isinstance(window, int) else max(window) for window in windows if window), default=0)
+    if not 0 < 2 * widest < min(getattr(config, "max_position_embeddings", math.inf), MAX_WINDOW):
+        return TEXT_SIZES
+    return (*TEXT_SIZES, {BATCH: 1, SEQUENCE: widest + 3})
+
+
+def config_number(config: Any, names: str, otherwise: int, high: int) -> int:
+    """The first of the attributes `names` of a configuration that is set, a whole number from 1 to `high`.
+
+    Raises InputError for one of another kind.
+    """
+    name = next((name for name in names.split() if getattr(config, name, None)), None)
+    value = getattr(config, name) if name else otherwise
+    if type(value) is not int or not 1 <= value <= high:
+        raise DamagedFileError(f"config.json: {name} is {shown(value)}, not a whole number from 1 to {high}; repair it")
+    return value
+
+
+def processor_size(settings: Settings) -> tuple[int, int, bool] | None:
+    """Height and width of the images that a processor makes, and whether it keeps their proportions; None if untold."""
+    crops = settings.flag("do_center_crop") and settings.content.get("crop_size")
+    key = "crop_size" if crops else "size"
+    value = settings.content.get(key)
+    if isinstance(value, dict):
+        size = Settings(value, f"{settings.where}: {key}")
+        edge = size.integer("shortest_edge", 1, MAX_IMAGE_EDGE) or 224
+        height, width = (size.integer(name, 1, MAX_IMAGE_EDGE) or edge for name in ("height", "width"))
+        return height, width, "longest_edge" in value
+    edges = image_edges(value)
+    if value is not None and edges is None:
+        raise settings.misfit(key, f"whole numbers from 1 to {MAX_IMAGE_EDGE}")
+    return (edges[0], edges[-1], False) if edges else None
+
+
+def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
+    """Channels, height and width of the images, and whether the processor keeps their proportions.
+
+    Told by preprocessor_config.json, else by the model's own image_size; 3, 224 and 224 where nothing tells.
+    """
+    vision = getattr(config, "vision_config", config)
+    channels = config_number(vision, "num_channels in_channels", IMAGE_CHANNELS, MAX_IMAGE_EDGE)
+    file = folder / "preprocessor_config.json"
+    if file.exists() and (size := processor_size(Settings(read_json(file), file.name))):
+        return channels, *size
+    own = getattr(vision, "image_size", None)
+    if not isinstance(own, (int, list, tuple)):
+        return channels, 224, 224, False
+    if not (edges := image_edges(own)):
+        what = f"whole numbers from 1 to {MAX_IMAGE_EDGE}"
+        raise DamagedFileError(f"config.json: image_size is {shown(own)}, not {what}; repair it")
+    return channels, edges[0], edges[-1], False
+
+
+def image_spec(model: Any, folder: Path, task: str) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
+    """pixel_values and the sizes to try: height and width are free where a detector's processor keeps proportions."""
+    channels, height, width, free = image_settings(model.config, folder)
+    dtype = float_dtype(model)
+    if not free or task != "object-detection":
+        spec = InputSpec("pixel_values", (2, channels, height, width), dtype, {0: BATCH})
+        return spec, ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
+    spec = InputSpec("pixel_values", (2, channels, 256, 320), dtype, {0: BATCH, 2: "height", 3: "width"})
+    sizes = ({"height": 256, "width": 320}, {"height": 224, "width": 288}, {"height": 320, "width": 256})
+    return spec, tuple({BATCH: batch, **size} for batch, size in zip((2, 1, 3), sizes, strict=True))
+
+
+MAX_FRAMES = 16_384  # of a spectrogram: Whisper's has 3,000
+
+
+def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
+    """input_values (samples, or a spectrogram of fixed length) or input_features (mel spectrogram)."""
+    config, name, dtype = model.config, model.main_input_name, float_dtype(model)
+    batches: tuple[dict[str, int], ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
+    bins = config_number(config, "num_mel_bins input_feat_per_channel", 80, MAX_IMAGE_EDGE)
+    if name == "input_values" and getattr(config, "num_mel_bins", None) and getattr(config, "max_length", None):  # AST
+        return InputSpec(
+            name, (2, config_number(config, "max_length", 1, MAX_FRAMES), bins), dtype, {0: BATCH}
+        ), batches
+    if name == "input_values":
+        lengths = (AUDIO_SAMPLES, AUDIO_SAMPLES // 2 + 80, AUDIO_SAMPLES + 4321)
+        sizes = tuple({**batch, "audio_length": length} for batch, length in zip(batches, lengths, strict=True))
+        return InputSpec(name, (2, AUDIO_SAMPLES), dtype, {0: BATCH, 1: "audio_length"}), sizes
+    if getattr(config, "model_type", "") == "whisper":  # bins first, and always 30 seconds
+        frames = 2 * config_number(config, "max_source_positions", 1, MAX_FRAMES)
+        return InputSpec(name, (2, bins, frames), dtype, {0: BATCH}), batches
+    sizes = tuple({**batch, "frames": frames} for batch, frames in zip(batches, (96, 64, 160), strict=True))
+    return InputSpec(name, (2, 96, bins), dtype, {0: BATCH, 1: "frames"}), sizes
+
+
+def named_call(model: nn.Module, names: Sequence[str], choose: Callable[[Any], dict[str, Tensor]]) -> nn.Module:
+    """A module that takes tensors by position, calls `model` with them by name and returns what `choose` picks."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            return choose(self.inner(**dict(zip(names, inputs, strict=True)), return_dict=True))
+
+    return Named()
+
+
+def task_outputs(task: str, missing: Collection[str]) -> Callable[[Any], dict[str, Tensor]]:
+    """What picks the task's tensors from a model's output: those of TASK_OUTPUTS, logits, or every tensor."""
+    wanted = [name for name in TASK_OUTPUTS.get(task, ("logits",)) if name not in missing]
+
+    def choose(output: Any) -> dict[str, Tensor]:
+        tensors = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+        return {name: tensors[name] for name in wanted if name in tensors} or tensors
+
+    return choose
+
+
+def pool_states(states: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """One vector for each row of `states` (batch x sequence x size), as sentence_transformers.models.Pooling has it."""
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    if mode == "cls":
+        return states[:, 0]
+    if mode == "max":
+        return states.masked_fill(weights == 0, -1e9).max(1).values
+    if mode == "lasttoken":
+        places = torch.arange(mask.shape[1], device=mask.device) * mask
+        return torch.take_along_dim(states, places.argmax(1)[:, None, None], 1)[:, 0]
+    if mode == "weightedmean":
+        weights = weights * (torch.arange(mask.shape[1], device=mask.device)[None, :, None] + 1)
+    length = weights.sum(1).clamp(min=1e-9)
+    return (states * weights).sum(1) / (length.sqrt() if mode == "mean_sqrt_len_tokens" else length)
+
+
+POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
+           "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_lasttoken": "lasttoken",
+           "pooling_mode_weightedmean_tokens": "weightedmean"}  # fmt: skip
+# Activations of torch.nn that a Dense module may name; they are built without arguments.
+ACTIVATIONS = word_set(
+    """CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU Sigmoid
+    Softplus Softsign Tanh Tanhshrink"""
+)
+SentenceStep = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+
+
+def sentence_call(model: Any, names: Sequence[str], steps: Sequence[Callable[..., Tensor]]) -> nn.Module:
+    """A module that returns the model's states and the sentence's vector, which `steps` make of them."""
+
+    class Sentence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            given = dict(zip(names, inputs, strict=True))
+            states = self.inner(**given, return_dict=True).last_hidden_state
+            vector = states
+            for step in steps:
+                vector = step(states, given["attention_mask"], vector)
+            return {"last_hidden_state": states, "sentence_embedding": vector}
+
+    return Sentence()
+
+
+def single_graph(found: FolderModel, folder: Path) -> Graph:
+    """The graph of a model that is called once: text, image, audio or both of the first two."""
+    model, task = found.model, found.task
+    if task == "zero-shot-image-classification":
+        image, _ = image_spec(model, folder, task)
+        texts = [spec._replace(axes={0: "text_batch_size", 1: SEQUENCE}) for spec in text_specs(model, task)]
+        limit = getattr(model.config.text_config, "max_position_embeddings", 1000)
+        specs = [*texts[:1], image._replace(axes={0: "image_batch_size"}), *texts[1:]]
+        batches = ((2, 3), (1, 2), (4, 1))
+        sizes = tuple(
+            {"text_batch_size": few, "image_batch_size": many, SEQUENCE: min(size[SEQUENCE], limit - turn)}
+            for turn, ((few, many), size) in enumerate(zip(batches, TEXT_SIZES, strict=True))
         )
-    rewritten = io.BytesIO()
-    with zipfile.ZipFile(rewritten, "w") as archive:
-        for name in records:
-            if name == "models/model.json":
-                archive.writestr(f"model/{name}", text)
-            elif name.startswith("data/sample_inputs/"):  # a pickle; torch.export.load takes an empty one for none
-                archive.writestr(f"model/{name}", b"")
-            elif name.startswith(
-                ("data/weights/", "data/constants/", "archive_", "byteorder", "version", ".data/version")
-            ):
-                archive.writestr(f"model/{name}", reader.get_record(name))
-    rewritten.seek(0)
-    return rewritten
-
-
-class Loaded(NamedTuple):
-    """What came out of a file: a module, a ScriptModule, an ExportedProgram or a checkpoint's dictionary."""
-
-    content: Any
-    what: str
-    examples: tuple[InputShape, ...] = ()  # the inputs that the file records
-    free: tuple[Mapping[int, str], ...] = ()  # for each of them: its axes of free size, and the program's symbols
-    around: Mapping[Any, Any] = {}  # the checkpoint that it was taken out of
-
-
-def load(source: Source, *, trust: bool) -> Loaded:
-    """Open `source` on the CPU; raises ConversionError that names the file. `trust` runs whatever the file says."""
-    loaders = {
-        Kind.CHECKPOINT: load_checkpoint,
-        Kind.LEGACY_CHECKPOINT: load_checkpoint,
-        Kind.SAFETENSORS: load_safetensors,
-        Kind.SHARDED_WEIGHTS: load_shards,
-        Kind.TORCHSCRIPT: load_torchscript,
-        Kind.EXPORTED_PROGRAM: load_exported_program,
-    }
-    problem: ConversionError | None = None
-    try:
-        seconds = RUN_SECONDS + input_size(source.path) / BYTES_PER_SECOND
-        with time_limit(seconds) if not trust else contextlib.nullcontext():
-            loaded = loaders[source.kind](source, trust=trust)
-    except (RefusedFileError, DamagedFileError) as error:
-        problem = error
-    except RecursionError:
-        problem = DamagedFileError("what it holds is nested too deeply")
-    try:
-        open_input(source.path).close()  # once more: it is still the one that it was
-    except (RefusedFileError, DamagedFileError) as error:
-        problem = error
-    if problem:
-        raise ConversionError(problem.status, f"{source.path}: {shorten(str(problem), 1000)}") from None
-    return loaded
-
-
-# The JSON files of a folder that are read, here or by transformers. The others (tokenizer.json, vocab.json) are only
-# copied beside the graph, whatever they hold.
-READ_JSON = re.compile(r".*config\.json|modules\.json|.*\.index\.json")
-MAX_JSON_BYTES = 16 << 20  # of one settings file: the largest known ones, with 20,000 labels, have 1 MB
-MAX_JSON_DEPTH = 20  # of objects and lists in each other: configurations of several parts have 6
-MAX_JSON_VALUES = 1_000_000  # of all of a folder's settings together: an index has one for each tensor
-# What settings may ask for, at any depth, that runs code which comes with the folder or is fetched from the hub;
-# transformers would follow some of it although its caller said trust_remote_code=False.
-OWN_CODE_KEYS = ("auto_map", "auto_mapping", "custom_generate", "custom_pipelines", "trust_remote_code", "use_kernels",
-                 "use_pretrained_backbone")  # fmt: skip
-IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
-# Implementations of attention and experts that are part of transformers; anything else names a kernel on the hub.
-IMPLEMENTATIONS = frozenset(
-    {None, True, False, "", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "batched_mm",
-     "grouped_mm"}
-)  # fmt: skip
-# Where configurations hand arguments on to timm's builder, and the names of its models.
-TIMM_ARGUMENT_KEYS = ("model_args", "backbone_kwargs", "timm_kwargs")
-TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?")  # no scheme: local-dir: and hf-hub: name places
-MAX_MODULES = 20  # of sentence-transformers: known models have four
-CODE_FILES = (".py", ".pkl", ".pickle", ".so", ".dll", ".pyc", ".joblib", "custom_generate")
-
-
-class Settings:
-    """An object of a JSON file that came with the input; a value of another type raises DamagedFileError by its name.
-
-    A key that is missing or null is None, or an empty list.
-    """
-
-    def __init__(self, content: object, where: str) -> None:
-        self.where = where
-        if not isinstance(content, dict):
-            raise DamagedFileError(f"{where} holds {shown(content)}, not an object; repair it")
-        self.content = content
-
-    def value(self, key: str, kind: type, wanted: str) -> Any:
-        """The value of `key`, which must be a `kind`."""
-        value = self.content.get(key)
-        if value is not None and type(value) is not kind:
-            raise self.misfit(key, wanted)
-        return value
-
-    def misfit(self, key: str, wanted: str) -> DamagedFileError:
-        """What to raise where the value of `key` is not what is `wanted`."""
-        return DamagedFileError(f"{self.where}: {key} is {shown(self.content.get(key))}, not {wanted}; repair it")
-
-    def name(self, key: str) -> str | None:
-        """A string."""
-        return self.value(key, str, "a string")
-
-    def names(self, key: str) -> list[str]:
-        """A list of strings."""
-        values = self.value(key, list, "a list of names") or []
-        if not all(type(value) is str for value in values):
-            raise self.misfit(key, "a list of names")
-        return values
-
-    def flag(self, key: str) -> bool:
-        """True or false."""
-        return self.value(key, bool, "true or false") or False
-
-    def integer(self, key: str, low: int, high: int) -> int | None:
-        """A whole number from `low` to `high`."""
-        value = self.value(key, int, "a whole number")
-        if value is not None and not low <= value <= high:
-            raise self.misfit(key, f"a whole number from {low} to {high}")
-        return value
-
-    def number(self, key: str, low: float, high: float) -> float | None:
-        """A number from `low` to `high`."""
-        value = self.content.get(key)
-        if value is not None and plain_numbers([value], low, high) is None:
-            raise self.misfit(key, f"a number from {low:g} to {high:g}")
-        return value
-
-    def numbers(
-        self, key: str, count: int | None, low: float, high: float, *, whole: bool = False
-    ) -> tuple[Any, ...] | None:
-        """`count` numbers, or a few, from `low` to `high`, all of them `whole` where that is asked for."""
-        if self.content.get(key) is None:
-            return None
-        values = plain_numbers(self.content[key], low, high, whole=whole)
-        if values is None or count not in (None, len(values)):
-            many = "a list of" if count is None else count
-            raise self.misfit(key, f"{many} {'whole ' if whole else ''}numbers from {low:g} to {high:g}")
-        return values
-
-    def section(self, key: str) -> Settings | None:
-        """An object."""
-        value = self.content.get(key)
-        return None if value is None else Settings(value, f"{self.where}: {key}")
-
-    def sections(self, key: str) -> list[Settings]:
-        """A list of objects."""
-        values = self.value(key, list, "a list") or []
-        return [Settings(value, f"{self.where}: {key}[{place}]") for place, value in enumerate(values)]
-
-
-def plain_numbers(value: object, low: float, high: float, *, whole: bool = False) -> tuple[Any, ...] | None:
-    """The entries of a short list of finite numbers from `low` to `high`; None for anything else."""
-    kinds = (int,) if whole else (int, float)
-    if not isinstance(value, (list, tuple)) or len(value) > 16:
-        return None
-    fits = all(type(entry) in kinds and low <= entry <= high for entry in value)  # NaN is in no range
-    return tuple(value) if fits else None
-
-
-class FolderFindings(NamedTuple):
-    """What a Hugging Face folder asks for: what cannot be left out, and what can."""
-
-    refused: list[str]
-    ignored: list[str]
-
-
-class VettedFolder(NamedTuple):
-    """A Hugging Face folder, and its settings as they were vetted: what is read is these bytes, never the files again.
-
-    What would run code is not in them.
-    """
-
-    path: Path
-    files: Mapping[str, bytes]  # by name
-
-    def settings(self, name: str) -> Settings:
-        """One of the files; raises DamagedFileError where it holds no object."""
-        return Settings(parse_json(self.files[name], name), name)
-
-    def modules(self) -> list[Settings]:
-        """The parts of a model of sentence-transformers in their order; none where there is no modules.json."""
-        if "modules.json" not in self.files:
-            return []
-        settings = Settings({"modules": parse_json(self.files["modules.json"], "modules.json")}, "modules.json")
-        modules = settings.sections("modules")
-        if len(modules) > MAX_MODULES:
-            raise settings.misfit("modules", f"a list of {MAX_MODULES} modules at most")
-        return modules
-
-
-def vet_folder(path: Path, *, trust: bool) -> VettedFolder:
-    """Read the settings of a Hugging Face folder, and take out what would run code.
-
-    Raises ConversionError for what cannot be left out (unless `trust`, --trust-remote-code) and for files that lie
-    outside the folder; says in [WARN] lines what is ignored.
-    """
-    files: dict[str, bytes] = {}
-    findings = FolderFindings([], [])
-    try:
-        names = sorted(entry.name for entry in path.iterdir())
-        values = 0
-        for name in names:
-            real_input(path / name)
-            if READ_JSON.fullmatch(name):
-                files[name] = vetted_json(path / name, findings, trust=trust)
-                values += count_values(files[name])
-            check_values(values, "its settings together")
-    except (RefusedFileError, DamagedFileError) as error:
-        raise ConversionError(error.status, f"{path}: {shorten(str(error), 1000)}") from None
-    findings.ignored.extend(f"the file {name}" for name in names if name.endswith(CODE_FILES))
-    if trust:
-        LOG.warn(f"--trust-remote-code: code that comes with {path} may run")
-        return VettedFolder(path, files)
-    if findings.refused:
-        what = ", ".join(shorten(item, 120) for item in findings.refused[:4])
-        advice = "pass --trust-remote-code if you trust its maker"
-        raise ConversionError(ExitStatus.REFUSED, f"{path}: {what}; {advice}")
-    if findings.ignored:
-        what = ", ".join(shorten(item, 80) for item in findings.ignored[:6])
-        LOG.warn(f"{path}: ignored, since it would run code: {what} (--trust-remote-code)")
-    return VettedFolder(path, files)
-
-
-def vetted_json(path: Path, findings: FolderFindings, *, trust: bool) -> bytes:
-    """The content of a settings file: as it is where nothing was taken out, else without that."""
-    is_index = path.name.endswith(".index.json")
-    data = read_bounded(path, MAX_INDEX_BYTES if is_index else MAX_JSON_BYTES)
-    content, before = parse_json(data, path.name), len(findings.ignored)
-    if is_index:
-        check_shards(content, path)
-        return data
-    vet_settings(content, path.name, findings)
-    unchanged = trust or len(findings.ignored) == before
-    return data if unchanged else json.dumps(content, indent=2).encode() + b"\n"
-
-
-def read_bounded(path: Path, limit: int, name: str = "") -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; raises DamagedFileError that names it, by its own name."""
-    name = name or path.name
-    if not os.path.lexists(path):
-        raise DamagedFileError(f"{name} is missing")
-    with open_input(path, name) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise DamagedFileError(f"{name} has more than {limit >> 20} MB, larger than any known one")
-    return data
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises DamagedFileError that names it."""
-    return parse_json(read_bounded(path, MAX_INDEX_BYTES), path.name)
-
-
-def count_values(data: bytes) -> int:
-    """How many values JSON of these bytes has at most."""
-    return sum(data.count(mark) for mark in (b"[", b"{", b","))
-
-
-def check_values(count: int, where: str) -> None:
-    """Raise DamagedFileError for more values than any known model's settings have: each is an object in memory."""
-    if count > MAX_JSON_VALUES:
-        raise DamagedFileError(f"{where} would have {count} values, more than those of any known model")
-
-
-def parse_json(data: bytes, file: str) -> Any:
-    """The content of JSON, which must be UTF-8, without a key that is there twice; raises DamagedFileError.
-
-    Infinity stands in configurations that transformers wrote (Mamba-2's time_step_limit), NaN in none.
-    """
-
-    def constant(name: str) -> float:
-        if name == "NaN":
-            raise ValueError("NaN is no number")
-        return float(name)
-
-    check_values(count_values(data), file)
-    try:
-        content = json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{file} is damaged ({first_line(error)}); download it again") from None
-    level = [content]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            entry
-            for node in level
-            if isinstance(node, (dict, list))
-            for entry in (node.values() if isinstance(node, dict) else node)
-        ]
-    if level:
-        raise DamagedFileError(
-            f"{file} is nested more than {MAX_JSON_DEPTH} levels deep, as no known one is; repair it"
-        )
-    return content
-
-
-def vet_settings(content: Any, file: str, findings: FolderFindings) -> None:
-    """Take out of a folder's JSON, at every depth, what would run code, and note it; raises DamagedFileError."""
-    waiting = [content]
-    if file in ("config.json", "adapter_config.json", "generation_config.json"):
-        Settings(content, file)  # an object
-    known_type = isinstance(content, dict) and isinstance(content.get("model_type"), str)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, list):
-            waiting.extend(node)
-        if not isinstance(node, dict):
-            continue
-        for key, value in list(node.items()):
-            where = f"{key} in {file}"
-            check_timm_setting(key, value, file)
-            if key == "auto_map" and file == "config.json" and not known_type:
-                findings.refused.append(f"{where} is the only thing that says what the model is: its own Python code")
-            elif key == "quantization_config" and value:
-                method = value.get("quant_method") if isinstance(value, dict) else value
-                findings.refused.append(f"{where} needs the code of the quantiser {shown(method)}")
-            elif IMPLEMENTATION_KEY.fullmatch(key):
-                if not is_one_of(value, IMPLEMENTATIONS):
-                    findings.refused.append(f"{where} names the kernel {shown(value)}")
-            elif key in OWN_CODE_KEYS or (key == "backbone" and names_a_place(value)):
-                if value:
-                    findings.ignored.append(where)
-            else:
-                waiting.append(value)
-                continue
-            del node[key]
-
-
-def names_a_place(value: object) -> bool:
-    """Whether what stands for a model of timm is something else than its plain name, such as a hub's or a folder's."""
-    return isinstance(value, str) and not TIMM_NAME.fullmatch(value)
-
-
-def check_timm_setting(key: str, value: object, file: str) -> None:
-    """Raise DamagedFileError for settings that would make timm's builder open something."""
-    if key == "architecture" and names_a_place(value):
-        what = "which names no architecture of timm"
-        raise DamagedFileError(f"{file}: architecture is {shown(value)}, {what}; repair it")
-    if key in TIMM_ARGUMENT_KEYS and value is not None:
-        for name, entry in Settings(value, f"{file}: {key}").content.items():
-            if not is_architecture_argument(name, entry):
-                what = f"{shorten(repr(name), 60)} with the value {shown(entry)}"
-                raise DamagedFileError(f"{file}: {key} has {what}, which does not describe a network; remove it")
-
-
-def read_checkpoint(source: Source, unpickler: Unpickler = InertUnpickler) -> Any:
-    """The object in a checkpoint of either layout, read inertly."""
-    if source.kind is Kind.CHECKPOINT:
-        return read_archive(source.path, unpickler)
-    with open_input(source.path) as file:
-        return read_legacy(file, os.fstat(file.fileno()).st_size, unpickler)
-
-
-def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
-    """A complete module, or a dictionary that holds weights."""
-    if trust:
-        LOG.warn(f"--trust-pickle: {source.path} is executed as it is opened")
-        try:
-            content = torch.load(source.path, map_location="cpu", weights_only=False)
-        except Exception as error:  # whatever the file's own code raises
-            raise_out_of_memory(error)
-            raise DamagedFileError(f"it cannot be opened ({first_line(error)})") from error
+        config = model.config.text_config
+    elif model.main_input_name == "pixel_values":
+        image, sizes = image_spec(model, folder, task)
+        specs, config = [image], model.config
+    elif model.main_input_name in ("input_values", "input_features"):
+        audio, sizes = audio_spec(model)
+        specs, config = [audio], model.config
     else:
-        content = read_checkpoint(source)
-    if isinstance(content, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
-        content = content.module
-    if isinstance(content, torch.nn.Module):
-        check_module_graph(content)
-        return Loaded(content, f"a complete model ({qualified_name(type(content))})")
-    if isinstance(content, Mapping):
-        return Loaded(content, "weights without a model (a state dict)")
-    raise DamagedFileError(f"it holds {type(content).__name__}, neither a model nor a state dict")
+        specs, config = text_specs(model, task), model.config.get_text_config()
+        sizes = tuple(
+            {**size, "num_choices": CHOICES + turn, DECODER_SEQUENCE: DECODED + turn}
+            for turn, size in enumerate(text_sizes(config))
+        )
+        if task == "feature-extraction" and not found.steps and has_states(config):
+            return stateful_graph(found, specs, cached=False, verified=False)
+    names = [spec.name for spec in specs]
+    module = named_call(model, names, task_outputs(task, found.missing))
+    if found.steps and "attention_mask" in names:
+        module = sentence_call(model, names, found.steps)
+    return Graph("model", module, specs, functools.partial(example_tensors, specs, config), sizes)
 
 
-# Bits of a number, and torch's name for it where it has one (safetensors 0.7's Dtype).
-SAFETENSORS_DTYPES = {
-    "BOOL": (8, "bool"),
-    "U8": (8, "uint8"),
-    "I8": (8, "int8"),
-    "F8_E5M2": (8, "float8_e5m2"),
-    "F8_E4M3": (8, "float8_e4m3fn"),
-    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
-    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
-    "F8_E8M0": (8, "float8_e8m0fnu"),
-    "F4": (4, None),
-    "F6_E2M3": (6, None),
-    "F6_E3M2": (6, None),
-    "I16": (16, "int16"),
-    "U16": (16, "uint16"),
-    "F16": (16, "float16"),
-    "BF16": (16, "bfloat16"),
-    "I32": (32, "int32"),
-    "U32": (32, "uint32"),
-    "F32": (32, "float32"),
-    "C64": (64, "complex64"),
-    "F64": (64, "float64"),
-    "I64": (64, "int64"),
-    "U64": (64, "uint64"),
-}
+def timm_graph(model: Any, output: str) -> Graph:
+    """The graph of a model of timm: images of the size that it was made for, and its one `output`."""
+
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+            return {output: self.inner(pixel_values)}
+
+    size = preprocessing(model, None).size or ()  # three: timm_model saw to it
+    spec = InputSpec("pixel_values", (2, *size), float_dtype(model), {0: BATCH})
+    sizes = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
+    return Graph("model", Images(), [spec], functools.partial(example_tensors, [spec], None), sizes)
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises ValueError where it has a key twice, which readers take differently."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key is there twice")
+def cache_layer(key: Tensor, value: Tensor) -> Any:
+    """One layer of a cache that holds `key` and `value` and grows, whatever window the model looks through.
+
+    The sliding layers of transformers forget what is out of the window; the masks hide it just as well.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    layer = DynamicLayer()
+    layer.lazy_initialization(key, value)
+    layer.keys, layer.values = key, value
+    return layer
+
+
+def cache_of(tensors: Sequence[Tensor]) -> Any:
+    """A cache with the layers key, value, key, value, ..."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    cache.layers = [cache_layer(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
+    return cache
+
+
+def cache_tensors(cache: Any, prefix: str = "", kind: str = "", recurrent: str = "") -> dict[str, Tensor]:
+    """`present.N.key` and `present.N.value` of every layer (for encoder-decoder models `present.N.decoder.key`).
+
+    Layers with states have `present_conv.N` and, under the name of `recurrent`, `present_ssm.N`.
+    """
+    named = {}
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "keys", None) is not None:
+            named[f"{prefix}.{index}{kind}.key"], named[f"{prefix}.{index}{kind}.value"] = layer.keys, layer.values
+        named |= {f"{prefix}_{name}": states[turn] for name, states, turn in state_places(layer, index, recurrent)}
+    return named
+
+
+def state_places(layer: Any, index: int, recurrent: str) -> list[tuple[str, dict[int, Tensor], int]]:
+    """Where a layer of transformers' cache keeps its states, each with its name; none in layers of attention."""
+    found = []
+    if hasattr(layer, "recurrent_states"):
+        for kind, states in (("conv", layer.conv_states), (recurrent, layer.recurrent_states)):
+            turns = [turn for turn, state in states.items() if state is not None]
+            found += [(f"{kind}.{index}" + (f".{turn}" if len(turns) > 1 else ""), states, turn) for turn in turns]
+    return found
+
+
+def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
+    """The graph of a decoder: prefill (an empty past) and decoding in one, or without a cache.
+
+    A `verified` one is compared by generating text, too.
+    """
+    model, dtype = found.model, float_dtype(found.model)
+    names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes_argument(model, name)]
+    dims, axes = (2, DECODER_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
+    specs = [InputSpec(name, dims, torch.int64, axes) for name in names]
+    config = model.config.get_text_config(decoder=True)
+    if has_states(config):
+        return stateful_graph(found, specs, cached=cached, verified=verified)
+    examples = functools.partial(example_tensors, specs, config, left=True)
+    if not cached:
+        module = named_call(model, names, task_outputs(found.task, ()))
+        return Graph("model", module, specs, examples, TEXT_SIZES)
+    past = cache_specs(cache_probe(model, "past_key_values"), dtype)
+    specs = [*growing_masks(specs), *past]
+    sizes, tokens = decoder_sizes(model, config, past)
+    examples = functools.partial(example_tensors, specs, config, left=True)
+    check = None
+    if verified and model.can_generate():
+        check = functools.partial(check_generation, generate(model, config, tokens), specs)
+    return Graph("model", cached_call(model, names), specs, examples, sizes, check)
+
+
+def cache_probe(model: Any, argument: str) -> Any:
+    """The cache after a single token, for its shapes: stored weights are not read for that.
+
+    Raises ConversionError (EXPORT) where the model keeps what it remembers elsewhere.
+    """
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    with torch.no_grad(), blank_weights(model):
+        cache = getattr(model(input_ids=token, use_cache=True), argument, None)
+    if not hasattr(cache, "layers"):
+        what = (
+            f"{type(model).__name__} keeps what it remembers outside of transformers' cache, where no graph can have it"
+        )
+        raise ConversionError(ExitStatus.EXPORT, f"{what}; try another --task, or --no-cache")
+    return cache
+
+
+def growing_masks(specs: Sequence[InputSpec]) -> list[InputSpec]:
+    """`specs` with masks that span the past, too."""
+    return [spec._replace(axes={0: BATCH, 1: TOTAL}) if "mask" in spec.name else spec for spec in specs]
+
+
+def cache_specs(probe: Any, dtype: torch.dtype, recurrent: str = "") -> list[InputSpec]:
+    """The inputs for a cache like `probe`, which holds what a single token left."""
+    found = []
+    for name, tensor in cache_tensors(probe, "present", recurrent=recurrent).items():
+        _, *rest = tensor.shape
+        if name.startswith("present."):
+            heads, _, size = rest
+            found.append(InputSpec(past_name(name), (2, heads, 6, size), dtype, {0: BATCH, 2: PAST}))
+        else:
+            found.append(InputSpec(past_name(name), (2, *rest), tensor.dtype, {0: BATCH}))
+    return found
+
+
+def decoder_sizes(model: Any, config: Any, past: Sequence[InputSpec]) -> tuple[tuple[dict[str, int], ...], int]:
+    """Sizes at which a decoder with a `past` is compared, and how many tokens it generates."""
+    every, tokens = (*DECODER_SIZES, *window_sizes(config, [spec.dims for spec in past])), GENERATED
+    if (size := weight_bytes(model)) >= HEAVY_BYTES:
+        every, tokens = DECODER_SIZES[:2], FEW_GENERATED
+        LOG.info(
+            f"verify: each pass reads {size_text(size)}, so it is {len(every)} sizes and {tokens} generated tokens"
+        )
+    return tuple({**size, TOTAL: size[PAST] + size[SEQUENCE]} for size in every), tokens
+
+
+def has_states(config: Any) -> bool:
+    """Whether transformers gives this model's cache layers with states: state spaces and linear attention."""
+    from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
+
+
+def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bool, verified: bool) -> Graph:
+    """The graph of a model with states (mamba, lfm2, qwen3_next): a loop over the tokens, in prefill as in decoding.
+
+    Without a cache the states begin with zeros, and what they become is no output.
+    """
+    model, config = found.model, found.model.config.get_text_config(decoder=True)
+    LOG.info("its states go from token to token: the graph is a loop over the tokens")
+    argument = "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
+    probe = cache_probe(model, argument)
+    # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
+    recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in config.to_dict()) else "recurrent"
+    past = cache_specs(probe, float_dtype(model), recurrent)
+    names, states = [spec.name for spec in specs], [spec.name for spec in past]
+    way = StatefulCall(model, names, states, argument, probe.layers, recurrent, task_outputs(found.task, ()))
+    every = [*growing_masks(specs), *past]
+    one = {BATCH: 2, PAST: 6, SEQUENCE: 1, TOTAL: 7}
+    single = [
+        spec._replace(
+            dims=spec.resized(one), axes={axis: symbol for axis, symbol in spec.axes.items() if symbol != SEQUENCE}
+        )
+        for spec in every
+    ]
+    module, traced = token_call(way), on_device_of(model, stateful_examples(single, config, one, 0))
+    with torch.no_grad(), blank_weights(model):
+        step = TokenStep(module, single, traced, list(module(*traced)))
+    if verified and weight_bytes(model) < HEAVY_BYTES:
+        check_steps(way, module, every)
+    if not cached:
+        examples = functools.partial(example_tensors, specs, config, left=True)
+        return Graph("model", text_call(way, module, cached=False), list(specs), examples, TEXT_SIZES, step=step)
+    sizes, tokens = decoder_sizes(model, config, past)
+    examples = functools.partial(stateful_examples, every, config)
+    check = functools.partial(check_generation, generate(model, config, tokens), every) if verified else None
+    return Graph("model", text_call(way, module, cached=True), every, examples, sizes, check, step)
+
+
+def stateful_examples(specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
+    """Example inputs of a decoder; where no token is past, the states are zeros."""
+    tensors = example_tensors(specs, config, sizes, seed, left=True)
+    if not sizes[PAST]:
+        for spec, tensor in zip(specs, tensors, strict=True):
+            if spec.name.startswith("past_"):
+                tensor.zero_()
+    return tensors
+
+
+class StatefulCall(NamedTuple):
+    """How a model with states is called."""
+
+    model: Any
+    names: list[str]  # of its inputs
+    past: list[str]  # of the cache's tensors
+    argument: str  # the cache's name
+    layers: list[Any]  # of a cache: what is in them is replaced
+    recurrent: str  # what its recurrent states are called
+    choose: Callable[[Any], dict[str, Tensor]]  # the task's outputs, each batch x tokens x ...
+
+
+def token_call(way: StatefulCall) -> nn.Module:
+    """A module that takes one token of each row, the mask up to it and the cache; outputs and the cache after it.
+
+    A padded token leaves the states as they were: transformers hides it from them in a whole text, but not alone.
+    """
+    attends = any(name.startswith("past_key_values") for name in way.past)
+
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = way.model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            given = dict(zip([*way.names, *way.past], inputs, strict=True))
+            before = {name: given.pop(name) for name in way.past}
+            mask = given["attention_mask"]
+            if not attends:  # nothing looks back at padding
+                del given["attention_mask"]
+            cache = cache_with(way, before)
+            output = self.inner(**given, **{way.argument: cache}, use_cache=True, return_dict=True)
+            result = {**way.choose(output), **cache_tensors(cache, "present", recurrent=way.recurrent)}
+            for name, after in result.items():
+                if name.startswith("present_"):
+                    real = mask[:, -1].to(torch.bool).view(-1, *[1] * (after.dim() - 1))
+                    result[name] = torch.where(real, after, before[past_name(name)])
+            return without_padding(result, mask)
+
+    return Token()
+
+
+def text_call(way: StatefulCall, step: nn.Module, *, cached: bool) -> nn.Module:
+    """A module with the inputs and outputs of the graph, which reads a whole text as PyTorch does.
+
+    Not every model goes on from a past with more than one token: there it is `step` by step.
+    """
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = way.model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            given, before = dict(zip(way.names, inputs, strict=False)), inputs[len(way.names) :]
+            mask = given["attention_mask"]
+            if mask.shape == given["input_ids"].shape:  # nothing is past
+                output = self.inner(**given, use_cache=True, return_dict=True)
+                cache = cache_tensors(output[way.argument], "present", recurrent=way.recurrent) if cached else {}
+                return without_padding({**way.choose(output), **cache}, mask)
+            return run_by_token(step, given, before)
+
+    return Text()
+
+
+def run_by_token(step: nn.Module, given: Mapping[str, Tensor], before: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What `step` makes of the tokens one after the other, beginning with the cache `before`."""
+    length, answers = given["input_ids"].shape[1], []
+    past = given["attention_mask"].shape[1] - length
+    for turn in range(length):
+        token = {name: tensor[:, turn : turn + 1] for name, tensor in given.items()}
+        token["attention_mask"] = given["attention_mask"][:, : past + turn + 1]
+        answers.append(step(*token.values(), *before))
+        before = [value for name, value in answers[-1].items() if name.startswith("present")]
+    return {
+        name: value if name.startswith("present") else torch.cat([answer[name] for answer in answers], 1)
+        for name, value in answers[-1].items()
+    }
+
+
+def check_steps(way: StatefulCall, step: nn.Module, specs: Sequence[InputSpec]) -> None:
+    """Raise ConversionError (VERIFY) where transformers reads a text otherwise than its tokens one after the other.
+
+    Only the latter can be exported. zamba2 and nemotron_h bound their time steps from below in whole texts alone.
+    """
+    config = way.model.config.get_text_config(decoder=True)
+    sizes = {BATCH: 1, PAST: 0, SEQUENCE: STEPPED, TOTAL: STEPPED}
+    tensors = on_device_of(way.model, stateful_examples(specs, config, sizes, 0))
+    given = dict(zip(way.names, tensors, strict=False))
+    with torch.no_grad():
+        whole = way.choose(way.model(**given, use_cache=True, return_dict=True))
+        single = run_by_token(step, given, tensors[len(way.names) :])
+    for name, expected in whole.items():
+        apart, scale = (single[name] - expected).abs().max().item(), expected.abs().max().item()
+        if apart > STEPS_APART * scale and expected.dtype is not torch.float16:
+            raise ConversionError(
+                ExitStatus.VERIFY,
+                f"transformers itself gives two answers: its {name} for {STEPPED} tokens in one call and one after the "
+                f"other are {apart:.2g} apart, of {scale:.2g}; a graph can only be the latter: keep it in PyTorch",
+            )
+
+
+def cache_with(way: StatefulCall, tensors: Mapping[str, Tensor]) -> Any:
+    """A cache with the layers of `way` that holds `tensors`; models write into copies of the states."""
+    from transformers.cache_utils import DynamicCache, LinearAttentionAndFullAttentionLayer
+
+    cache = DynamicCache()
+    cache.layers = []
+    for index, like in enumerate(way.layers):
+        pair = [tensors[name] for part in ("key", "value") if (name := f"past_key_values.{index}.{part}") in tensors]
+        layer = cache_layer(*pair) if pair else copy.copy(like)
+        if states := state_places(like, index, way.recurrent):
+            if pair:  # both in one layer, whatever window it has
+                layer = LinearAttentionAndFullAttentionLayer(like.number_of_states)
+                vars(layer).update({**vars(like), **vars(cache_layer(*pair))})
+            layer.conv_states, layer.recurrent_states = dict(like.conv_states), dict(like.recurrent_states)
+            for name, _, turn in states:
+                kept = layer.conv_states if name.startswith("conv") else layer.recurrent_states
+                kept[turn] = tensors[f"past_{name}"].clone()
+        cache.layers.append(layer)
+    return cache
+
+
+class Generated(NamedTuple):
+    """A batch of prompts and what PyTorch generates for them greedily."""
+
+    prompt: Tensor  # int64, batch x length
+    mask: Tensor  # int64, batch x length: zeros where the rows are padded on the left
+    tokens: Any  # numpy int64, batch x count
+    logits: Any  # numpy, batch x count x vocabulary
+
+
+def greedy(config: Any, start: int | None, count: int) -> Any:
+    """Settings for `count` tokens, always the likeliest, and nothing that changes or ends that."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=count, do_sample=False, num_beams=1, eos_token_id=-1)
+    settings.pad_token_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    settings.decoder_start_token_id = start
+    settings.output_logits = settings.return_dict_in_generate = True
+    return settings
+
+
+def generate(model: Any, config: Any, count: int) -> Generated:
+    """The `count` tokens that `model` generates, by transformers' own loop, without any of its generation settings."""
+    spec = InputSpec("input_ids", (2, 6), torch.int64)
+    mask = padding_mask(*spec.dims, left=True)
+    prompt = padded_ids(config, token_ids(config, spec.dims, torch.Generator().manual_seed(5)), mask)
+    with torch.no_grad():
+        result = model.generate(
+            prompt.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy(config, None, count)
+        )
+    logits = torch.stack(result.logits, 1)
+    return Generated(prompt, mask, to_numpy(result.sequences[:, prompt.shape[1] :]), to_numpy(logits))
+
+
+def check_generation(
+    expected: Generated, specs: Sequence[InputSpec], session: Any, job: Job, options: Options
+) -> list[Difference]:
+    """Generate with the exported graph, prefill and then token by token, and compare; raises AttemptError.
+
+    Where PyTorch's own best two tokens lie closer than rounding, what follows is another text and is not compared.
+    """
+    names = [output.name for output in session.get_outputs()]
+    batch, length = expected.prompt.shape
+    mask, ids = expected.mask.numpy(), expected.prompt.numpy()
+    cache = {
+        spec.name: np.zeros(spec.resized({BATCH: batch, PAST: 0}), numpy_dtype(spec))
+        for spec in specs
+        if spec.name.startswith("past_")
+    }
+    steps = []
+    count = expected.tokens.shape[1]
+    for _ in range(count):
+        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
+        wanted = {spec.name: given[spec.name] for spec in specs}
+        results = dict(zip(names, session.run(None, wanted), strict=True))
+        steps.append(results.pop("logits")[:, -1])
+        cache = {past_name(name): value for name, value in results.items()}
+        ids = steps[-1].argmax(-1)[:, None]
+        mask = np.concatenate([mask, np.ones((batch, 1), mask.dtype)], 1)
+    label = f"{count} tokens after {batch}x{length}"
+    found = compare_generated(expected, np.stack(steps, 1), label, job, options)
+    if any(item.problem for item in found) and options.atol is None and options.rtol is None:
+        found = compare_in_float64(full_text_case(expected, specs, job, options), {}, found, job, options)
+    return raise_on_difference(found, label)
+
+
+def full_text_case(expected: Generated, specs: Sequence[InputSpec], job: Job, options: Options) -> Case:
+    """The prompts and what was generated, read by PyTorch in one pass: how far it rounds in that is then known."""
+    ids = np.concatenate([expected.prompt.numpy(), expected.tokens[:, :-1]], 1)
+    mask = np.concatenate([expected.mask.numpy(), np.ones_like(expected.tokens[:, :-1])], 1)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(-1) - 1, 0)}
+    for spec in specs:
+        given.setdefault(spec.name, np.zeros(spec.resized({BATCH: len(ids), PAST: 0}), numpy_dtype(spec)))
+    inputs = {spec.name: given[spec.name] for spec in specs}
+    outputs = call_model(job.model, [torch.tensor(x, device=options.device) for x in inputs.values()], list(inputs))
+    return Case("", inputs, {name: to_numpy(tensor) for name, tensor in outputs.items()})
+
+
+def generate_from_encoder(model: Any, encoder: Job) -> Generated:
+    """What `model` generates for the encoder's first example, by transformers' own loop without any settings."""
+    from transformers import GenerationMixin
+
+    case, config = encoder.cases[0], model.config
+    starts = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
+    start = next((token for token in starts if isinstance(token, int)), 0)
+    inputs = {spec.name: torch.tensor(case.inputs[spec.name], device=model.device) for spec in encoder.specs}
+    prompt = torch.full((len(next(iter(inputs.values()))), 1), start, device=model.device)
+    with torch.no_grad():
+        result = GenerationMixin.generate(
+            model, **inputs, decoder_input_ids=prompt, generation_config=greedy(config, start, GENERATED)
+        )
+    logits = torch.stack(result.logits, 1)
+    prompt = prompt.cpu()
+    return Generated(prompt, torch.ones_like(prompt), to_numpy(result.sequences[:, 1:]), to_numpy(logits))
+
+
+def check_encoder_decoder(  # noqa: PLR0913, PLR0917
+    expected: Generated, specs: Sequence[InputSpec], produced: Mapping[str, Produced], session: Any, job: Job,
+    options: Options,
+) -> list[Difference]:  # fmt: skip
+    """Generate with both graphs, the encoder being the first of `produced`, and compare with PyTorch.
+
+    Raises AttemptError.
+    """
+    encoder = next(iter(produced.values()))
+    case = encoder.job.cases[0]
+    states = open_session(encoder.light, options.device).run(["last_hidden_state"], case.inputs)[0]
+    names = [output.name for output in session.get_outputs()]
+    sizes = {BATCH: len(states), PAST: 0, ENCODER_SEQUENCE: states.shape[1]}
+    given = {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
+    given |= {"encoder_hidden_states": states, "encoder_attention_mask": case.inputs.get("attention_mask")}
+    ids, steps = expected.prompt.numpy(), []
+    for step in range(GENERATED):
+        given |= {"input_ids": ids, CACHE_FLAG: np.array([step > 0])}
+        results = dict(zip(names, session.run(None, {spec.name: given[spec.name] for spec in specs}), strict=True))
+        steps.append(results.pop("logits")[:, -1])
+        given |= {past_name(name): value for name, value in results.items()}
+        ids = steps[-1].argmax(-1)[:, None]
+    label = f"{GENERATED} tokens"
+    return raise_on_difference(compare_generated(expected, np.stack(steps, 1), label, job, options), label)
+
+
+def compare_generated(expected: Generated, logits: Any, label: str, job: Job, options: Options) -> list[Difference]:
+    """Compare `logits` (batch x count x vocabulary) row by row, as far as both chose the same tokens."""
+    found = []
+    for row, tokens in enumerate(logits.argmax(-1)):
+        same = next((step for step, token in enumerate(tokens) if token != expected.tokens[row][step]), len(tokens) - 1)
+        case = Case(label, {}, {"logits": expected.logits[row, : same + 1]})
+        found.append(compare(case, "logits", logits[row, : same + 1], job, options))
+    return found
+
+
+def raise_on_difference(found: list[Difference], label: str) -> list[Difference]:
+    """`found`, unless there is a problem among it; raises AttemptError."""
+    bad = [item for item in found if item.problem]
+    if bad:
+        raise AttemptError(f"generating {label}: {bad[0].problem}", exported=True)
+    return found
+
+
+def window_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> list[dict[str, int]]:
+    """A past that is longer than the sliding window, where the model has one and the cache stays small."""
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+    if not isinstance(window, int) or window < 1:
+        return []
+    if 4 * sum(math.prod(shape) for shape in shapes) * (window + 3) > WINDOW_BYTES:
+        LOG.warn(f"the sliding window of {window} tokens is longer than the sequences that are compared")
+        return []
+    return [{BATCH: 1, PAST: window + 3, SEQUENCE: 2}]
+
+
+def routed_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """A mixture of experts as a graph without loops: each expert works on the tokens that were routed to it.
+
+    `self` is a transformers module of experts, with the attributes that transformers.integrations.moe's own
+    implementations read; tokens x hidden in and out. Those branch on values, or copy the weights for every token.
+    """
+
+    def weights(name: str, expert: int) -> tuple[Tensor, Tensor | None]:
+        matrix = getattr(self, name)[expert]
+        bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+        return (matrix.T if self.is_transposed else matrix), bias
+
+    result = torch.zeros_like(hidden_states)
+    for expert in range(self.num_experts):
+        token, place = torch.where(top_k_index == expert)
+        inner = torch.nn.functional.linear(
+            hidden_states[token], *weights("gate_up_proj" if self.has_gate else "up_proj", expert)
+        )
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        outer = torch.nn.functional.linear(inner, *weights("down_proj", expert))
+        if self.has_post_expert_norm:
+            outer = self.post_expert_norm(outer)
+        share = (outer * top_k_weights[token, place, None]).to(result.dtype)
+        result = result.index_put((token,), result[token] + share)  # a token chooses an expert at most once
     return result
 
 
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """The entries of a safetensors file by tensor name, checked against the file: the data lie end to end in it.
+def cached_call(model: Any, names: Sequence[str]) -> nn.Module:
+    """A module that takes `names` and a flat cache, and returns the logits and the grown cache."""
 
-    Raises DamagedFileError. Format: 8 bytes with the length of a JSON object, that object, the data.
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            arguments = dict(zip(names, inputs, strict=False))
+            cache = cache_of(inputs[len(names) :])
+            output = self.inner(**arguments, past_key_values=cache, use_cache=True, return_dict=True)
+            return {"logits": output.logits, **cache_tensors(output.past_key_values, "present")}
+
+    return Cached()
+
+
+def encoder_graph(found: FolderModel) -> Graph:
+    """The encoder of an encoder-decoder model: text or sound in, last_hidden_state out."""
+    model = found.model
+    encoder = model.get_encoder()
+    if model.main_input_name == "input_ids":
+        specs, sizes = text_specs(encoder, found.task), text_sizes(model.config)
+    else:
+        audio, sizes = audio_spec(model)
+        specs = [audio]
+    module = named_call(encoder, [spec.name for spec in specs], task_outputs("feature-extraction", {"pooler_output"}))
+    examples = functools.partial(example_tensors, specs, model.config.get_text_config())
+    return Graph("encoder_model", module, specs, examples, sizes)
+
+
+def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
+    """The decoder of an encoder-decoder model, for the first tokens and, with what they left in the caches, the next.
+
+    transformers.js and Optimum know the names of the inputs from Optimum's merged decoders.
     """
-    with open_input(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise DamagedFileError(f"its safetensors header would have {length} bytes; copy or download it again")
-        text = file.read(length)
-    try:
-        needed = 8 + length
-        if size >= needed:
-            header = json.loads(text.decode(), object_pairs_hook=unique_keys)
-            header.pop("__metadata__", None)
-            needed += check_extents(header, size - needed)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        advice = "copy or download it again"
-        raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)}); {advice}") from None
-    if size < needed:
-        raise DamagedFileError(
-            f"it is cut off: a safetensors file of {needed} bytes, {size} of which are there; copy or download it again"
+    model, dtype = found.model, float_dtype(found.model)
+    tensors = on_device_of(model, encoder.examples(encoder.sizes[0], 0))
+    given = zip([spec.name for spec in encoder.specs], tensors, strict=True)
+    with torch.no_grad():
+        encoded = model.get_encoder()(**dict(given), return_dict=True)
+    frames = encoded.last_hidden_state
+    free = any(axis != BATCH for spec in encoder.specs for axis in spec.axes.values())
+    states = {0: BATCH, **({1: ENCODER_SEQUENCE} if free else {})}
+    specs = [InputSpec("input_ids", (2, 5), torch.int64, {0: BATCH, 1: SEQUENCE})]
+    if model.main_input_name == "input_ids":
+        specs.insert(0, InputSpec("encoder_attention_mask", tuple(frames.shape[:2]), torch.int64, states))
+    fed = InputSpec("encoder_hidden_states", tuple(frames.shape), dtype, states)
+    first = encoder_decoder_call(model, type(encoded), [*(spec.name for spec in specs), fed.name], cached=False)
+    lengths = {ENCODER_SEQUENCE: frames.shape[1]}
+    with torch.no_grad():
+        tensors = example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0)
+        answer = first(*on_device_of(model, tensors))
+    past = [
+        InputSpec(
+            past_name(name),
+            tuple(tensor.shape),
+            dtype,
+            {0: BATCH, 2: PAST} if ".decoder." in name else {0: BATCH, **({2: ENCODER_SEQUENCE} if free else {})},
         )
-    return header
+        for name, tensor in answer.items()
+        if name.startswith("present")
+    ]
+    next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
+    config = model.config.get_text_config(decoder=True)
+    few = on_device_of(
+        model, example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0)
+    )
+    return tuple(
+        Graph(
+            file,
+            module,
+            inputs,
+            functools.partial(example_tensors, inputs, config),
+            tuple({**size, TOTAL: size[PAST] + size[SEQUENCE], **({} if free else lengths)} for size in sizes),
+        )
+        for file, module, inputs, sizes in (
+            ("decoder_model", first, [*specs, fed], FIRST_SIZES),
+            ("decoder_with_past_model", next_ones, [*specs, *past], sizes_after_past(next_ones, few)),
+        )
+    )
 
 
-def check_extents(header: Mapping[str, Any], size: int) -> int:
-    """Compare shapes, dtypes and offsets of a safetensors header with each other and with the `size` of the data.
-
-    Returns the size that they tell, which is larger where the file is cut off; raises ValueError for what is damaged.
-    """
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = entry["data_offsets"]
-        numbers = [begin, stop, *entry["shape"]]
-        if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(numbers) > 66:
-            raise ValueError(f"the tensor {shorten(name, 60)!r} has a damaged shape or offset")
-        bits = math.prod(entry["shape"]) * SAFETENSORS_DTYPES[entry["dtype"]][0]
-        if begin != end or (stop - begin) * 8 != bits:
-            raise ValueError(f"the data of {shorten(name, 60)!r} overlap others, leave a gap or have another size")
-        end = stop
-    if end < size:
-        raise ValueError(f"{end} bytes of data are declared and {size} are there")
-    return end
-
-
-def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
-    """The tensors of a safetensors file, which lie in the mapped file until somebody reads them."""
-    header = safetensors_header(source.path)
-    names = {name: SAFETENSORS_DTYPES[name][1] for name in sorted({entry["dtype"] for entry in header.values()})}
-    unknown = [name for name, known in names.items() if known is None]
-    if unknown:
-        raise DamagedFileError(f"it holds {', '.join(unknown)} numbers, which PyTorch lacks; save it in another dtype")
-    mapped = map_file(source.path)
-    size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    data = torch.empty(0, dtype=torch.uint8).set_(mapped)[mapped.nbytes() - size :]
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        dtype = getattr(torch, names[entry["dtype"]])
-        part = data[begin:end]
-        aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
-        tensors[name] = aligned.view(dtype).view(entry["shape"])
-    return Loaded(tensors, "weights without a model (safetensors)")
-
-
-def is_file_name(name: str) -> bool:
-    """Whether text from a file names something in a folder, and not the folder itself or what lies elsewhere."""
-    if os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
-        return False
-    return "\0" not in name and len(name.encode(errors="replace")) < 256  # what file systems take
-
-
-def shard_files(index: Path) -> dict[str, set[str]]:
-    """The tensors that each shard should hold, by the shard's name, which must be plain: a file beside the index."""
-    return check_shards(read_json(index), index)
-
-
-def check_shards(content: Any, index: Path) -> dict[str, set[str]]:
-    """The tensors by shard that the `content` of an index tells; raises DamagedFileError, or RefusedFileError."""
+def sizes_after_past(decoder: nn.Module, few: Sequence[Tensor]) -> tuple[dict[str, int], ...]:
+    """NEXT_SIZES, with one new token at a time where the decoder rejects `few` after a past, as ProphetNet's does."""
     try:
-        entries = content["weight_map"].items()
-    except (TypeError, KeyError, AttributeError) as error:
-        what = f"the weight_map of {index.name} is damaged ({first_line(error)})"
-        raise DamagedFileError(f"{what}; download it again") from None
-    shards: dict[str, set[str]] = {}
-    for tensor, name in entries:
-        if not isinstance(name, str) or not is_file_name(name):
-            raise RefusedFileError(
-                f"{index.name} points at {shown(name)}, outside its own folder; copy the shard there and name it alone"
+        call_model(decoder, few, [])
+    except RejectedInputError as error:
+        LOG.warn(f"the decoder takes one token at a time after the first ones ({error})")
+        return tuple({**size, SEQUENCE: 1} for size in NEXT_SIZES)
+    return NEXT_SIZES
+
+
+def encoder_decoder_call(model: Any, answer: type, names: Sequence[str], *, cached: bool) -> nn.Module:
+    """The decoder: new tokens and the encoder's answer (`cached`: what it made of it) in, logits and caches out.
+
+    `answer` is the class of the encoder's output: some models read more of it than the states.
+    """
+    from transformers.cache_utils import EncoderDecoderCache
+
+    width = model.get_encoder().config.hidden_size
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+            given = dict(zip(names, inputs, strict=True))
+            past = [value for name, value in given.items() if name.startswith("past_key_values")]
+            own, cross = ([x for n, x in enumerate(past) if n % 4 in pair] for pair in ((0, 1), (2, 3)))
+            caches = EncoderDecoderCache(cache_of(own), cache_of(cross))
+            states = cross[0].new_zeros(cross[0].shape[0], cross[0].shape[2], width) if cached else None
+            mask = given.get("encoder_attention_mask")
+            output = self.inner(
+                encoder_outputs=answer(given["encoder_hidden_states"] if states is None else states),
+                decoder_input_ids=given["input_ids"],
+                past_key_values=caches,
+                use_cache=True,
+                return_dict=True,
+                **({} if mask is None else {"attention_mask": mask}),
             )
-        if not os.path.lexists(index.parent / name):
-            raise DamagedFileError(f"the shard {name} is missing; copy or download it too")
-        shards.setdefault(name, set()).add(tensor)
-    return shards
+            return {"logits": output.logits, **encoder_decoder_tensors(output.past_key_values, cached=cached)}
+
+    return Decoder()
 
 
-def load_shards(source: Source, *, trust: bool) -> Loaded:
-    """The tensors of all the shards that an index names, each opened by the rules of its own kind."""
-    tensors: dict[str, Tensor] = {}
-    for name, wanted in shard_files(source.path).items():
-        shard = detect_file(source.path.parent / name)
-        if shard.kind not in (Kind.SAFETENSORS, Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
-            raise DamagedFileError(f"the shard {name} does not hold weights")
-        content = state_dict_of(load(shard, trust=trust).content) or {}
-        check_shard(name, wanted, content.keys())
-        tensors |= content
-    return Loaded(tensors, "weights without a model (sharded)")
+def encoder_decoder_tensors(caches: Any, *, cached: bool) -> dict[str, Tensor]:
+    """Both caches by name, layer by layer; of those that were given (`cached`) only the decoder's, which has grown."""
+    own = cache_tensors(caches.self_attention_cache, "present", ".decoder")
+    cross = {} if cached else cache_tensors(caches.cross_attention_cache, "present", ".encoder")
+    return dict(sorted((own | cross).items(), key=lambda item: cache_place(item[0])))
 
 
-def check_shard(name: str, wanted: set[str], found: Collection[str]) -> None:
-    """Raise DamagedFileError where a shard has not all the tensors that its index says."""
-    missing = sorted(wanted.difference(found))
-    if missing:
-        raise DamagedFileError(f"the shard {name} lacks {len(missing)} tensors ({', '.join(missing[:3])})")
-
-
-def load_torchscript(source: Source, *, trust: bool) -> Loaded:
-    """A ScriptModule, and the inputs that it was traced with where the archive has them."""
-    if trust:
-        LOG.warn(f"--trust-pickle: the code in {source.path} is not vetted")
-    else:
-        vet_torchscript(source.path)
-    try:
-        bound = memory_bound(RUN_BYTES + 4 * source.path.stat().st_size, "opening it", "save it again")
-        with open_input(source.path) as file, bound:
-            module = torch.jit.load(file if trust else without_debug_records(file), map_location="cpu")
-    except ConversionError:
-        raise
-    except Exception as error:  # the compiler of TorchScript raises whatever its C++ code does
-        raise_out_of_memory(error)
-        raise DamagedFileError(f"torch.jit.load cannot open it ({first_line(error)})") from None
-    return Loaded(module, f"TorchScript ({module.original_name})", traced_inputs(source.path))
-
-
-def without_debug_records(file: io.BufferedReader) -> mmap.mmap:
-    """A TorchScript archive whose records of source lines have other names, so that torch does not look for them.
-
-    They are pickles that C++ code reads unchecked when a model raises, and they only make its message longer. The
-    archive's directory, at its end, alone says what a record is called; pages that are changed are copied.
-    """
-    archive = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = zipfile.ZipFile(file).start_dir
-    archive[start:] = archive[start:].replace(b".py.debug_pkl", b".py.debug_off")
-    return archive
-
-
-def traced_inputs(path: Path) -> tuple[InputShape, ...]:
-    """The shapes that a TorchScript archive was traced with; empty for a scripted one.
-
-    torch.jit.save records the tensors without their data, so the storages made here are never filled.
-    """
-    reader, records = open_archive(path)
-    if "traced_inputs.pkl" not in records:
-        return ()
-
-    def empty_storage(record_id: tuple[Any, ...]) -> tuple[torch.UntypedStorage, torch.dtype]:
-        _, dtype, nbytes = parse_storage_id(record_id)
-        if nbytes > MAX_EXAMPLE_BYTES:
-            raise DamagedFileError("its recorded inputs are larger than any model's")
-        return torch.UntypedStorage(nbytes, device="meta"), dtype
-
-    program = read_record(reader, "traced_inputs.pkl")
-    recorded = InertUnpickler(io.BytesIO(program), len(program), empty_storage).load()
-    examples = recorded.get("forward", []) if isinstance(recorded, dict) else []
-    if not all(isinstance(example, torch.Tensor) for example in examples):
-        return ()
-    return tuple(InputShape(tuple(x.shape), None, str(x.dtype).removeprefix("torch.")) for x in examples)
-
-
-@contextlib.contextmanager
-def weights_only(*, enforced: bool) -> Iterator[None]:
-    """Let no torch.load inside unpickle whatever a file says, not even one that asks for it (where `enforced`)."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1" if enforced else "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        os.environ.update({name: before} if before is not None else {})
-
-
-def load_exported_program(source: Source, *, trust: bool) -> Loaded:
-    """An ExportedProgram with its inputs' shapes and free axes."""
-    if trust:
-        LOG.warn(f"--trust-pickle: {source.path} is opened without vetting it")
-    file = source.path if trust else rewrite_exported_program(source.path)
-    try:
-        with weights_only(enforced=not trust):
-            program = torch.export.load(file)
-        values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-        examples = [(name, values[name]) for name in program.graph_signature.user_inputs]
-        sizes = [[getattr(getattr(size, "node", size), "hint", size) for size in value.shape] for _, value in examples]
-        shapes = tuple(
-            InputShape(tuple(map(int, dims)), None, str(value.dtype).removeprefix("torch."))
-            for (_, value), dims in zip(examples, sizes, strict=True)
-        )
-        free = tuple({axis: str(n) for axis, n in enumerate(v.shape) if not isinstance(n, int)} for _, v in examples)
-    except Exception as error:  # torch.export raises whatever its deserialiser met
-        raise_out_of_memory(error)
-        raise DamagedFileError(f"torch.export.load cannot open it ({first_line(error)})") from error
-    if any(math.prod(shape.dims) * 8 > MAX_EXAMPLE_BYTES for shape in shapes):
-        raise DamagedFileError("its recorded inputs are larger than any model's")
-    return Loaded(program, "an exported program", shapes, free)
+def cache_place(name: str) -> tuple[int, str, str]:
+    """Sorts `present.10.decoder.key` by number, then `decoder`, then `key`."""
+    _, layer, part, kind = name.split(".")
+    return int(layer), part, kind
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# recognise: whose weights these are, told by the names and shapes of the tensors
+# inputs and the reference: what a model is called with, which axes are free, and PyTorch's own answers
 #
-# ARCHITECTURES lists the tensors of every model of torchvision and timm, with the number of classes (C) and of input
-# channels (I) left open, and which models of one layout compute the same; tests/make_architectures.py writes it.
+# Takes a module, gives a Job with its cases, before any exporter has touched the module. Runs the model, within a
+# budget.
 # ---------------------------------------------------------------------------------------------------------------------
 
-ARCHITECTURES = Path(__file__).with_name("architectures.json.xz")
-SIZE = re.compile(r"(\d*)([CI])([+-]\d+)?")  # 4C+4: four times the number of classes, and four
-IMAGE_CHANNELS = 3  # what torchvision's models take, all of them, and timm's unless told otherwise
-SHORT_NAME = 200  # characters, and this many names, in which patterns are searched: they look at a name again and again
-MAX_SEARCHED = 10_000
-NEAR = 0.5  # a layout of which less than half agrees is not worth naming
-# Names that only transformers writes, and the family that they tell; the first that occurs counts.
-TRANSFORMERS_NAMES = (
-    ("DETR", r"^(model\.)?(query_position_embeddings\.|backbone\.conv_encoder\.)"),
-    ("Whisper", r"^(model\.)?encoder\.conv2\.weight$(?s:.*)decoder\.layers\.0\.encoder_attn"),
-    ("SigLIP", r"^(siglip\.)?vision_model\.head\.probe$"),
-    ("CLIP", r"^(clip\.)?text_model\.encoder\.layers\.0\.self_attn|^(clip\.)?vision_model\.pre_layrnorm\."),
-    ("SAM", r"^vision_encoder\.layers\.0\.attn\.qkv\."),
-    ("BLIP", r"^text_(model|encoder|decoder)\..*\.layer\.0\.(crossattention|attention\.self)\.|^qformer\."),
-    ("wav2vec 2.0", r"^(wav2vec2\.|hubert\.|wavlm\.)?feature_extractor\.conv_layers\.0\.conv\.weight$"),
-    ("T5", r"^(decoder|encoder)\.block\.0\.layer\.0\.SelfAttention\.q\."),
-    ("BART", r"^(model\.)?decoder\.layers\.0\.encoder_attn\.k_proj\."),
-    ("GPT-2", r"^(transformer\.)?h\.0\.attn\.c_attn\."),
-    ("GPT-Neo", r"^(transformer\.)?h\.0\.attn\.attention\.q_proj\."),
-    ("GPT-J", r"^(transformer\.)?h\.0\.attn\.q_proj\."),
-    ("GPT-NeoX", r"^(gpt_neox\.)?layers\.0\.attention\.query_key_value\."),
-    ("BLOOM, Falcon", r"^(transformer\.)?h\.0\.self_attention\.query_key_value\."),
-    ("OPT", r"^(model\.)?decoder\.layers\.0\.self_attn\.q_proj\."),
-    ("Mamba", r"^(backbone\.|model\.)?layers\.0\.mixer\.in_proj\."),
-    ("Llama, Mistral, Qwen, Gemma", r"^(.*\.)?layers\.0\.self_attn\.(q|qkv)_proj\."),
-    ("DistilBERT", r"^(distilbert\.)?transformer\.layer\.0\.attention\.q_lin\."),
-    ("ALBERT", r"^(albert\.)?encoder\.albert_layer_groups\.0\."),
-    ("DeBERTa", r"^(deberta\.)?encoder\.(rel_embeddings\.|layer\.0\.attention\.self\.(query_proj|in_proj)\.)"),
-    ("RoBERTa", r"^(xlm_)?roberta\.encoder\.layer\.0\."),
-    ("ELECTRA", r"^electra\.encoder\.layer\.0\."),
-    ("Swin", r"^(swin\.|swinv2\.)?encoder\.layers\.0\.blocks\.0\.attention\.(self\.query|q_proj)\."),
-    ("SegFormer", r"^(segformer\.)?(encoder\.patch_embeddings\.0|stages\.0\.patch_embeddings)\.proj\."),
-    ("ConvNeXt", r"^(convnext\.|convnextv2\.)?encoder\.stages\.0\.layers\.0\.dwconv\."),
-    ("ResNet", r"^(resnet\.)?embedder\.embedder\.convolution\."),
-    ("BEiT", r"^beit\.(encoder\.layer|layers)\.0\."),
-    ("DINOv2", r"^(dinov2\.)?encoder\.layer\.0\.layer_scale1\."),
-    ("ViT, DeiT", r"^(vit\.|deit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\."),
-    ("MPNet", r"^(mpnet\.)?encoder\.layer\.0\.attention\.attn\.q\."),
-    ("BERT", r"^(\w+\.)?encoder\.layer\.0\.attention\.self\.query\."),
-)
+MAX_EXAMPLE_BYTES = 1 << 27  # of an input that a file records or its model suggests
+# Sizes to try, most usual first, where the first layer tells channels but a later layer decides the size.
+IMAGE_SIZES = (224, 256, 128, 64, 32, 28, 299, 512, 112, 96, 48, 24, 20, 16, 12, 8, 84, 105, 160, 192, 240, 320, 384)
+SIGNAL_LENGTHS = (16000, 8000, 4096, 2048, 1024, 512, 256, 128, 100, 64, 50, 32, 16, 8)
+VOLUMES = ((16, 112, 112), (16, 224, 224), (8, 112, 112), (32, 224, 224), (64, 64, 64), (32, 32, 32), (16, 16, 16))
+SEQUENCE_LENGTH = 16
+AXIS_NAMES = {  # by rank: the names of the axes after the batch
+    2: {1: "sequence_length"},
+    3: {1: "channels", 2: "time"},
+    4: {1: "channels", 2: "height", 3: "width"},
+    5: {1: "channels", 2: "depth", 3: "height", 4: "width"},
+}
+ODD_CASES = 4
+FIRST_ODD_CASE = 3  # after the traced, the smaller and the larger one
+GIVEN_SEED = 1  # that of the smaller case, which is the given one where the batch alone is free
+# Names that a single input keeps: the ecosystem's. Any other single input is called `input`.
+USUAL_NAMES = {"input_ids", "pixel_values", "input_values", "input_features"}
 
 
-class Size(NamedTuple):
-    """One axis of a tensor in ARCHITECTURES: `factor` times what is `unknown` ("C", "I", or "" for none), and more."""
+def first_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The first layer with weights whose type tells shapes: that type's name in LAYER_SHAPES, and the layer."""
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            names = [cls.__name__ for cls in type(module).__mro__]
+            name = next((n for n in (getattr(module, "original_name", ""), *names) if n in LAYER_SHAPES), None)
+            if name is not None:
+                return name, module
+    return None
 
-    factor: int
-    unknown: str
-    offset: int
+
+def image_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes for a Conv2d: channels from the weight (times the groups), square images."""
+    planes = layer.weight.shape[1] * getattr(layer, "groups", 1)
+    return ((1, planes, size, size) for size in IMAGE_SIZES)
 
 
-class Layout(NamedTuple):
-    """The tensors that some models share, as numbers of the table; `head` is absent where the classifier is.
+def recurrent_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes for an LSTM, GRU or RNN; the batch is the second axis unless batch_first."""
+    features = layer.weight_ih_l0.shape[1]
+    first = getattr(layer, "batch_first", False)
+    yield (1, SEQUENCE_LENGTH, features) if first else (SEQUENCE_LENGTH, 1, features)
 
-    `groups` are the models as `package.module:function` (and JSON arguments); those in one group compute the same.
-    `unlike` are those that are made for images of another size, mean or deviation than the first of their group.
+
+def flat_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes for a Linear layer: rows of features, then sequences of them."""
+    features = layer.weight.shape[1]
+    yield from ((1, features), (1, SEQUENCE_LENGTH, features))
+
+
+# The first layer's type tells the shapes to try, in this order.
+LAYER_SHAPES: dict[str, Callable[[Any], Iterable[tuple[int, ...]]]] = {
+    "Conv2d": image_shapes,
+    "ConvTranspose2d": lambda layer: ((1, layer.weight.shape[0], size, size) for size in (1, 4, 7, 8, 16, 32, 64)),
+    "Conv1d": lambda layer: ((1, layer.weight.shape[1], size) for size in SIGNAL_LENGTHS),
+    "Conv3d": lambda layer: ((1, layer.weight.shape[1], *volume) for volume in VOLUMES),
+    "Linear": flat_shapes,
+    "Embedding": lambda _: ((1, SEQUENCE_LENGTH),),
+    "EmbeddingBag": lambda _: ((1, SEQUENCE_LENGTH),),
+    "LSTM": recurrent_shapes,
+    "GRU": recurrent_shapes,
+    "RNN": recurrent_shapes,
+    "MultiheadAttention": lambda layer: ((1, SEQUENCE_LENGTH, layer.out_proj.weight.shape[0]),),
+    "BatchNorm1d": lambda layer: ((1, layer.weight.shape[0]), (1, layer.weight.shape[0], 128)),
+    "BatchNorm2d": lambda layer: ((1, layer.weight.shape[0], size, size) for size in IMAGE_SIZES),
+    "LayerNorm": lambda layer: ((1, *layer.weight.shape), (1, SEQUENCE_LENGTH, *layer.weight.shape)),
+}
+
+
+def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:
+    """Torchvision's published weights for this model, whose metadata tell size and preprocessing; None where unknown.
+
+    With no `class_name` (a complete model), the weights whose recorded number of parameters is the model's.
     """
+    from enum import Enum
 
-    tensors: list[int]
-    head: frozenset[int]
-    groups: list[list[str]]
-    unlike: frozenset[str]
-
-
-class Architectures(NamedTuple):
-    """The data file: the table of tensors by name (each with its number) and the layouts."""
-
-    names: list[str]
-    sizes: list[str]  # 64x3x7x7
-    numbers: dict[str, int]  # `name sizes` without unknowns
-    patterns: dict[str, list[int]]  # those with unknowns, by name
-    layouts: list[Layout]
-    torchvision: frozenset[str]  # the names that need no package
+    module = sys.modules.get(type(model).__module__)
+    if not type(model).__module__.startswith("torchvision.models.") or module is None:
+        return None
+    if class_name is not None and ":" not in class_name:
+        return next(iter(reversed(list(import_library("torchvision.models").get_model_weights(class_name)))), None)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    enums = [value for name, value in vars(module).items() if name.endswith("_Weights") and issubclass(value, Enum)]
+    return next((item for enum in enums for item in enum if item.meta.get("num_params") == parameters), None)
 
 
-class Recognition(NamedTuple):
-    """Whose weights these are.
+MAX_IMAGE_EDGE = 2560  # pixels, or channels: the widest that a known processor makes
+MAX_STATISTIC = 1e6  # of a mean or a deviation
 
-    `candidates` are names for --model-class: one group is an answer, and any of its members computes the same; several
-    groups differ in results; none means unknown. `arguments` are the first candidate's, told by the shapes.
+
+def image_edges(value: object) -> tuple[int, ...] | None:
+    """Sizes of images from a file or an object of its; None where they are none."""
+    edges = plain_numbers([value] if type(value) is int else value, 1, MAX_IMAGE_EDGE, whole=True)
+    return edges if edges and len(edges) <= 3 else None
+
+
+def statistics(value: object) -> tuple[float, ...] | None:
+    """A mean or deviation for each channel; None where it is none."""
+    return plain_numbers(value, -MAX_STATISTIC, MAX_STATISTIC)
+
+
+def preprocessing(model: nn.Module, class_name: str | None) -> Preprocessing:
+    """Size (pixels), mean and std of the images the model was made for, where its library says so; else empty."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and (size := image_edges(config.get("input_size"))):
+        return Preprocessing(size, statistics(config.get("mean")), statistics(config.get("std")), "timm pretrained_cfg")
+    weights = torchvision_weights(model, class_name)
+    if weights is None:
+        return Preprocessing()
+    transforms = weights.transforms()
+    size = image_edges(getattr(transforms, "crop_size", None)) or image_edges(getattr(transforms, "resize_size", None))
+    mean, std = (statistics(getattr(transforms, name, None)) for name in ("mean", "std"))
+    return Preprocessing(size, mean, std, f"torchvision {weights}")
+
+
+def library_guess(model: nn.Module, known: Preprocessing) -> Iterator[Guess]:
+    """Shapes from the library's metadata and from the model's own image_size."""
+    layer = first_layer(model)
+    own = image_edges(getattr(model, "image_size", None)) or image_edges(getattr(model, "img_size", None))
+    sizes = known.size or own
+    if sizes is None or layer is None or layer[0] != "Conv2d":
+        return
+    planes = next(iter(image_shapes(layer[1])))[1]
+    yield Guess([InputShape((1, planes, *(sizes * 2)[-2:]))], known.source or "the model's image size")
+
+
+def input_guesses(model: nn.Module, loaded: Loaded, known: Preprocessing) -> Iterator[Guess]:
+    """What the model tells about its inputs, the surest first; the spec's 1,3,224,224 last."""
+    if loaded.examples:
+        yield Guess(list(loaded.examples), "the inputs recorded in the file")
+        return
+    for guess in layer_guesses(model, known):
+        if 4 * sum(math.prod(shape.dims) for shape in guess.shapes) <= MAX_EXAMPLE_BYTES:
+            yield guess
+    yield Guess([InputShape((1, 3, 224, 224))], "no layer of the model, so it is the default")
+
+
+def layer_guesses(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
+    """What the library's metadata and the first layer tell."""
+    yield from library_guess(model, known)
+    layer = first_layer(model)
+    if layer is not None:
+        name, module = layer
+        integer = "int64" if name.startswith("Embedding") else None
+        recurrent = name in ("LSTM", "GRU", "RNN") and not getattr(module, "batch_first", False)
+        for dims in LAYER_SHAPES[name](module):
+            yield Guess([InputShape(tuple(dims), None, integer)], f"the first layer ({name})", 1 if recurrent else 0)
+
+
+def name_inputs(model: nn.Module, shapes: Sequence[InputShape], dtype: torch.dtype) -> list[InputSpec]:
+    """Give every shape a name (the user's, else `input`, else forward's) and a dtype."""
+    names, _ = forward_parameters(model)
+    if len(shapes) == 1 and not set(names[:1]) & USUAL_NAMES:
+        names = ["input"]
+    names += [f"input_{index}" for index in range(len(names), len(shapes))]
+    return [
+        InputSpec(shape.name or name, shape.dims, getattr(torch, shape.dtype) if shape.dtype else dtype)
+        for shape, name in zip(shapes, names, strict=False)
+    ]
+
+
+def free_axes(specs: Sequence[InputSpec], loaded: Loaded, options: Options, batch_axis: int) -> list[InputSpec]:
+    """Mark the batch and --dynamic-axes as free, or the axes that an exported program leaves free.
+
+    Axes of one name have one size, in every input. Raises UsageError for an axis that is not there.
     """
+    wanted = list(itertools.chain.from_iterable(options.dynamic_axes or ()))
+    for axis in wanted:
+        check_axis(axis, specs)
+    if loaded.free and not wanted and not options.static:
+        return program_axes(specs, loaded.free)
+    result = []
+    for spec in specs:
+        axes: dict[int, str] = {}
+        has_batch = batch_axis < len(spec.dims) and spec.dims[batch_axis] == specs[0].dims[batch_axis]
+        if has_batch and not options.static:
+            axes[batch_axis] = BATCH
+        for axis, label, input_name in wanted:
+            if input_name in (None, spec.name):
+                axes[axis] = label or (BATCH if axis == batch_axis else axis_name(spec, axis))
+        result.append(spec._replace(axes=dict(sorted(axes.items()))))
+    return result
 
-    candidates: tuple[tuple[str, ...], ...]
-    arguments: dict[str, Any]
-    explanation: str
+
+def check_axis(wanted: DynamicAxis, specs: Sequence[InputSpec]) -> None:
+    """Raise UsageError where no input has the axis."""
+    if wanted.input_name is not None and wanted.input_name not in {spec.name for spec in specs}:
+        names = ", ".join(spec.name for spec in specs)
+        raise UsageError(f"--dynamic-axes: there is no input {wanted.input_name}; there is {names}")
+    for spec in specs:
+        if wanted.input_name in (None, spec.name) and wanted.axis >= len(spec.dims):
+            shape = shape_text(spec.dims)
+            raise UsageError(f"--dynamic-axes: {spec.name} is {shape} and has no axis {wanted.axis}")
 
 
-@functools.cache
-def read_architectures() -> Architectures:
-    """The data file beside this script; raises UsageError where it is not there."""
-    import lzma
+def axis_name(spec: InputSpec, axis: int) -> str:
+    """The usual name of an axis that is not the batch."""
+    return AXIS_NAMES.get(len(spec.dims), {}).get(axis, f"dim_{axis}")
 
-    try:
-        content = json.loads(lzma.decompress(ARCHITECTURES.read_bytes()))
-    except (OSError, lzma.LZMAError, ValueError) as error:
-        raise UsageError(f"{ARCHITECTURES.name} cannot be read ({first_line(error)}); pass --model-class") from None
-    names, sizes = content["names"], content["sizes"]
-    numbers: dict[str, int] = {}
-    patterns: dict[str, list[int]] = {}
-    for number, (name, text) in enumerate(zip(names, sizes, strict=True)):
-        if "C" in text or "I" in text:
-            patterns.setdefault(name, []).append(number)
+
+def program_axes(specs: Sequence[InputSpec], free: Sequence[Mapping[int, str]]) -> list[InputSpec]:
+    """Name the free axes of an exported program; a symbol that stands at several places gets one name."""
+    names: dict[str, str] = {}
+    for spec, symbols in zip(specs, free, strict=True):
+        for axis, symbol in symbols.items():
+            name = BATCH if axis == 0 else axis_name(spec, axis)
+            names.setdefault(symbol, f"{spec.name}_{name}" if name in names.values() else name)
+    return [
+        spec._replace(axes={axis: names[symbol] for axis, symbol in symbols.items()})
+        for spec, symbols in zip(specs, free, strict=True)
+    ]
+
+
+MAX_LABELLED = 4  # inputs whose shapes are told in messages
+
+
+def make_inputs(specs: Sequence[InputSpec], highest: int, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
+    """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for spec in specs:
+        shape = spec.resized(sizes)
+        if spec.dtype.is_floating_point:
+            values = (
+                torch.randn(shape, generator=generator) if seed % 3 != 1 else torch.rand(shape, generator=generator)
+            )
+            values = (values - 1 if seed % 3 == 2 else values).to(spec.dtype)
+        elif spec.dtype is torch.bool or "mask" in spec.name:
+            values = (torch.rand(shape, generator=generator) < 0.5).to(spec.dtype)
+            for place, value in enumerate((False, True)[: shape[-1] if shape else 0]):
+                values[..., place] = value  # whichever of the two means "ignore", something is left to attend to
         else:
-            numbers[f"{name} {text}"] = number
-    layouts = [
-        Layout(
-            [number for first, count in layout["runs"] for number in range(first, first + count)],
-            frozenset(layout["head"]),
-            layout["groups"],
-            frozenset(layout.get("unlike", ())),
+            limit = min(highest, torch.iinfo(spec.dtype).max)
+            values = torch.randint(0, limit, shape, generator=generator).to(spec.dtype)
+        result.append(values)
+    return result
+
+
+def highest_index(model: nn.Module) -> int:
+    """Integer inputs stay below this: the number of rows of the smallest embedding, or 2 where there is none."""
+    rows = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    return min(rows, default=2)
+
+
+class Reference:
+    """Calls the model at chosen sizes and keeps its answers as cases."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Sequence[InputSpec],
+        options: Options,
+        examples: Examples | None = None,
+    ) -> None:
+        self.model, self.specs, self.device = model, list(specs), options.device
+        self.names = [spec.name for spec in specs]
+        self.bytes, self.later_bytes = free_bytes(options, RUN_BYTES), free_bytes(options, LATER_BYTES)
+        self.seconds, self.later = run_seconds(options, own_code=is_archive(model)), 0.0
+        self.examples = examples or functools.partial(make_inputs, self.specs, highest_index(model))
+
+    def tensors(self, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
+        """Example inputs at `sizes`."""
+        return [tensor.to(self.device) for tensor in self.examples(sizes, seed)]
+
+    def run(self, sizes: Mapping[str, int], seed: int) -> Case:
+        """PyTorch's answer at `sizes`; raises RejectedInputError where the model does not accept them."""
+        start, before = time.monotonic(), memory_bytes("VmRSS")
+        bound = memory_bound(self.bytes, "running the model at guessed sizes", "pass --input-shape, or --run-timeout")
+        with time_limit(max(self.seconds, self.later)), bound:
+            inputs = self.tensors(sizes, seed)
+            given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
+            outputs = call_model(self.model, inputs, self.names)
+        self.later = max(self.later, min(LATER_RUNS * (time.monotonic() - start), MOST_LATER * self.seconds))
+        if self.bytes and self.later_bytes:
+            taken = memory_bytes("VmHWM") - before
+            self.bytes = max(self.bytes, min(LATER_FACTOR * taken, self.later_bytes))
+        few = list(given.items())[:MAX_LABELLED]  # not the keys and values of every layer
+        label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few)
+        return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()})
+
+
+def check_deterministic(reference: Reference, first: Case, sizes: Mapping[str, int], seed: int) -> None:
+    """Call the model a second time with the same inputs; raises ConversionError (VERIFY) where the answers differ."""
+
+    def same(one: Case, other: Case) -> bool:
+        return one.outputs.keys() == other.outputs.keys() and all(
+            value.shape == other.outputs[name].shape
+            and np.allclose(value, other.outputs[name], 1e-4, 1e-5, equal_nan=True)
+            for name, value in one.outputs.items()
         )
-        for layout in content["layouts"]
-    ]
-    members = itertools.chain.from_iterable(itertools.chain.from_iterable(layout.groups for layout in layouts))
-    own = frozenset(re.findall(r"torchvision\.models:(\w+)", "\n".join(members)))
-    return Architectures(names, sizes, numbers, patterns, layouts, own)
 
-
-def parse_sizes(text: str) -> list[Size]:
-    """`4C+4x256x3x3`."""
-    sizes = []
-    for part in text.split("x"):
-        match = SIZE.fullmatch(part)
-        sizes.append(Size(int(match[1] or 1), match[2], int(match[3] or 0)) if match else Size(0, "", int(part)))
-    return sizes
-
-
-def solve_sizes(sizes: Sequence[Size], shape: Sequence[int]) -> dict[str, int] | None:
-    """What the unknowns are where `sizes` describe `shape`; None where they cannot."""
-    found: dict[str, int] = {}
-    if len(sizes) != len(shape):
-        return None
-    for size, number in zip(sizes, shape, strict=True):
-        if not size.unknown:
-            if number != size.offset:
-                return None
-            continue
-        value, rest = divmod(number - size.offset, size.factor)
-        if rest or value < 1 or found.setdefault(size.unknown, value) != value:
-            return None
-    return found
-
-
-def match_tensors(shapes: Mapping[str, Sequence[int]]) -> dict[int, dict[str, int]]:
-    """The numbers of the table's tensors that are in `shapes`, each with what its unknowns are."""
-    known = read_architectures()
-    matches: dict[int, dict[str, int]] = {}
-    for name, shape in shapes.items():
-        number = known.numbers.get(f"{name} {shape_text(shape)}")
-        if number is not None:
-            matches[number] = {}
-        for pattern in known.patterns.get(name, ()):
-            found = solve_sizes(parse_sizes(known.sizes[pattern]), shape)
-            if found is not None:
-                matches[pattern] = found
-    return matches
-
-
-def layout_fit(layout: Layout, matches: Mapping[int, Mapping[str, int]], count: int) -> dict[str, int] | None:
-    """The unknowns for which `layout` is exactly the `count` tensors that were matched; None where it is not.
-
-    The number of classes is 0 where the classifier alone is absent, as timm builds it for num_classes=0.
-    """
-    tensors = layout.tensors
-    found: dict[str, int] = {}
-    if layout.head and count == len(tensors) - len(layout.head):
-        tensors = [number for number in tensors if number not in layout.head]
-        found["C"] = 0
-    if count != len(tensors):
-        return None
-    for number in tensors:
-        if number not in matches or any(found.setdefault(k, v) != v for k, v in matches[number].items()):
-            return None
-    return found
-
-
-def arguments_for(member: str, unknowns: Mapping[str, int]) -> dict[str, Any] | None:
-    """The keyword arguments with which `member` of a layout is built; None where it cannot be built so.
-
-    torchvision's models have three input channels and a classifier.
-    """
-    name, _, fixed = member.partition(" ")
-    channels = unknowns.get("I", IMAGE_CHANNELS)
-    if name.startswith("torchvision.") and (channels != IMAGE_CHANNELS or unknowns.get("C") == 0):
-        return None
-    arguments = {"num_classes": unknowns["C"]} if "C" in unknowns else {}
-    return {**arguments, **({"in_chans": channels} if channels != IMAGE_CHANNELS else {}), **json.loads(fixed or "{}")}
-
-
-def short_name(member: str) -> str:
-    """What to pass as --model-class: the bare name where it means this model, else `timm.models:name`."""
-    module, _, name = member.partition(" ")[0].partition(":")
-    return name if module == "torchvision.models" or name not in read_architectures().torchvision else member
-
-
-def find_architecture(shapes: Mapping[str, Sequence[int]]) -> Recognition | None:
-    """The models whose tensors are exactly `shapes`, torchvision's first; None where there are none."""
-    matches = match_tensors(shapes)
-    candidates: list[tuple[str, ...]] = []
-    texts: list[str] = []
-    told: dict[str, Any] = {}
-    for layout in read_architectures().layouts:
-        unknowns = layout_fit(layout, matches, len(shapes))
-        if unknowns is None:
-            continue
-        for group in layout.groups:
-            usable = [member for member in group if arguments_for(member, unknowns) is not None]
-            if usable:
-                told = told or arguments_for(usable[0], unknowns) or {}
-                candidates.append(tuple(short_name(member) for member in usable))
-                texts.append(describe_group(usable, layout.unlike))
-    if not candidates:
-        return None
-    arguments = "".join(f", {key}={value}" for key, value in told.items())
-    explanation = f"{texts[0]}{arguments}, by the names and shapes of its {len(shapes)} tensors"
-    if len(candidates) > 1:
-        explanation = f"{len(texts)} models have these tensors but need not compute the same: {'; '.join(texts)}"
-    return Recognition(tuple(candidates), told, explanation)
-
-
-def describe_group(members: Sequence[str], unlike: Collection[str]) -> str:
-    """The first of `members`, and the others, which compute the same."""
-    first, *others = [short_name(member) + " (other preprocessing)" * (member in unlike) for member in members]
-    return first + (f" (the same as {', '.join(others)})" if others else "")
-
-
-def strip_prefixes(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
-    """`shapes` without counters and wrappers' names, then without each prefix that all names share (`model.`)."""
-    names = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
-    while names:
-        yield names
-        prefix = next(iter(names)).partition(".")[0] + "."
-        if not all(name.startswith(prefix) for name in names):
-            return
-        names = {name.removeprefix(prefix): shape for name, shape in names.items()}
-
-
-def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
-    """Whose weights have tensors of these names and `shapes`: models of torchvision and timm, or a transformers family.
-
-    Raises ConversionError where the data file is missing or the weights are FSDP's flattened shards.
-    """
-    variants = list(itertools.islice(strip_prefixes(shapes), 8))  # prefixes may be as deep as a file likes
-    for names in variants:
-        found = find_architecture(names)
-        if found:
-            return found
-    for names in variants:
-        text = "\n".join(itertools.islice((name for name in names if len(name) <= SHORT_NAME), MAX_SEARCHED))
-        family = next(
-            (family for family, pattern in TRANSFORMERS_NAMES if re.search(pattern, text, re.MULTILINE)), None
-        )
-        if family:
-            advice = "their config is needed too: pass the folder that has config.json beside the weights"
-            return Recognition((), {}, f"by their names they are of transformers ({family} or a relative); {advice}")
-    return Recognition((), {}, nearest_architectures(variants))
-
-
-def choose_recorded(recognition: Recognition, content: Mapping[Any, Any]) -> Recognition:
-    """`recognition` with the candidate alone that the checkpoint names in its entry `arch`, as training scripts do."""
-    name = content.get("arch")
-    chosen = tuple(group for group in recognition.candidates if isinstance(name, str) and name in group)
-    if len(recognition.candidates) < 2 or len(chosen) != 1:
-        return recognition
-    explanation = f"{name}, by the tensors, which other models have too, and the checkpoint's entry 'arch'"
-    return Recognition(chosen, recognition.arguments, explanation)
-
-
-def nearest_architectures(variants: Sequence[Mapping[str, Sequence[int]]]) -> str:
-    """The models that most of the tensors fit, and what differs; `variants` are the same tensors under other names."""
-    scored = []
-    for names in variants:
-        matches = match_tensors(names)
-        for layout in read_architectures().layouts:
-            common = sum(number in matches for number in layout.tensors)
-            union = len(layout.tensors) + len(names) - common
-            if common >= NEAR * union:
-                scored.append((common / union, layout, names, matches))
-    scored.sort(key=lambda item: -item[0])
-    texts = [
-        f"{short_name(layout.groups[0][0])} ({layout_difference(layout, names, matches)})"
-        for _, layout, names, matches in scored[:3]
-    ]
-    return f"nearest: {'; '.join(texts)}" if texts else "no model of torchvision or timm has such tensors"
-
-
-def layout_difference(layout: Layout, names: Mapping[str, Sequence[int]], matches: Collection[int]) -> str:
-    """`3 of 320 tensors differ: a.weight is 8x4, not 8x3`."""
-    known = read_architectures()
-    sizes = {known.names[number]: known.sizes[number] for number in layout.tensors}
-    agreeing = {known.names[number] for number in layout.tensors if number in matches}
-    reshaped = [name for name in names if name in sizes and name not in agreeing]
-    differences = [
-        *(f"{name} is {shape_text(names[name])}, not {re.sub(SIZE, '?', sizes[name])}" for name in reshaped),
-        *(f"{name} is missing" for name in sizes if name not in names),
-        *(f"{name} is not in it" for name in names if name not in sizes),
-    ]
-    if not differences:  # each tensor fits, but they contradict each other
-        return "its tensors disagree about the number of classes or channels"
-    return f"{len(differences)} of {len(names.keys() | sizes)} tensors differ: {and_more(differences, 2, 200)}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# a model from weights: find the weights in a checkpoint, build the class, and let the shapes tell its arguments
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Where training scripts put the weights, the averaged ones first: they are what their authors evaluate.
-WEIGHT_KEYS = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "g_ema", "params_ema", "state_dict",
-               "model_state_dict", "model_state", "model", "net", "network", "params", "weights", "generator", "netG",
-               "student", "teacher", "module")  # fmt: skip
-# What lies beside the weights: entries whose tensors are never a model.
-OTHER_STATE = re.compile(r"optim|sched|scaler|rng|loop|callback|metric|hyper", re.IGNORECASE)
-# Counters of profilers and of weight averaging that lie among the weights.
-COUNTERS = ("total_ops", "total_params", "n_averaged")
-# What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
-WRAPPED_NAME = re.compile(r"(module\.)*")
-MAX_NAME = 2_000  # characters of a tensor's name, or of a checkpoint's entry; the longest known have some 200
-MAX_GUESSES = 60  # arguments that the shapes suggest: each is a model that is built
-MAX_PREFIXES = 16  # that may be taken off all names, one after the other
-WRAPPER_PARTS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-class Weights(NamedTuple):
-    """A model or its tensors found in a checkpoint: the entry that holds them ("" for the checkpoint itself)."""
-
-    content: Any  # nn.Module or dict[str, Tensor]
-    key: str
-
-
-def state_dict_of(value: object) -> dict[str, Tensor] | None:
-    """The tensors of a mapping from names to tensors, beside which plain values may lie; None for anything else.
-
-    Raises DamagedFileError where a name is endless.
-    """
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        return None
-    if not all(map(is_text, value)):
-        raise DamagedFileError("a name in it is no text; save its state dict again")
-    longest = max(map(len, value), default=0)
-    if longest > MAX_NAME:
-        raise DamagedFileError(f"a name in it has {longest} characters, as no model's has; save its state dict again")
-    numbers = (torch.Tensor, np.ndarray)
-    tensors = {key: torch.as_tensor(item) for key, item in value.items() if isinstance(item, numbers)}
-    others = [item for item in value.values() if not isinstance(item, numbers)]
-    nested = any(isinstance(item, (Mapping, torch.nn.Module)) for item in others)
-    named_like_weights = any("." in name for name in tensors)
-    return tensors if tensors and (not others or (named_like_weights and not nested)) else None
-
-
-def find_weights(content: Any, key: str | None) -> Weights:
-    """The module or state dict inside a checkpoint: the one at `key` (--checkpoint-key), or the likeliest.
-
-    `key` is an entry, entries joined by dots, or what the names of the wanted tensors begin with. Raises
-    ConversionError that lists what there is, where nothing or more than one thing without a usual name is found.
-    """
-    seen: set[int] = set()  # a file can name one mapping any number of times
-
-    def entries(value: object, path: str, depth: int) -> Iterator[Weights]:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        found = value if isinstance(value, nn.Module) else state_dict_of(value)
-        if found is not None:
-            yield Weights(found, path)
-        elif isinstance(value, Mapping) and depth < 3:
-            usual = [name for name in WEIGHT_KEYS if name in value]
-            for name in [*usual, *(name for name in value if name not in usual)]:
-                if not OTHER_STATE.search(str(name)) or (key is not None and key.startswith(f"{path}{name}")):
-                    yield from entries(value[name], f"{path}.{name}" if path else str(name), depth + 1)
-
-    found = list(entries(content, "", 0))
-    if key is not None:
-        return entry_at(found, key, content)
-    if not found:
-        raise DamagedFileError(f"no weights found in the checkpoint; it has {keys_of(content)}")
-    first, *others = found
-    names = ", ".join(item.key for item in others[:4])
-    if others and first.key.partition(".")[0] not in WEIGHT_KEYS:
-        raise UsageError(f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key")
-    if first.key:
-        also = f"; it also has {names} (--checkpoint-key)" if others else ""
-        kind = "model" if isinstance(first.content, nn.Module) else "weights"
-        LOG.info(f"{kind}: from the entry {first.key!r} of the checkpoint{also}")
-    return first
-
-
-def entry_at(found: Iterable[Weights], key: str, content: Any) -> Weights:
-    """The entry of `found` that --checkpoint-key names; raises UsageError that lists what there is."""
-    for item in found:
-        if item.key == key:
-            return item
-        if isinstance(item.content, Mapping):
-            prefix = f"{key}.".removeprefix(f"{item.key}.")
-            part = {n.removeprefix(prefix): tensor for n, tensor in item.content.items() if n.startswith(prefix)}
-            if part:
-                return Weights(part, key)
-    raise UsageError(f"--checkpoint-key {key}: no weights there; it has {keys_of(content)}")
-
-
-def keys_of(content: Any) -> str:
-    """The first keys of a checkpoint, for a message."""
-    return f"the keys {and_more(content.keys(), 8)}" if isinstance(content, Mapping) and content else "no keys"
-
-
-def resolve_model_class(name: str) -> Callable[..., nn.Module]:
-    """The class or builder function that --model-class names; raises UsageError with near misses."""
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        load = import_library if belongs(module, ("torchvision", "timm")) else importlib.import_module
-        try:
-            target = functools.reduce(getattr, attribute.split("."), load(module))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UsageError(
-                f"--model-class {name}: {first_line(error)}; install its package, or put its folder on PYTHONPATH"
-            ) from None
-        if not callable(target):
-            what = type(target).__name__
-            raise UsageError(f"--model-class {name}: that is a {what}, not a class")
+    if same(first, reference.run(sizes, seed)):
+        return
+    torch.manual_seed(0)
+    third = reference.run(sizes, seed)
+    torch.manual_seed(0)
+    if same(third, reference.run(sizes, seed)):
+        why = "it draws random numbers in eval mode; make its dropout or noise depend on self.training"
     else:
-        target = library_model(name)
-    own = belongs(getattr(target, "__module__", ""), ("torchvision",))
-    if own and accepts(target, "weights_backbone", by_name=True):  # it would download the backbone's
-        return functools.partial(target, weights=None, weights_backbone=None)
-    return target
-
-
-def library_model(name: str) -> Callable[..., nn.Module]:
-    """The builder of that name, torchvision's first, or timm's; raises UsageError with near misses."""
-    import difflib
-
-    own = import_library("torchvision.models")
-    with contextlib.suppress(ValueError):
-        return own.get_model_builder(name)
-    timm = import_library("timm")
-    if timm.is_model(name):
-        return functools.partial(timm.create_model, name)
-    lists = (own.list_models(), timm.list_models())
-    near = itertools.chain.from_iterable(difflib.get_close_matches(name.lower(), n, n=3, cutoff=0.4) for n in lists)
-    text = ", ".join(dict.fromkeys(near)) or "none"
-    raise UsageError(
-        f"--model-class {name}: torchvision and timm have no such model (near: {text}); a class of another package is "
-        "written package.module:Class"
+        why = "it changes its own state when it is called; make that state an input and an output"
+    raise ConversionError(
+        ExitStatus.VERIFY, f"PyTorch itself gives two answers for the same input, so no ONNX model can be right: {why}"
     )
 
 
-def accepts(function: Callable[..., Any], argument: str, *, by_name: bool = False) -> bool:
-    """Whether `function` names the keyword `argument` in its signature, or (unless `by_name`) takes any."""
-    import inspect
-
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-    any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return argument in parameters or (any_keyword and not by_name)
-
-
-@contextlib.contextmanager
-def without_initialisation() -> Iterator[None]:
-    """Let torch.nn.init's random functions do nothing: filling a large model takes seconds, and the file has all of it.
-
-    Only they are replaced, as a whole: a function that draws until the numbers fit would never end on its parts.
-    """
-    from torch.nn import init
-
-    names = [
-        name for name in dir(init) if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_", name)
-    ]
-    originals = {name: getattr(init, name) for name in names}
-    for name in names:
-        setattr(init, name, lambda tensor, *_, **__: tensor)
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(init, name, function)
+def check_finite(case: Case) -> None:
+    """Raises ConversionError (VERIFY) where PyTorch's own outputs hold NaN or Inf; warns where they prove little."""
+    for name, value in case.outputs.items():
+        if value.size and value.dtype.kind == "f" and not np.isfinite(value).all():
+            kind = "NaN" if np.isnan(value).any() else "infinite values"
+            raise ConversionError(
+                ExitStatus.VERIFY,
+                f"PyTorch's own output {name!r} holds {kind} for random {case.label}, so nothing can be compared; "
+                "check the weights, or pass --no-verify to export without proof",
+            )
 
 
-MAX_SHARED = 1 << 20  # a size up to which nothing takes long, whatever the weights are
-
-
-@contextlib.contextmanager
-def bounded_build(tensors: int, size: int) -> Iterator[None]:
-    """Let what is built inside be no larger than the file's weights allow: `tensors` of them, of `size` bytes together.
-
-    Arguments and settings from a file may ask for any number of layers. Parameters and modules are counted as they are
-    registered, and the memory is limited, so the end does not depend on what the settings are called. Raises
-    DamagedFileError.
-    """
-    from torch.nn.modules import module as registry
-
-    def counting(what: str, limit: int) -> Callable[..., None]:
-        places = itertools.count(1)
-
-        def count(*_: object) -> None:
-            if next(places) > limit:
-                raise DamagedFileError(
-                    f"the model that it describes has more than {limit} {what}, the weights {tensors}"
-                )
-
-        return count
-
-    hooks = [
-        registry.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
-        registry.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
-    ]
-    try:
-        with memory_bound(RUN_BYTES + 4 * size, "building the model that it describes", "check its sizes"):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-# The last words of settings that count parts which have weights of their own, and words of those that are sizes of one.
-COUNT_WORDS = word_set("layer layers block blocks depth depths stage stages")
-SIZE_WORDS = word_set(
-    """labels classes experts vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner
-    num n size sizes"""
-)
-UNBOUNDED_WORDS = word_set(
-    "max position positions length len chunk window cache params parameters samples steps theta tokens"
-)
-
-
-def check_sizes(settings: object, weights: Mapping[str, Tensor]) -> None:
-    """Raise DamagedFileError where config.json, at any depth, asks for what `weights` cannot have.
-
-    There are at most as many layers as tensors, and no dimension is larger than all tensors together. Layers may share
-    tensors, though, and a part that is not stored may be described: so there is room for both.
-    """
-    elements = max(sum(tensor.numel() for tensor in weights.values()), MAX_SHARED)
-    waiting: list[tuple[str, object]] = [("", settings)]
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting.extend(value.items())
-        elif isinstance(value, list):
-            waiting.extend((key, entry) for entry in value)
-        elif type(value) is int:
-            words = key.lower().split("_")
-            if words[-1] in COUNT_WORDS and value > 4 * len(weights) + 1000:
-                raise DamagedFileError(
-                    f"config.json asks for {key} {value}, but the weights have {len(weights)} tensors"
-                )
-            if SIZE_WORDS.intersection(words) and not UNBOUNDED_WORDS.intersection(words) and value > elements:
-                raise DamagedFileError(f"config.json asks for {key} {value}, but the weights have {elements} numbers")
-
-
-def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`weights` under the names of `model`: without wrappers' prefixes and counters, and of a larger model its part.
-
-    The batch counters that PyTorch before 0.4.1 lacked are added. Raises UsageError where two parts fit.
-    """
-    expected = model.state_dict()
-    weights = unwrap_names(weights)
-    prefix = common_prefix(weights, expected) or part_prefix(weights, expected)
-    if prefix:
-        left = [name for name in weights if not name.startswith(prefix)]
-        others = f"; {len(left)} tensors of other parts are left out ({', '.join(left[:3])})" if left else ""
-        LOG.info(f"weights: {prefix!r} is taken off the names{others}")
-        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    for name in expected.keys() - weights.keys():
-        if name.endswith("num_batches_tracked"):  # counts training steps; the forward pass in eval mode ignores it
-            weights[name] = torch.zeros_like(expected[name])
-    return weights
-
-
-def unwrap_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` without counters and without what wrappers put into names; raises ConversionError for FSDP's shards."""
-    if any(name.endswith("_flat_param") for name in weights):
-        raise InputError(
-            "the weights are FSDP's flattened shards; save a full state dict (StateDictType.FULL_STATE_DICT) instead"
-        )
-    result = {
-        WRAPPER_PARTS.sub("", name): tensor
-        for name, tensor in weights.items()
-        if name.rpartition(".")[2] not in COUNTERS
-    }
-    # DataParallel, DDP and AveragedModel, one in the other.
-    wraps = min((len(WRAPPED_NAME.match(name)[0]) for name in result), default=0)  # type: ignore[index]  # may be empty
-    return {name[wraps:]: tensor for name, tensor in result.items()}
-
-
-def common_prefix(weights: Collection[str], expected: Collection[str]) -> str:
-    """What every name begins with and none of the class does: Lightning's `model.`; "" where there is none."""
-    shared = os.path.commonprefix(list(weights))  # noqa: RUF071  (of characters, up to a dot below)
-    ends = (match.end() for match in re.finditer(r"\.", shared))
-    for end in (0, *itertools.islice(ends, MAX_PREFIXES)):
-        if any(name[end:] in expected for name in weights):
-            return shared[:end]
-    return ""
-
-
-def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
-    """The prefix of the part that has exactly the class's names, of a checkpoint that holds more than that part.
-
-    Raises UsageError where several parts do.
-    """
-
-    def lasting(names: Iterable[str]) -> set[str]:
-        return {name for name in names if not name.endswith("num_batches_tracked")}
-
-    wanted = lasting(expected)
-    if not any("." in name for name in wanted):  # a single layer: any layer of its kind has these names
-        return ""
-    anchor = f".{next(iter(wanted), '')}"
-    names = sorted(lasting(weights))
-    parts = []
-    for prefix in [name.removesuffix(anchor) + "." for name in names if name.endswith(anchor)]:
-        start = bisect.bisect_left(names, prefix)
-        within = names[start : start + len(wanted) + 1]  # one more than fits is enough to see
-        if wanted == {name.removeprefix(prefix) for name in within if name.startswith(prefix)}:
-            parts.append(prefix)
-    if len(parts) > 1:
-        names = ", ".join(part.rstrip(".") for part in parts[:8])
-        raise UsageError(f"the class's weights are there several times; pass --checkpoint-key: {names}")
-    return parts[0] if parts else ""
-
-
-def argument_guesses(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
-    """Keyword arguments that the tensors' shapes suggest: output size, input channels, auxiliary heads."""
-    expected = model.state_dict()
-    classes: dict[int, None] = {}
-    channels: dict[int, None] = {}
-    for name in expected.keys() & weights.keys():
-        have, want = weights[name].shape, expected[name].shape
-        if len(have) == len(want) and have != want and have:
-            if have[0] != want[0]:  # heads repeat the classes per anchor or per box side: 4 * 91, 6 * 91
-                defaults = (want[0], 1000, 400, 91, 21)
-                classes.update(dict.fromkeys(have[0] * n // want[0] for n in defaults if have[0] * n % want[0] == 0))
-            if len(have) > 3 and have[1] != want[1]:
-                channels[have[1]] = None
-    heads: list[dict[str, Any]] = [{}, {"aux_logits": False}, {"aux_logits": True}, {"aux_loss": True}]
-    sizes = [{}, *({"num_classes": number} for number in classes)]
-    inputs = [{}, *({key: number} for number in channels for key in ("in_chans", "in_channels"))]
-    for head, size, planes in itertools.product(heads, sizes, inputs):
-        yield {**head, **size, **planes}
-
-
-# Words of which the names of architecture arguments are made. None of them names a place, weights, a device or code.
-NETWORK_WORDS = word_set(
-    """aa abs act activation affine align alpha ar attention attn attns aux avg band base basic batch beta bias
-    bidirectional blk block blocks bn bottle bottleneck branch branches cardinality causal cell chan channel
-    channels chans chs class classes conv coords counts cpe cross crpe decoder dense depth depths depthwise
-    dilation dilations dim dims div down downsample downsamples drop dropout dw dynamic emb embed embedding
-    embeddings encoder end ends eps exp expand expansion extra factor fc feat feats feature features feedforward
-    fewer ffn filter filters final first fixed focal fork fuse fused fusion gamma gate gated global grid group
-    groups grow growth gru half head heads height hidden image img in indices inference init inner inplace input
-    intermediate interp interpolation kernel kernels key kv last latent layer layers layerscale len length level
-    levels linear list local logits loss ls lstm main mask max merge meta mid min mix mixer mixers mlp mode
-    momentum mul mult multi multiplier n neck negative neurons no norm normalize noskip num offset only
-    orthonormal out outer output outputs overlap pad padding parallel partial partition patch patches per period
-    pool pooling pos position positions post pre preact prefix prob proj projection qk qkv query rank rate rates
-    ratio ratios reduce reduction ref reg register rel relu rep repeats res residual resolution rnn root rope rot
-    rotate scale se section separate seq sequence sequential shape shared shift shortcut size sizes skip slices
-    slope small spatial squeeze sr stage stages state std stem strict stride strides swap swiglu tail temperature
-    temporal theta time token tokens transformer transition type types union unit units up use value values vocab
-    width widths window zero"""
-)
-NETWORK_NAMES = frozenset({"d_model", "d_ff", "d_kv", "nhead"})
-MAX_ARGUMENT = 1 << 24  # of a number that describes a network: vocabularies have a million entries
-
-
-def is_architecture_argument(name: object, value: object, depth: int = 0) -> bool:
-    """Whether an argument from a file says how wide, deep or shaped a network is, by its name and its plain value."""
-    if depth == 0:
-        short = isinstance(name, str) and len(name) <= 60
-        parts = str(name).replace("drop_path", "drop").split("_") if short else [""]  # the only path that is none
-        if name not in NETWORK_NAMES and not all(part.strip("0123456789") in NETWORK_WORDS for part in parts):
-            return False
-    if isinstance(value, (list, tuple)):
-        return depth < 3 and len(value) <= 1000 and all(is_architecture_argument("", v, depth + 1) for v in value)
-    if type(value) in (int, float):
-        return -MAX_ARGUMENT <= value <= MAX_ARGUMENT  # NaN is not
-    return (
-        value is None
-        or type(value) is bool
-        or (type(value) is str and bool(re.fullmatch(r"\w{0,40}", value, re.ASCII)))
-    )
-
-
-def architecture_arguments(given: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """The entries of `given`, arguments from a file, that may reach a builder; says in an [INFO] line which do not.
-
-    A builder's other arguments name places, URLs, weights, devices or functions: it would open or run them.
-    """
-    kept = {name: value for name, value in given.items() if is_architecture_argument(name, value)}
-    if left := [name for name in given if name not in kept]:
-        LOG.info(f"{where}: not used, since they do not describe a network: {and_more(left, 8, 40)}")
-    return kept
-
-
-def model_from_weights(
-    name: str, given: Mapping[str, Any], tensors: Mapping[str, Tensor], hints: Mapping[str, Any]
-) -> nn.Module:
-    """The class `name` with `tensors` loaded, every one of them; arguments not `given` are told by `hints` or shapes.
-
-    `hints` are the hyper_parameters that Lightning stores: those that the constructor names are tried first. Raises
-    UsageError that lists what is missing, unexpected or of another shape.
-    """
-    build = resolve_model_class(name)
-    fitting = {key: hints[key] for key in hints if key not in given and accepts(build, str(key), by_name=True)}
-    recorded = architecture_arguments(fitting, "hyper_parameters")
-    if recorded:
-        with contextlib.suppress(ConversionError):
-            model = attempt_build(build, {**recorded, **given}, name)
-            if not load_weights(model, clean_weights(tensors, model)):
-                told = ", ".join(f"{key}={value}" for key, value in recorded.items())
-                LOG.info(f"weights: the checkpoint's hyper_parameters tell {told}")
-                return model
-    first = attempt_build(build, given, name)
-    weights = clean_weights(tensors, first)
-    refusal = load_weights(first, weights)
-    if not refusal:
-        return first
-    for guess in itertools.islice(argument_guesses(first, weights), MAX_GUESSES):
-        if not guess or guess.keys() & given.keys() or not all(accepts(build, key) for key in guess):
-            continue
-        with contextlib.suppress(ConversionError):
-            model = attempt_build(build, {**given, **guess}, name)
-            if not load_weights(model, weights):
-                LOG.info(f"weights: their shapes tell {', '.join(f'{k}={v}' for k, v in guess.items())}")
-                return model
-    misfit = describe_misfit(first, weights) or refusal
-    advice = "pass the class they were saved from, or its arguments with --model-args"
-    raise UsageError(f"the weights do not fit --model-class {name}: {misfit}; {advice}")
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """Load `weights` strictly, in the dtypes of the model; returns why they do not fit, or "".
-
-    load_state_dict itself judges, since modules may rename what older versions wrote (weight_norm's weight_g). It wants
-    the versions of the modules (`_metadata`), which not every file has: those of the installed classes.
-    """
-    own = model.state_dict()
-    state = collections.OrderedDict(
-        (key, value.to(own[key].dtype if key in own else value.dtype)) for key, value in weights.items()
-    )
-    vars(state)["_metadata"] = vars(own)["_metadata"]
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except Exception as error:  # modules with a loader of their own raise anything
-        raise_out_of_memory(error)
-        return first_line(error)
-    return ""
-
-
-def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any], name: str) -> nn.Module:
-    """Build the class; raises UsageError where its constructor fails."""
-    try:
-        with without_initialisation():
-            model = build(**arguments)
-    except Exception as error:  # whatever the user's constructor raises
-        raise_out_of_memory(error)
+def propose_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> Iterator[Guess]:
+    """The user's shapes, or what the model tells; raises UsageError where the number cannot be right."""
+    names, required = forward_parameters(model)
+    if options.input_shape:
+        count, most = len(options.input_shape), len(names) or len(options.input_shape)
+        if not required <= count <= most:
+            wanted = ", ".join(names[:required]) or "none"
+            raise UsageError(
+                f"--input-shape gives {count} shape{'s' * (count != 1)}, the model needs {required} ({wanted})"
+            )
+        recurrent = next(iter(input_guesses(model, loaded, known))).batch_axis
+        batch_axis = recurrent if len(options.input_shape[0].dims) > recurrent else 0
+        yield Guess(options.input_shape, "--input-shape", batch_axis)
+        if any(shape.dtype is None for shape in options.input_shape):  # token ids, given without their dtype
+            shapes = [shape._replace(dtype=shape.dtype or "int64") for shape in options.input_shape]
+            yield Guess(shapes, "--input-shape, with int64 numbers", batch_axis)
+        return
+    if required > 1 and len(loaded.examples) < required:
+        example = " ".join(f"{name}:1,..." for name in names[:required])
         raise UsageError(
-            f"--model-class {name}: it cannot be built ({first_line(error)}); "
-            "pass what its constructor needs with --model-args"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"--model-class {name}: it made a {type(model).__name__}, not a torch.nn.Module")
+            f"the model takes {required} inputs ({', '.join(names[:required])}); pass --input-shape {example}"
+        )
+    yield from input_guesses(model, loaded, known)
+
+
+def settle_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> tuple[Reference, Case]:
+    """The first proposed inputs that the model accepts, and its answer at exactly those sizes."""
+    dtype = float_dtype(model)
+    failure: RejectedInputError | None = None
+    for guess in propose_inputs(model, loaded, known, options):
+        specs = free_axes(name_inputs(model, guess.shapes, dtype), loaded, options, guess.batch_axis)
+        reference = Reference(model, specs, options)
+        try:
+            case = reference.run({}, GIVEN_SEED)
+        except RejectedInputError as error:
+            failure = failure or error
+            continue
+        if not options.input_shape:
+            LOG.info(f"input: {' '.join(map(str, guess.shapes))}, told by {guess.reason} (--input-shape overrides)")
+        check_deterministic(reference, case, {}, GIVEN_SEED)
+        return reference, case
+    shapes = " ".join(map(str, options.input_shape or ())) or "any shape tried"
+    cause = failure.__cause__ if failure else None
+    if isinstance(cause, AttributeError):
+        raise InputError(
+            f"the model cannot run: {failure}; was it saved with another version of its library? "
+            "Install that version, or save a state dict"
+        ) from cause
+    raise UsageError(
+        f"the model does not accept {shapes}: {failure}; pass the right --input-shape, e.g. 1,3,224,224"
+    ) from cause
+
+
+def check_outputs(case: Case) -> None:
+    """Raises ConversionError (EXPORT) for a model without tensor outputs; warns of outputs that prove little."""
+    if not case.outputs:
+        raise ConversionError(ExitStatus.EXPORT, "the model returns no tensor; wrap it so that forward returns tensors")
+    for name, value in case.outputs.items():
+        if value.size == 0:
+            LOG.warn(f"output {name!r} is empty for random input: comparing it proves its shape only")
+        elif value.size > 1 and (value == value.flat[0]).all():
+            LOG.warn(
+                f"output {name!r} is {value.flat[0]} everywhere: comparing it proves little (is the model trained?)"
+            )
+
+
+def other_sizes(size: int, *, larger: bool, turn: int) -> list[int]:
+    """Sizes to try beside `size`; `turn` makes two axes of one input differ, so that swapping them shows."""
+    steps = (32, 64, 16, 8, 2, 1) if turn % 2 == 0 else (64, 32, 16, 8, 2, 1)
+    return [size + step if larger else size - step for step in steps if larger or size > step]
+
+
+def plan_module(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> Job:
+    """Settle the inputs, find out which axes really are free, and take PyTorch's answers at several sizes."""
+    reference, given = settle_inputs(model, loaded, known, options)
+    base = {name: spec.dims[axis] for spec in reference.specs for axis, name in spec.axes.items()}
+    small, large = dict(base), dict(base)
+    for turn, name in enumerate(name for name in base if name != BATCH):
+        for sizes, larger in ((small, False), (large, True)):
+            tries = other_sizes(base[name], larger=larger, turn=turn)
+            sizes[name] = accepted_size(reference, base, name, tries, given)
+    batch = base.get(BATCH, 1)
+    cases = []
+    shapes = [
+        (base, (max(2, batch),)),
+        (small, (1, 4)),
+        (large, (3, 5)),
+        *((sizes, (batch,)) for sizes in uneven_sizes(base)),
+    ]
+    for seed, (sizes, batches) in enumerate(shapes):
+        same = seed == GIVEN_SEED and sizes == base and batch in batches[:1]
+        case = given if same else accepted_case(reference, sizes, batches if BATCH in base else (1,), seed, given)
+        if case is None and seed >= FIRST_ODD_CASE:  # a model that wants multiples of something
+            continue
+        if case is None and BATCH in base and not batch_is_explicit(options):
+            LOG.warn(
+                f"the batch axis is fixed at {batch}: the model rejects other batch sizes, or returns other outputs"
+            )
+            return plan_module(model, loaded, known, fixed_batch(options, reference.specs))
+        if case is None:
+            raise UsageError(f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static")
+        cases.append(case)
+    check_outputs(given)
+    for case in cases:
+        check_finite(case)
+    traced = reference.tensors(base | {BATCH: max(2, batch)}, seed=0)
+    return Job(model, reference.specs, list(given.outputs), traced, cases, options.output.name)
+
+
+def uneven_sizes(base: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """More sizes for the free axes besides the batch, seeded and uneven: rounding hits some sizes and spares others."""
+    import random
+
+    chance = random.Random(0)  # noqa: S311  (not for secrets)
+    names = [name for name in base if name != BATCH]
+    for _ in range(ODD_CASES if names else 0):
+        yield {**base, **{name: chance.randint(max(1, base[name] // 2), base[name]) for name in names}}
+
+
+def accepted_case(
+    reference: Reference, sizes: Mapping[str, int], batches: Iterable[int], seed: int, given: Case
+) -> Case | None:
+    """The answer at `sizes` and the first of `batches` that the model accepts and answers with `given`'s outputs."""
+    for batch in batches:
+        with contextlib.suppress(RejectedInputError):
+            case = reference.run({**sizes, BATCH: batch}, seed)
+            if case.outputs.keys() == given.outputs.keys():
+                return case
+    return None
+
+
+def accepted_size(reference: Reference, base: Mapping[str, int], name: str, tries: Iterable[int], given: Case) -> int:
+    """The first of `tries` that the model accepts for the axis `name`; raises UsageError for none."""
+    for size in tries:
+        if accepted_case(reference, {**base, name: size}, (base.get(BATCH, 1),), 0, given) is not None:
+            return size
+    if any(size > base[name] for size in tries):
+        raise UsageError(f"--dynamic-axes: the model accepts no other {name} than {base[name]}; leave that axis out")
+    return base[name]
+
+
+def batch_is_explicit(options: Options) -> bool:
+    """Whether the user named the batch axis: then a batch that cannot vary is an error, not a note."""
+    return any(axis.axis == 0 for axis in itertools.chain.from_iterable(options.dynamic_axes or ()))
+
+
+def fixed_batch(options: Options, specs: Sequence[InputSpec]) -> Options:
+    """The same options with a batch axis that is not free; the other free axes stay."""
+    axes = [[DynamicAxis(axis, name, spec.name) for axis, name in spec.axes.items() if name != BATCH] for spec in specs]
+    shapes = [InputShape(spec.dims, spec.name, str(spec.dtype).removeprefix("torch.")) for spec in specs]
+    return replace(options, static=True, dynamic_axes=axes, input_shape=shapes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the exporters
+#
+# Takes a Job and an Attempt, gives a graph (ir.Model). The TorchScript exporter is faster and writes opsets 7 to 20;
+# the torch.export one ("dynamo") knows more operators, at 18 and up. They fail on different models, so the next one
+# is tried when the first one's graph is wrong.
+# ---------------------------------------------------------------------------------------------------------------------
+
+GEMM_BYTES = 300 << 20  # a weight of this size is used as it lies in the checkpoint, not stored transposed
+GEMM_OPSET = 10  # Slice takes its bounds as inputs from then on
+
+
+def export_torchscript(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Model:
+    """Trace and export with torch.onnx's TorchScript exporter; above its newest opset, converted up from there."""
+    path = folder / "export.onnx"
+    if isinstance(
+        job.model, (torch.jit.ScriptModule, torch.fx.GraphModule)
+    ):  # the exporter's own tracing fails on them
+        flat = torch.jit.trace(flat, tuple(job.traced), check_trace=False)
+    export = functools.partial(
+        torch.onnx.export,
+        f=str(path),
+        dynamo=False,
+        opset_version=min(opset, TORCHSCRIPT_MAX_OPSET),
+        output_names=job.outputs,
+        dynamic_axes={spec.name: dict(spec.axes) for spec in job.specs if spec.axes},
+    )
+    register_symbolics()
+    weights = flat.state_dict(keep_vars=True)
+    with fixed_resize(), traced_sizes():
+        model = None
+        if sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
+            export_graph(flat, job, export)
+            model = attach_weights(ir.load(path), job, weights)
+        if model is None:
+            with stored_weights_as(flat, in_memory):
+                export(flat, tuple(job.traced), input_names=[spec.name for spec in job.specs])
+            model = ir.load(path)
+    if opset > TORCHSCRIPT_MAX_OPSET:
+        from onnxscript.version_converter import convert_version
+
+        convert_version(model, opset, fallback=False)
     return model
 
 
-def describe_misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """The first few missing, unexpected and mis-shaped names, and how many more."""
-    expected = model.state_dict()
-    reshaped = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
-    kinds = (
-        ("missing", [key for key in expected if key not in weights]),
-        ("unexpected", [key for key in weights if key not in expected]),
-        (
-            "of another shape",
-            [f"{key} is {shape_text(weights[key].shape)}, not {shape_text(expected[key].shape)}" for key in reshaped],
-        ),
-    )
-    return "; ".join(f"{len(names)} {what} ({and_more(names, 3, 200)})" for what, names in kinds if names)
+def export_graph(flat: nn.Module, job: Job, export: Callable[..., Any]) -> None:
+    """Export with the weights as inputs: traced with blanks, or with their values where the model needs them.
+
+    The exporter would fold, join and copy weights that it has.
+    """
+    names = [spec.name for spec in job.specs]
+    if any(isinstance(tensor, stored_class()) for _, tensor in state_of(flat)):
+        try:
+            with weights_as_inputs(flat) as blanks:
+                export(flat, (*job.traced, *blanks.values()), input_names=[*names, *blanks], do_constant_folding=False)
+        except OSError:
+            raise
+        except Exception as error:  # whatever the model does with zeros
+            raise_out_of_memory(error)
+            if LOG.verbose:
+                traceback.print_exc(file=LOG.stream)
+            LOG.info(f"tracing needs the weights' values ({first_line(error, 100)}): they are loaded")
+        else:
+            return
+    with stored_weights_as(flat, in_memory):
+        export(flat, tuple(job.traced), input_names=names, export_params=False, do_constant_folding=False)
 
 
-def shape_text(sizes: Iterable[int]) -> str:
-    """`1x3x224x224`."""
-    return "x".join(map(str, sizes)) or "scalar"
+def attach_weights(model: ir.Model, job: Job, weights: Mapping[str, Tensor]) -> ir.Model | None:
+    """Give a graph that was exported without its weights those of the model: views, read when they are written.
+
+    The exporter itself holds several copies of all of them. A weight that is only used transposed is stored so; one
+    that several names share is stored once. None where the exporter would make weights of its own: batch norms after
+    convolutions become part of these.
+    """
+    graph, own = model.graph, {spec.name for spec in job.specs}
+    norms = [node.inputs[0] for node in graph if node.op_type == "BatchNormalization"]
+    if any(value.producer().op_type.startswith("Conv") for value in norms if value.producer()):
+        return None
+    first: dict[tuple[Any, ...], ir.Value] = {}
+    for value in [value for value in graph.inputs if value.name not in own]:
+        tensor = weights.get(str(value.name))
+        if tensor is None:
+            return None
+        tensor = tensor.detach()
+        value.const_value = streamed_class()(tensor, value.name)
+        graph.inputs.remove(value)
+        address = tensor.address() if isinstance(tensor, stored_class()) else (tensor.data_ptr(), *tensor.stride())
+        place = (address, tensor.shape, tensor.dtype)
+        if tensor.numel() and place in first:
+            ir.convenience.replace_all_uses_with(value, first[place])
+            continue
+        first[place] = value
+        graph.initializers.add(value)
+    for value in itertools.chain.from_iterable([split_weight(graph, whole) for whole in first.values()]):
+        if not store_transposed(graph, value) and model.opset_imports[""] >= GEMM_OPSET:
+            multiply_as_stored(value)
+    return model
+
+
+@functools.cache
+def streamed_class() -> Any:
+    """The class of the weights that are written a block at a time (onnx-ir is imported late)."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    class Streamed(TorchTensor):  # type: ignore[misc]
+        """A torch tensor, of any strides and stored or not, in an ONNX graph."""
+
+        def numpy(self) -> Any:
+            return TorchTensor(in_memory(self.raw), self.name).numpy()
+
+        def tobytes(self) -> bytes:
+            return b"".join(byte_blocks(self.raw))
+
+        def tofile(self, file: Any) -> None:
+            for block in byte_blocks(self.raw):
+                file.write(block)
+                LOG.advance(len(block))
+
+    return Streamed
+
+
+def split_weight(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
+    """The weight `value` itself, or one for each of its rows where nodes only pick single ones: a layer's experts.
+
+    ONNX Runtime would copy each row when it is picked.
+    """
+    picks = []
+    for node in value.consumers():
+        index = node.inputs[1] if node.op_type == "Gather" and node.inputs[0] is value else None
+        row = ir.convenience.get_const_tensor(index) if index is not None else None
+        if row is None or row.shape.rank() or node.attributes.get_int("axis", 0):
+            return [value]
+        picks.append((node, int(row.numpy())))
+    raw, found = value.const_value.raw, {}
+    for node, row in picks:
+        if row not in found:
+            name = f"{value.name}.{row}"
+            shape = ir.Shape(raw.shape[1:])
+            part = ir.Value(name=name, shape=shape, type=value.type, const_value=streamed_class()(raw[row], name))
+            found[row] = part
+            graph.initializers.add(part)
+        ir.convenience.replace_all_uses_with(node.outputs[0], found[row])
+        node.graph.remove(node, safe=True)
+    if found:
+        del graph.initializers[value.name]
+    return list(found.values()) or [value]
+
+
+def store_transposed(graph: ir.Graph, value: ir.Value) -> bool:
+    """Store the weight `value` as its Transpose nodes want it, where they are all that use it and agree."""
+    nodes = list(value.consumers())
+    orders = {tuple(node.attributes.get_ints("perm", ())) if node.op_type == "Transpose" else None for node in nodes}
+    tensor: Any = value.const_value
+    if len(orders) != 1 or not (order := orders.pop()) or tensor.nbytes >= GEMM_BYTES:
+        return False
+    turned = tensor.raw.permute(order)
+    name = value.name
+    del graph.initializers[name]
+    new = ir.Value(name=name, shape=ir.Shape(turned.shape), type=value.type, const_value=streamed_class()(turned, name))
+    graph.initializers.add(new)
+    for node in nodes:
+        ir.convenience.replace_all_uses_with(node.outputs[0], new)
+        node.graph.remove(node, safe=True)
+    return True
+
+
+def multiply_as_stored(value: ir.Value) -> None:
+    """Let products with the transposed weight `value` be Gemm nodes, which take it as it is: no second copy of it.
+
+    MatMul(x, Transpose(w)) is Reshape(Gemm(Reshape(x, [-1, k]), w, transB=1), [*x.shape[:-1], n]).
+    """
+    for transpose in list(value.consumers()):
+        users = list(transpose.outputs[0].consumers())
+        turned = transpose.op_type == "Transpose" and list(transpose.attributes.get_ints("perm", ())) == [1, 0]
+        if not turned or not all(user.op_type == "MatMul" and user.inputs[1] is transpose.outputs[0] for user in users):
+            continue
+        columns, rows = value.const_value.shape.numpy()
+        for user in users:
+            add = functools.partial(node_before, user)
+            sizes = [add("Constant", [], value=ir.tensor(numbers)) for numbers in ([-1, rows], [0], [-1], [columns])]
+            flat, start, end, last = sizes
+            x = user.inputs[0]
+            product = add("Gemm", [add("Reshape", [x, flat]), value], transB=1)
+            leading = add("Slice", [add("Shape", [x]), start, end, start])
+            result = add("Reshape", [product, add("Concat", [leading, last], axis=0)])
+            result.shape, result.type = user.outputs[0].shape, user.outputs[0].type
+            ir.convenience.replace_all_uses_with(user.outputs[0], result, replace_graph_outputs=True)
+            user.graph.remove(user, safe=True)
+        transpose.graph.remove(transpose, safe=True)
+
+
+def node_before(place: ir.Node, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
+    """The output of a new node before `place`."""
+    node = ir.node(operator, inputs, attributes)
+    place.graph.insert_before(place, node)
+    return node.outputs[0]
+
+
+def export_dynamo(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
+    """Export through torch.export; a ScriptModule is turned into an exported program first."""
+    if isinstance(flat.inner, torch.jit.ScriptModule):
+        from torch._export.converter import TS2EPConverter
+
+        flat = flat_module(
+            TS2EPConverter(flat.inner, tuple(job.traced)).convert().module(), [spec.name for spec in job.specs]
+        )
+    shapes = tuple(dict.fromkeys(spec.axes, torch.export.Dim.AUTO) for spec in job.specs)
+    with stored_weights_as(flat, in_memory):
+        program = torch.onnx.export(
+            flat,
+            tuple(job.traced),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=(shapes,),
+            input_names=[spec.name for spec in job.specs],
+            output_names=job.outputs,
+            verbose=False,
+        )
+    return program.model
+
+
+EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
+
+
+def plan_attempts(exporter: str, opset: int | None) -> list[Attempt]:
+    """What to try, the fast exporter first; without an `opset`, the default one and the lowest of the wide exporter."""
+    attempts = [Attempt("torchscript", opset or DEFAULT_OPSET), Attempt("dynamo", opset or DYNAMO_MIN_OPSET)]
+    return [
+        attempt
+        for attempt in attempts
+        if exporter in ("auto", attempt.exporter)
+        and (attempt.exporter != "dynamo" or attempt.opset >= DYNAMO_MIN_OPSET)
+    ]
+
+
+def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, str]:
+    """One exporter's model, and a note on what it may have fixed; raises AttemptError with what stood in the way."""
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
+    whole = job
+    if job.step is not None:
+        module, specs, traced, outputs = job.step
+        job = job._replace(model=module, specs=specs, traced=traced, outputs=outputs, cases=[], step=None)
+    flat = flat_module(job.model, [spec.name for spec in job.specs])
+    if not isinstance(job.model, torch.fx.GraphModule):  # an exported program has one mode only
+        flat.eval()
+    try:
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(record=True) as caught,
+            without_complex(),
+            without_kept_state(flat),
+        ):
+            model = EXPORTERS[attempt.exporter](flat, job, attempt.opset, folder)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise AttemptError(first_line(error)) from error
+    except Exception as error:  # the exporters raise whatever went wrong inside them
+        if NO_MEMORY.search(str(error)):
+            raise MemoryError(str(error)) from error
+        if LOG.verbose:
+            traceback.print_exc(file=LOG.stream)
+        needs = re.search(r"(?:added in version|try opset version) (\d+)", str(error))
+        raise AttemptError(explain_failure(error, flat, job.traced), needs=int(needs[1]) if needs else None) from error
+    for warning in caught:
+        warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+    if model.opset_imports.get("") != attempt.opset:
+        raise AttemptError(f"it wrote opset {model.opset_imports.get('')} instead")
+    if whole.step is not None:
+        repeat_for_tokens(model, job, whole)
+    return model, tracing_notes(caught)
+
+
+def repeat_for_tokens(model: ir.Model, single: Job, whole: Job) -> None:
+    """Turn the graph of one token in place into that of a text, a Loop around it; raises AttemptError.
+
+    The cache goes from turn to turn, what is said of each token is stacked up, and the weights stay outside.
+    """
+    from onnx_ir.tape import Tape
+
+    graph = model.graph
+    restore_inputs(graph, single)
+    if len(graph.outputs) != len(single.outputs):
+        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(single.outputs)}")
+    inputs = {value.name: ir.Value(name=value.name, type=value.type) for value in graph.inputs}
+    answers = dict(zip(single.outputs, graph.outputs, strict=True))
+    nodes = list(graph)
+    graph.outputs.clear()
+    graph.remove(nodes)
+    outer, first, last = Tape(), Tape(), Tape()  # around the loop, and at both ends of a turn
+
+    def numbers(tape: Tape, *values: int) -> ir.Value:
+        return tape.op("Constant", [], {"value": ir.tensor(values)})
+
+    def size(name: str, axis: int) -> ir.Value:
+        return outer.op("Gather", [outer.op("Shape", [inputs[name]]), numbers(outer, axis)], {"axis": 0})
+
+    turn = ir.Value(name="loop/turn", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    going = ir.Value(name="loop/going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    place = first.op("Reshape", [turn, numbers(first, 1)])
+    batch, length = size("input_ids", 0), size("input_ids", 1)
+    kept, begun, given = [], [], {spec.name for spec in whole.specs}
+    for spec, value in zip(single.specs, graph.inputs, strict=True):
+        if spec.name.startswith("past_"):
+            own = ir.Value(name=f"loop/{spec.name}", type=value.type)
+            kept.append(own)
+            begun.append(inputs[spec.name] if spec.name in given else empty_cache(spec, batch, outer))
+        elif TOTAL in spec.axes.values():
+            behind = outer.op("Sub", [size(spec.name, 1), length])
+            end = first.op("Add", [first.op("Add", [behind, place]), numbers(first, 1)])
+            own = first.op("Slice", [inputs[spec.name], numbers(first, 0), end, numbers(first, 1)])
+        else:
+            own = first.op("Gather", [inputs[spec.name], place], {"axis": 1})
+        ir.convenience.replace_all_uses_with(value, own)
+    states = [name for name in single.outputs if name.startswith("present")]
+    told = [name for name in single.outputs if name not in states]
+    zero = last.op("Constant", [], {"value": ir.tensor(0)})
+    ends = [
+        last.op("Identity", [going]),
+        *(answers[name] for name in states),
+        *(last.op("Gather", [answers[name], zero], {"axis": 1}) for name in told),
+    ]
+    for node in nodes:  # of a single token and a past that now grows
+        for value in node.outputs:
+            value.shape = None
+    body = ir.Graph([turn, going, *kept], ends, nodes=[*first.nodes, *nodes, *last.nodes], name="token")
+    trips = outer.op("Squeeze", [length])
+    left = outer.op_multi_out("Loop", [trips, None, *begun], {"body": body}, num_outputs=len(ends) - 1)
+    results = dict(zip([*states, *told], left, strict=True))
+    results |= {name: outer.op("Transpose", [results[name]], {"perm": (1, 0, 2)}) for name in told}
+    for name, value in results.items():
+        value.type = answers[name].type
+    name_nodes([*outer.nodes, *first.nodes, *last.nodes])
+    graph.inputs[:] = [inputs[spec.name] for spec in whole.specs]
+    graph.extend(outer.nodes)
+    graph.outputs.extend(results[name] for name in whole.outputs)
+
+
+def name_nodes(nodes: Iterable[ir.Node]) -> None:
+    """Give nodes around a loop, and what comes out of them, names that no others have."""
+    for number, node in enumerate(nodes):
+        node.name = f"loop/{node.op_type}_{number}"
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}/{index}"
+
+
+def empty_cache(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Value:
+    """The cache before the first token: no keys and values, and states of zeros, for `batch` (1) rows."""
+    sizes = [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:]
+    shape = tape.op("Concat", [batch, tape.op("Constant", [], {"value": ir.tensor(sizes)})], {"axis": 0})
+    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, numpy_dtype(spec)))})
+
+
+def tracing_notes(caught: Iterable[warnings.WarningMessage]) -> str:
+    """A note on the model's own source lines where a tensor became a Python value, which tracing then fixed."""
+    library = str(Path(torch.__file__).parent)
+    lines = [
+        f"{Path(warning.filename).name}({warning.lineno})"
+        for warning in caught
+        if issubclass(warning.category, torch.jit.TracerWarning) and not warning.filename.startswith(library)
+    ]
+    lines = list(dict.fromkeys(line for line in lines if not line.startswith(Path(__file__).name)))
+    return f"; tracing fixed what is decided by values at {', '.join(lines[:3])}" if lines else ""
+
+
+def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> str:
+    """The first line of an exporter's error, with the module and source line of the operator it names."""
+    cause = error
+    while cause.__cause__ is not None and type(error).__module__.startswith("torch.onnx._internal.exporter"):
+        cause = cause.__cause__
+        error = cause if isinstance(cause, Exception) else error
+    text = first_line(error)
+    operator = re.search(r"(?:'|of |operator |kind:)((?:aten|prim|torchvision|\w+)::\w+)", str(error))
+    if operator is None:
+        return text
+    with contextlib.suppress(Exception):  # the location is a courtesy
+        graph = torch.jit.trace(flat, tuple(inputs), check_trace=False, strict=False).inlined_graph
+        node = next(iter(graph.findAllNodes(operator[1], recurse=True)))
+        lines = re.findall(r"(\S+\.py\(\d+\): \w+)", node.sourceRange())
+        line = next((line for line in lines if "/torch/" not in line), lines[0] if lines else "")
+        scope = node.scopeName().rpartition("/")[2].removeprefix("__module.inner").lstrip(".")
+        where = ", ".join(part for part in (f"module {scope}" if scope else "", os.path.basename(line)) if part)  # noqa: PTH119
+        return f"{text} ({where})" if where else text
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# stored weights: tensors that stay in the mapped checkpoint, cast and turned a block at a time where they are used
+# finish and write: every graph ends with the same names, axes and metadata, and without traces of this machine
+#
+# Takes an exporter's graph, gives a file in the staging folder; weights go there from where they lie.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def past_name(present: str) -> str:
+    """The input that takes what an output gave: `past_key_values.N.key` for `present.N.key`, `past_conv.N`."""
+    return present.replace("present", "past_key_values" if present.startswith("present.") else "past", 1)
+
+
+def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.Model:
+    """Give `model` the product's names, axes and metadata in place; raises AttemptError where inputs went missing."""
+    from onnx_ir.passes import common
+
+    common.ClearMetadataAndDocStringPass()(model)
+    common.IdentityEliminationPass()(model)
+    graph = model.graph
+    restore_branch_outputs(graph)
+    common.RemoveUnusedNodesPass()(model)
+    restore_inputs(graph, job)
+    if len(graph.outputs) != len(job.outputs):
+        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(job.outputs)}")
+    strip_wrapper_names(graph)
+    for value, name in zip(graph.outputs, job.outputs, strict=True):
+        value.name = name
+    for spec, value in zip(job.specs, graph.inputs, strict=True):
+        value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
+    for index, value in enumerate(graph.outputs):
+        value.shape = ir.Shape(output_axes(job, index, value))
+    graph.name = "model"
+    model.ir_version = min(
+        10, max(8, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", model.opset_imports[""])]))
+    )
+    model.producer_name, model.producer_version = "pt2onnx", __version__
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    return model
+
+
+def restore_branch_outputs(graph: ir.Graph) -> None:
+    """Let every output of a branch come from a node of that branch: onnx-ir 0.2 also takes the Identity that is it."""
+    branches = [
+        attribute.as_graph()
+        for node in graph.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
+    ]
+    for branch in branches:
+        for index, value in enumerate(branch.outputs):
+            producer = value.producer()
+            if producer is None or producer.graph is not branch:
+                node = ir.node("Identity", [value], outputs=[ir.Value(name=f"{value.name}/branch", type=value.type)])
+                branch.append(node)
+                branch.outputs[index] = node.outputs[0]
+
+
+def restore_inputs(graph: ir.Graph, job: Job) -> None:
+    """Order the graph's inputs as the model's, and put back those that an exporter dropped.
+
+    A dropped input is harmless only if no output depends on it; verification with other values decides that.
+    """
+    found = {value.name: value for value in graph.inputs}
+    if not set(found) <= {spec.name for spec in job.specs}:
+        if len(graph.inputs) != len(job.specs):
+            raise AttemptError(f"its graph has the inputs {', '.join(map(str, found))}")
+        found = {spec.name: value for spec, value in zip(job.specs, graph.inputs, strict=True)}
+    for spec in job.specs:
+        if spec.name not in found:
+            LOG.warn(f"input {spec.name} has no influence on the outputs; it stays in the graph, unused")
+            dtype = str(spec.dtype).removeprefix("torch.").upper()
+            types = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}
+            found[spec.name] = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType[types.get(dtype, dtype)]))
+    graph.inputs[:] = [found[spec.name] for spec in job.specs]
+    for spec in job.specs:
+        found[spec.name].name = spec.name
+
+
+def strip_wrapper_names(graph: ir.Graph) -> None:
+    """Give weights and nodes the names that they have in the model, without the wrapper's `inner`."""
+    taken = {value.name for value in graph.initializers.values()} | {value.name for value in graph.inputs}
+    for value in list(graph.initializers.values()):
+        name = str(value.name).removeprefix("inner.")
+        if name not in taken:
+            value.name = name
+    for node in graph.all_nodes():
+        if node.name:
+            node.name = node.name.replace("/inner/", "/", 1)
+
+
+def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str]:
+    """Names of an output's axes: those of the inputs' that they follow, or a name of their own where they vary."""
+    name = job.outputs[index]
+    shapes = [case.outputs[name].shape for case in job.cases]
+    symbols: dict[str, list[int]] = {}
+    for spec in job.specs:
+        for axis, symbol in spec.axes.items():
+            symbols[symbol] = [case.inputs[spec.name].shape[axis] for case in job.cases]
+    if {PAST, SEQUENCE} <= symbols.keys():  # a cache grows by what is new
+        symbols[TOTAL] = [sum(sizes) for sizes in zip(symbols[PAST], symbols[SEQUENCE], strict=True)]
+    result: list[int | str] = []
+    for axis, sizes in enumerate(zip(*shapes, strict=True) if len({len(shape) for shape in shapes}) == 1 else ()):
+        inferred = value.shape[axis] if value.shape is not None and len(value.shape) == len(shapes[0]) else None
+        follows = next((symbol for symbol, seen in symbols.items() if list(sizes) == seen), None)
+        fixed = len(set(sizes)) == 1 and (isinstance(inferred, int) or not symbols)
+        result.append(follows or (sizes[0] if fixed and sizes[0] else f"{name}_dim_{axis}"))
+    return result
+
+
+def merge_decoders(first: Path, following: Path) -> ir.Model:
+    """One graph out of a decoder without and one with a past: an If on `use_cache_branch`, each weight stored once.
+
+    The branch with a past hands the encoder's keys and values on as they came.
+    """
+    models = [ir.load(path) for path in (first, following)]
+    inputs: dict[str, ir.Value] = {}
+    for value in itertools.chain.from_iterable(model.graph.inputs for model in models):
+        inputs.setdefault(str(value.name), ir.Value(name=value.name, shape=value.shape, type=value.type))
+    inputs[CACHE_FLAG] = ir.Value(name=CACHE_FLAG, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
+    outputs = [ir.Value(name=value.name, type=value.type) for value in models[0].graph.outputs]
+    weights: dict[Any, ir.Value] = {}
+    names = [str(value.name) for value in outputs]
+    branches = [branch_of(model.graph, inputs, weights, names) for model in models]
+    for prefix, branch in zip(("first/", "next/"), branches, strict=True):  # the names of a model are unique
+        for node in branch.all_nodes():
+            node.name = f"{prefix}{node.name}"
+            for value in node.outputs:
+                value.name = f"{prefix}{value.name}"
+    choice = {"then_branch": branches[1], "else_branch": branches[0]}
+    node = ir.node("If", [inputs[CACHE_FLAG]], choice, outputs=outputs)
+    graph = ir.Graph(
+        list(inputs.values()),
+        outputs,
+        nodes=[node],
+        initializers=list(weights.values()),
+        opset_imports=models[0].graph.opset_imports,
+        name="model",
+    )
+    return ir.Model(graph, ir_version=models[0].ir_version)
+
+
+def branch_of(
+    graph: ir.Graph, inputs: Mapping[str, ir.Value], weights: dict[Any, ir.Value], names: Sequence[str]
+) -> ir.Graph:
+    """The nodes of `graph` as a branch that reads `inputs` and `weights`, to which its own are added, outside of it."""
+    for value in graph.inputs:
+        ir.convenience.replace_all_uses_with(value, inputs[str(value.name)])
+    taken = {value.name for value in weights.values()}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
+        if key not in weights:
+            name = f"{value.name}.2" if value.name in taken else value.name
+            weights[key] = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
+        ir.convenience.replace_all_uses_with(value, weights[key])
+    found = {str(value.name): value for value in graph.outputs}
+    nodes = list(graph)
+    graph.outputs.clear()
+    graph.remove(nodes)
+    for name in names:
+        if name not in found:
+            given = inputs[past_name(name)]
+            nodes.append(ir.node("Identity", [given], outputs=[ir.Value(name=name, type=given.type)]))
+            found[name] = nodes[-1].outputs[0]
+    return ir.Graph([], [found[name] for name in names], nodes=nodes, name="branch")
+
+
+def write_graph(model: ir.Model, path: Path) -> Path:
+    """Serialise to `path`, with the weights in `path`.data where one file cannot hold them; synced to the disk.
+
+    Returns a file with the same graph to check and run: of a large single file its twin, whose weights lie outside, in
+    `path`, so that nobody needs to have all of them in memory. Raises ConversionError (RESOURCES) for want of space.
+    """
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    check_space(path.parent, size)
+    light = path
+    with LOG.copying(f"write: {path.name}", size):
+        if size > SINGLE_FILE_LIMIT:
+            ir.save(model, path, external_data=f"{path.name}.data")
+        else:
+            light = write_single_file(model, path)
+        for file in path.parent.glob(f"{path.name}*"):
+            with file.open("rb+") as stream:  # a full disk may only show when the data is really written
+                os.fsync(stream.fileno())
+    return light
+
+
+def check_room(model: nn.Module, run: Run, copies: int = 1) -> None:
+    """Before the work begins: is there space for all weights? Raises ConversionError (RESOURCES)."""
+    check_space(run.staging.parent, copies * weight_bytes(model))
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise ConversionError (RESOURCES) where `needed` bytes do not fit on the disk of `folder`."""
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        sizes = f"{size_text(needed)} are needed and {size_text(free)} are free on the disk of {place}"
+        raise ConversionError(ExitStatus.RESOURCES, f"cannot write: {sizes}; free some space, or choose another -o")
+
+
+def write_single_file(model: ir.Model, path: Path) -> Path:
+    """Serialise `model` with its large weights written straight from where they lie; they are taken out of `model`.
+
+    The serialiser would copy them twice first. A protobuf message is its fields one after the other, so the weights can
+    follow the rest of the graph (https://protobuf.dev/programming-guides/encoding; numbers of the fields: onnx.proto).
+    Returns the twin (see write_graph), or `path` where it is small.
+    """
+    large = [value for value in model.graph.initializers.values() if value.const_value.nbytes >= STORED_BYTES]
+    for value in large:
+        del model.graph.initializers[value.name]
+    proto = ir.to_proto(model)
+    graph = proto.graph.SerializeToString(deterministic=True)
+    proto.ClearField("graph")
+    rest = proto.SerializeToString(deterministic=True)
+    size, width, placed = len(graph) + sum(value.const_value.nbytes for value in large), 0, []
+    while width < len(varint(size)):  # where the weights lie, and with it `size`, depends on how wide `size` is written
+        width = len(varint(size))
+        place = len(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size, width) + graph)
+        placed = place_weights(large, place)
+        end = placed[-1].start + placed[-1].tensor.nbytes if placed else place
+        size = len(graph) + end - place
+    with path.open("wb") as file:
+        file.write(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size, width) + graph)
+        for weight in placed:
+            file.write(weight.head)
+            weight.tensor.tofile(file)
+    if sum(weight.tensor.nbytes for weight in placed) < STREAM_FROM:
+        return path
+    proto.graph.ParseFromString(graph)
+    return write_twin(proto, placed, path)
+
+
+class PlacedWeight(NamedTuple):
+    """An initializer in a file: its fields other than the data, what stands before these, and where they begin."""
+
+    fields: Mapping[str, Any]
+    tensor: ir.TensorProtocol
+    head: bytes
+    start: int
+
+
+def place_weights(values: Iterable[ir.Value], place: int) -> list[PlacedWeight]:
+    """Initializers one after the other, from `place` of the file on, the data of each aligned."""
+    placed = []
+    for value in values:
+        tensor: Any = value.const_value
+        fields = {"name": value.name, "dims": tensor.shape.numpy(), "data_type": tensor.dtype.value}
+        head = aligned_head(fields, tensor.nbytes, place)
+        placed.append(PlacedWeight(fields, tensor, head, place + len(head)))
+        place += len(head) + tensor.nbytes
+    return placed
+
+
+def write_twin(proto: onnx.ModelProto, placed: Iterable[PlacedWeight], path: Path) -> Path:
+    """Write `proto`, which lacks the weights, beside `path` with references to where they lie in that file."""
+    for weight in placed:
+        outside = proto.graph.initializer.add(**weight.fields, data_location=onnx.TensorProto.EXTERNAL)
+        for key, value in (("location", path.name), ("offset", weight.start), ("length", weight.tensor.nbytes)):
+            outside.external_data.add(key=key, value=str(value))
+    light = path.with_name(f".{path.name}.twin")
+    light.write_bytes(proto.SerializeToString(deterministic=True))
+    return light
+
+
+def aligned_head(fields: Mapping[str, Any], length: int, place: int) -> bytes:
+    """What stands before the `length` bytes of an initializer at `place` of the file, so that they begin aligned.
+
+    Runtimes may then use them where they lie. A doc_string of spaces fills the gap.
+    """
+    for spaces in range(2 * ALIGNMENT):
+        head = onnx.TensorProto(**fields, doc_string=" " * spaces).SerializeToString()
+        head += message_head(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, length)
+        head = message_head(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + length) + head
+        if (place + len(head)) % ALIGNMENT == 0:
+            break
+    return head
+
+
+def message_head(number: int, length: int, width: int = 1) -> bytes:
+    """The key of a protobuf field that holds `length` bytes, a number written in `width` bytes or more."""
+    return varint(number << 3 | 2) + varint(length, width)  # 2: bytes, preceded by their number
+
+
+def varint(number: int, width: int = 1) -> bytes:
+    """A number as protobuf writes it: 7 bits a byte, the lowest first, the top bit set on all but the last.
+
+    It has `width` bytes or more; zeros at its end do not count.
+    """
+    low, rest = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + varint(rest, width - 1) if rest or width > 1 else bytes([low])
+
+
+def exporter_name(attempt: Attempt) -> str:
+    """The exporter and its version, without the build's suffix, for the metadata."""
+    return f"{attempt.exporter} of torch {str(torch.__version__).partition('+')[0]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify: the checker, then ONNX Runtime against PyTorch's answers
+#
+# Takes a file and its Job, gives the Differences or raises AttemptError. Calls the model again, in float64 and with
+# perturbed inputs, where rounding may explain a difference.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def without_padding(tensors: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Zeros in all that belongs to padded tokens, which counts nowhere: outputs, keys and values.
+
+    `mask` (batch x tokens) has zeros for these, and may begin before the outputs (batch x tokens x ...) do.
+    """
+    padded, hidden = mask == 0, {}
+    for name, tensor in tensors.items():
+        if name.startswith("present."):
+            hidden[name] = tensor.masked_fill(padded[:, None, :, None], 0)
+        elif name.startswith("present_"):
+            hidden[name] = tensor
+        else:
+            hidden[name] = tensor.masked_fill(padded[:, -tensor.shape[1] :, None], 0)
+    return hidden
+
+
+# Relative and absolute tolerance by dtype, the absolute one scaled by the output's largest value: float32 keeps about 7
+# digits and a deep network loses 2 of them to another order of summation (ResNet-50: 5e-5 of values around 3).
+TOLERANCES = {"float64": (1e-7, 1e-8), "float32": (1e-4, 2e-5), "float16": (2e-2, 1e-2), "bfloat16": (5e-2, 3e-2)}
+KERNEL_ERROR = 1e-6  # ONNX Runtime's float32 sigmoid, exp and erf are polynomials with an absolute error of a few 1e-7
+SLIGHT = 100  # times the allowed difference: what another algorithm or quantisation costs, and no wrong graph
+SCORE_TIE = 1e-3  # scores that rounding may swap
+SAME = 1e-3  # of the largest value: two programs' answers for one detection
+PERTURBATION = 1e-5  # of each value: what layers of float32 add up to between two right programs
+MAX_ROW = 256  # numbers in a row that is compared to find its partner: boxes, labels and keypoints, not masks
+LEAN_FROM = 512 << 20  # bytes of a file of weights that ONNX Runtime is not to make copies of
+SWEEP_SECONDS = 0.005  # in which a machine reads some dozens of megabytes
+SWEPT_BYTES = 128 << 20  # of mapped weights that may be resident
+ROUNDING_LIMIT = 0.05
+ROUNDING_MARGIN = 4  # a sum in another order may err in the other direction, and as far again in the largest element
+ROUNDING_STEPS = 8  # of the largest value's last digit: what is left of values that cancel in a sum
+
+
+def compare(case: Case, name: str, actual: Any, job: Job, options: Options) -> Difference:
+    """Compare one output with PyTorch's. NaN and Inf never pass; integers and booleans must be equal."""
+    expected = case.outputs[name]
+    if actual.shape != expected.shape:
+        shapes = f"{shape_text(actual.shape)} for {case.label}, PyTorch's has {shape_text(expected.shape)}"
+        return Difference(case.label, name, math.inf, 0.0, f"output {name!r} has the shape {shapes}")
+    if expected.size == 0:
+        return Difference(case.label, name, 0.0, 0.0)
+    if expected.dtype.kind not in "fc":
+        wrong = int(np.count_nonzero(actual != expected))
+        problem = f"output {name!r} differs from PyTorch's in {wrong} of {expected.size} places for {case.label}"
+        return Difference(case.label, name, float(wrong), 0.0, problem if wrong else "")
+    relative, absolute = TOLERANCES[str(float_dtype(job.model)).removeprefix("torch.")]
+    scale = float(np.abs(expected).max())
+    rtol = relative if options.rtol is None else options.rtol
+    atol = max(absolute * scale, min(KERNEL_ERROR, scale / 100)) if options.atol is None else options.atol
+    difference = np.nan_to_num(np.abs(actual.astype(np.float64) - expected.astype(np.float64)), nan=math.inf)
+    largest, allowed = float(difference.max()), float(atol + rtol * scale)
+    bounds = atol + rtol * np.abs(expected.astype(np.float64))
+    with np.errstate(invalid="ignore"):
+        good = bool(np.isfinite(actual).all() and (difference <= bounds).all())
+        worst = np.nanargmax(difference - bounds)
+    there = f"{difference.flat[worst]:.3g} for {case.label} (allowed: {bounds.flat[worst]:.3g})"
+    problem = f"output {name!r} differs from PyTorch's by {there}"
+    return Difference(case.label, name, largest, allowed, "" if good else problem)
+
+
+def judge(case: Case, results: Arrays, job: Job, options: Options) -> list[Difference]:
+    """Compare every output, after detections of equal score were put in PyTorch's order."""
+    results = align_detections(case.outputs, results)
+    return [compare(case, name, results[name], job, options) for name in case.outputs]
+
+
+def detection_scores(outputs: Arrays) -> str | None:
+    """The output by which a detector orders its rows: falling scores, beside outputs with as many rows."""
+    for name, value in outputs.items():
+        if value.ndim == 1 and value.dtype.kind == "f" and (np.diff(value) <= 0).all():
+            others = [other for key, other in outputs.items() if key != name and other.shape[:1] == value.shape]
+            if len(others) > 1:
+                return name
+    return None
+
+
+def align_detections(expected: Arrays, actual: Arrays) -> Arrays:
+    """`actual` with its rows in the order of `expected`, as far as only rows of nearly the same score change places.
+
+    Detectors sort by score, and rounding decides between two that are nearly equal.
+    """
+    scores = detection_scores(expected)
+    if scores is None or any(actual[name].shape != expected[name].shape for name in expected):
+        return actual
+    if not (np.abs(actual[scores] - expected[scores]) <= SCORE_TIE).all():  # not even the scores fall in the same way
+        return actual
+    rows = [name for name in expected if expected[name].shape[:1] == expected[scores].shape]
+    small = [name for name in rows if expected[name][0:1].size <= MAX_ROW]
+    order, free = [], set(range(len(expected[scores])))
+    for index, score in enumerate(expected[scores]):
+        near = sorted(j for j in free if abs(actual[scores][j] - score) <= SCORE_TIE)
+        costs = [sum(float(np.abs(actual[n][j] - expected[n][index] * 1.0).max()) for n in small) for j in near]
+        best = near[int(np.argmin(costs))] if near else min(free)
+        order.append(best)
+        free.discard(best)
+    return {name: value[order] if name in rows else value for name, value in actual.items()}
+
+
+def check_graph(path: Path, opset: int) -> None:
+    """onnx.checker with shape inference, by path so that any size is accepted; raises AttemptError."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # ValidationError, InferenceError, RuntimeError by version
+        lacks = re.search(r"No Op registered for (\w+)|\(op_type:(\w+),.* has unsupported type", str(error))
+        needs = first_opset(lacks[1] or lacks[2], opset) if lacks else None
+        raise AttemptError(f"onnx.checker: {first_line(error)}", exported=True, needs=needs) from error
+
+
+def first_opset(operator: str, beyond: int) -> int | None:
+    """The first opset above `beyond` that has `operator`, by the schemas of onnx."""
+    schemas = onnx.defs.get_all_schemas_with_history()
+    versions = [schema.since_version for schema in schemas if schema.name == operator and not schema.domain]
+    return min((version for version in versions if version > beyond), default=None)
+
+
+def open_session(path: Path, device: str) -> Any:
+    """An ONNX Runtime session, on the GPU where asked for and possible; raises AttemptError.
+
+    Large weights outside of the graph are used where they lie in the mapped file, without packed or fused copies; small
+    models run as they will for their users.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    providers = ["CPUExecutionProvider"]
+    if device == "cuda":
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, "CUDAExecutionProvider")
+        else:
+            LOG.info("verify: this ONNX Runtime has no CUDA provider, so it runs on the CPU")
+    weights = [file for file in weight_files(path) if file.stat().st_size >= LEAN_FROM]
+    if weights and len(providers) == 1:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
+        return LeanSession(session, weights) if weights else session
+    except Exception as error:
+        raise AttemptError(f"ONNX Runtime cannot load it: {first_line(error)}", exported=True) from error
+
+
+def weight_files(path: Path) -> set[Path]:
+    """The files that a graph's weights lie in, other than its own."""
+    graph = onnx.load(path, load_external_data=False).graph
+    entries = itertools.chain.from_iterable(tensor.external_data for tensor in graph.initializer)
+    return {path.with_name(entry.value) for entry in entries if entry.key == "location"}
+
+
+class LeanSession:
+    """A session that lets go of the pages of mapped `weights` while it runs, before they add up to much."""
+
+    def __init__(self, session: Any, weights: Iterable[Path]) -> None:
+        self.get_outputs, self.session = session.get_outputs, session
+        found = (mapped_ranges(file) for file in weights)
+        self.ranges = list(itertools.chain.from_iterable(found))  # the session maps them once, when it is made
+
+    def run(self, names: Sequence[str] | None, inputs: Arrays) -> list[Any]:
+        """As InferenceSession.run."""
+        done, most = threading.Event(), mapped_bytes() + SWEPT_BYTES
+
+        def sweep() -> None:
+            while not done.wait(SWEEP_SECONDS):
+                if mapped_bytes() > most:
+                    self.let_go()
+
+        sweeper = threading.Thread(target=sweep)
+        sweeper.start()
+        try:
+            return list(self.session.run(names, inputs))
+        finally:
+            done.set()
+            sweeper.join()
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Give back the memory that the weights take."""
+        for first, last in self.ranges:
+            drop_pages(first, last)
+
+
+def mapped_bytes() -> int:
+    """The resident memory that mapped files take (proc_pid_statm(5)); 0 on other systems than Linux."""
+    with contextlib.suppress(FileNotFoundError):
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[2]) * PAGE_BYTES
+    return 0
+
+
+def mapped_ranges(file: Path) -> list[tuple[int, int]]:
+    """Where in memory a file is mapped (proc_pid_maps(5)); nothing on other systems than Linux."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        return [
+            tuple(int(number, 16) for number in line.split()[0].split("-"))
+            for line in lines
+            if line.endswith(f" {file.resolve()}")
+        ]
+    return []
+
+
+def verify(path: Path, job: Job, options: Options) -> list[Difference]:
+    """Every output at every case's sizes against PyTorch; raises AttemptError with what is wrong."""
+    session = open_session(path, options.device)
+    names = [output.name for output in session.get_outputs()]
+    differences: list[Difference] = []
+    for case in job.cases:
+        try:
+            results = mask_padding(dict(zip(names, session.run(None, case.inputs), strict=True)), case.inputs)
+        except Exception as error:
+            reason = f"ONNX Runtime fails for {case.label}: {first_line(error)}"
+            raise AttemptError(reason, exported=True, case=case) from error
+        found = judge(case, results, job, options)
+        if any(item.problem for item in found) and options.atol is None and options.rtol is None:
+            found = compare_in_float64(case, results, found, job, options)
+        bad = [item for item in found if item.problem]
+        if bad:
+            worst = max(bad, key=lambda item: item.largest - item.allowed)
+            slight = all(item.largest <= SLIGHT * item.allowed for item in bad)
+            raise AttemptError(worst.problem, exported=True, slight=worst.largest if slight else None, case=case)
+        differences += found
+    if job.further_checks:
+        differences += job.further_checks(session, job, options)
+    if not differences:
+        raise AttemptError("PyTorch's own answers are too unstable to compare with", exported=True)
+    return differences
+
+
+def mask_padding(outputs: Arrays, inputs: Arrays) -> Arrays:
+    """A decoder's outputs without what belongs to padded tokens; those of other models as they are.
+
+    Such a token looks at nothing: how the scores of all that is masked round in half precision decides its answer.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or not any(name.startswith("past_") for name in inputs):
+        return outputs
+    tensors = {name: torch.from_numpy(array) for name, array in outputs.items()}
+    return {name: tensor.numpy() for name, tensor in without_padding(tensors, torch.from_numpy(mask)).items()}
+
+
+def compare_in_float64(
+    case: Case, results: Arrays, found: list[Difference], job: Job, options: Options
+) -> list[Difference]:
+    """What is left of `found` when PyTorch's own float64 answer is asked: what rounding explains is no fault.
+
+    Badly scaled models amplify rounding, and sums that cancel leave little else, so that two correct programs differ.
+    """
+    exact = double_outputs(case, job, options)
+    if exact is None:
+        return found
+    as_sets = compare_detections(case, results, exact.outputs, job, options)
+    if as_sets is not None:
+        return as_sets
+    dtype = float_dtype(job.model)
+    kind = str(dtype).removeprefix("torch.")
+    result, excused = [], []
+    for item in found:
+        if not item.problem:
+            result.append(item)
+            continue
+        noise, allowed = rounding_error(case.outputs[item.output], exact.outputs[item.output], exact.largest, dtype)
+        if item.largest <= allowed:
+            excused.append((item.largest / allowed, noise, item))
+        result.append(item._replace(problem="", allowed=allowed) if item.largest <= allowed else item)
+    if excused:
+        _, noise, worst = max(excused)
+        others = f", and so in {len(excused) - 1} more outputs" if len(excused) > 1 else ""
+        LOG.warn(
+            f"the model amplifies rounding: PyTorch's {kind} {worst.output} is {noise:.2g} from its own float64, "
+            f"ONNX Runtime's is {worst.largest:.2g} from PyTorch's{others}"
+        )
+    return result
+
+
+def compare_detections(
+    case: Case, results: Arrays, exact: Arrays, job: Job, options: Options
+) -> list[Difference] | None:
+    """Compare a detector's rows as sets; None for other models, and where more differs than rounding can explain.
+
+    How many rows rounding decides is measured: those without a partner in PyTorch's float64 answer (`exact`), or in its
+    answer to inputs that are PERTURBATION away. ONNX Runtime may leave twice as many without one, or one in a hundred,
+    such as the last that a limit keeps. An input where rounding decides more than half proves nothing: an empty list.
+    """
+    scores = detection_scores(case.outputs)
+    if scores is None:
+        return None
+    rows = [name for name, value in case.outputs.items() if value.shape[:1] == case.outputs[scores].shape]
+    if any(results[name].shape[1:] != case.outputs[name].shape[1:] for name in rows):
+        return None
+    count = len(case.outputs[scores])
+    unsteady = max(
+        unmatched(matching_rows(case.outputs, other, rows)) for other in (exact, perturbed_outputs(case, job, options))
+    )
+    if unsteady > count / 2:
+        LOG.warn(f"rounding decides {unsteady} of {count} detections for {case.label}: that input is left out")
+        return []
+    pairs = matching_rows(case.outputs, results, rows)
+    apart = unmatched(pairs)
+    if apart > max(2 * unsteady, count // 100):
+        return None
+    if apart:
+        LOG.warn(f"rounding decides {apart} of {count} detections for {case.label}: the others agree")
+    matched = [(i, int(row.argmax())) for i, row in enumerate(pairs) if row.any()]
+    found = [compare(case, name, results[name], job, options) for name in case.outputs if name not in rows]
+    for name in rows:
+        expected, actual = case.outputs[name], results[name]
+        largest = max((float(abs(expected[i] * 1.0 - actual[j]).max(initial=0)) for i, j in matched), default=0.0)
+        found.append(Difference(case.label, name, largest, largest))
+    return found
+
+
+def matching_rows(expected: Arrays, actual: Arrays, rows: Sequence[str]) -> Any:
+    """Which detections of two answers are the same (a matrix): integers equal, the rest within SAME of the largest.
+
+    Large rows, such as masks, may differ by SAME of their sum: an edge that moves by a hair changes a few values much.
+    """
+    same = np.ones((len(expected[rows[0]]), len(actual[rows[0]])), dtype=bool)
+    for name in sorted(rows, key=lambda name: expected[name][:1].size):
+        one, other = expected[name] * 1.0, actual[name] * 1.0
+        allowed = SAME * np.abs(one).max(initial=0) if expected[name].dtype.kind == "f" else 0
+        if one.ndim == 1:
+            same &= np.abs(one[:, None] - other) <= allowed
+            continue
+        for i, j in np.argwhere(same):
+            gap = np.abs(one[i] - other[j])
+            large = gap.size > MAX_ROW
+            same[i, j] = gap.sum() <= SAME * np.abs(one[i]).sum() if large else gap.max(initial=0) <= allowed
+    return same
+
+
+def unmatched(pairs: Any) -> int:
+    """How many detections of one of two answers have no partner in the other."""
+    return int(max((~pairs.any(1)).sum(), (~pairs.any(0)).sum()))
+
+
+def perturbed_outputs(case: Case, job: Job, options: Options) -> Arrays:
+    """PyTorch's answer to inputs that differ from the case's by what kernels differ by."""
+    random = np.random.default_rng(0)
+    inputs = [case.inputs[spec.name] for spec in job.specs]
+    stirred = [x * (1 + PERTURBATION * random.standard_normal(x.shape)) if x.dtype.kind == "f" else x for x in inputs]
+    tensors = [
+        torch.tensor(new.astype(old.dtype), device=options.device) for new, old in zip(stirred, inputs, strict=True)
+    ]
+    outputs = call_model(job.model, tensors, [spec.name for spec in job.specs])
+    return {name: to_numpy(tensor) for name, tensor in outputs.items()}
+
+
+def rounding_error(single: Any, double: Any, largest: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What lies between PyTorch's answers in `dtype` and in float64, and what may lie between two right programs' then.
+
+    Nothing (0) where PyTorch's own answer is mostly noise, unless that is as little as a sum leaves of values as large
+    as `largest` when they cancel in it.
+    """
+    if single.shape != double.shape or single.dtype.kind != "f":
+        return 0.0, 0.0
+    noise, limits = float(np.abs(double - single).max()), torch.finfo(dtype)
+    left = max(ROUNDING_LIMIT * float(np.abs(double).max()), ROUNDING_STEPS * limits.eps * largest)
+    last_step = limits.smallest_normal * limits.eps  # no two numbers are nearer to each other: 6e-08 in float16
+    return noise, max(ROUNDING_MARGIN * noise, last_step) if noise < left else 0.0
+
+
+class Float64Answer(NamedTuple):
+    """PyTorch's float64 answer, and the largest value that its layers passed on."""
+
+    outputs: Arrays
+    largest: float
+
+
+def double_outputs(case: Case, job: Job, options: Options) -> Float64Answer | None:
+    """PyTorch's float64 answer for `case`; None where the model has no other dtype than its own."""
+    from torch.nn.modules.module import register_module_forward_hook
+
+    dtype = float_dtype(job.model)
+    if dtype is torch.float64:
+        return None
+    names = [spec.name for spec in job.specs]
+    inputs = [torch.tensor(case.inputs[name], device=options.device) for name in names]
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    passed = [0.0, *map(largest_value, inputs)]
+
+    def watch(module: nn.Module, _: Any, output: Any) -> None:
+        if next(module.children(), None) is None:  # larger ones may pass on masks
+            passed.extend(map(largest_value, flatten_outputs(output).values()))
+
+    own = {name: tensor.data for name, tensor in state_of(job.model)}
+    watcher = register_module_forward_hook(watch)
+    job.model.double()
+    try:
+        outputs = call_model(job.model, inputs, names)
+    except RejectedInputError:  # the model fixes a dtype somewhere
+        return None
+    finally:
+        watcher.remove()
+        job.model.to(dtype)
+        for name, tensor in state_of(job.model):  # not all need have been of that dtype
+            tensor.data = own[name]
+    arrays = mask_padding({name: to_numpy(tensor) for name, tensor in outputs.items()}, case.inputs)
+    return Float64Answer(arrays, max(passed)) if arrays.keys() == case.outputs.keys() else None
+
+
+def largest_value(tensor: Tensor) -> float:
+    """The largest finite absolute value of a tensor of real numbers, or 0."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    return float(tensor.abs().nan_to_num(0.0, 0.0).max())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# supervise: a light process that watches the one that works
+#
+# The worker may be ended at any moment, by a signal, by the kernel for its memory, or by a crash in a library. Only
+# another process can then still speak, remove the staging folder and choose the exit code.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Set for the worker: the run's name. A process id alone is no name: it is 1 in every container.
+WORKER_VARIABLE = "PT2ONNX_RUN"
+# The number of a descriptor: the worker writes there what it does, for the supervisor to say should it crash.
+STEP_VARIABLE = "PT2ONNX_STEP"
+CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL)
+# Steps that do what the input says, and nothing else: where they crash, it is the input that cannot be used.
+INPUT_STEPS = ("load", "build", "reference")
+# The kernel drops these for the first process of a container while nobody handles them, so entrypoint.sh blocks them
+# until there is a handler; until then they wait.
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+# glibc then asks for 2 MB pages for large blocks: a quarter less time for a 350 MB model, which is copied a few times.
+# It is read when a process starts, so the worker is a new program and not only a fork. (glibc manual, "Tunables")
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def describe_success(report: Mapping[str, Any]) -> str:
+    """The last line of a run that went well."""
+    size = sum(report["files"].values()) / 1e6
+    differences = [item for graph in report.get("graphs", [report]) for item in graph["verified"]]
+    proof = "not verified"
+    if differences:
+        shapes = len({difference["case"] for difference in differences})
+        worst = max(difference["largest"] for difference in differences)
+        proof = f"verified at {shapes} shape{'s' if shapes > 1 else ''}, largest difference {worst:.2g}"
+    names = " and ".join(graph["output"] for graph in report.get("graphs", [report]))
+    return f"{names} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
+
+
+def cgroup_memory_files() -> Iterator[Path]:
+    """The files that may hold a memory limit of this process, of both versions of cgroups (cgroups(7)).
+
+    A limit of any group around the process's own counts. In a container the path may be the one that the host sees;
+    what is mounted is then the container's own group, at the end of the walk.
+    """
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root, name = Path("/sys/fs/cgroup", controllers), "limit_in_bytes" if controllers else "max"
+            inner = root / group.strip("/")
+            yield from (folder / f"memory.{name}" for folder in (inner, *inner.parents) if folder.is_relative_to(root))
+
+
+def memory_limit() -> str:
+    """The memory that this process may use: the smallest limit of its cgroups, or all that the machine has."""
+    machine = smallest = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError):  # no Linux
+        for file in cgroup_memory_files():
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                smallest = min(smallest, int(file.read_text(encoding="ascii")))
+    limited = smallest < machine
+    return f"{'the container is limited to' if limited else 'this machine has'} {smallest / 1e9:.3g} GB"
+
+
+BAD_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+            errno.EISDIR, errno.EEXIST, errno.EBUSY)  # fmt: skip
+
+
+def as_conversion_error(error: BaseException) -> ConversionError | None:
+    """The user's view of an exception: None for a bug of ours."""
+    if isinstance(error, ConversionError):
+        return error
+    if is_out_of_memory(error):
+        advice = "give it more, or pass a smaller --input-shape"
+        reason = first_line(error) if str(error) else "an allocation failed"
+        message = f"out of memory ({reason}); {memory_limit()}: {advice}"
+        return ConversionError(ExitStatus.RESOURCES, message)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        message = f"cannot write: {error.strerror}; free some space there, or choose another -o"
+        return ConversionError(ExitStatus.RESOURCES, message)
+    if isinstance(error, OSError) and error.errno in BAD_PATH:
+        message = f"cannot use {error.filename}: {error.strerror} (uid {os.getuid()}); check -i and -o"
+        return UsageError(message)
+    return None
+
+
+def report_failure(error: ConversionError, standard_output: int, *, as_json: bool) -> int:
+    """Print the [ERROR] line, and the JSON object where asked for; returns the exit code."""
+    LOG.line("ERROR", str(error))
+    if as_json:
+        report = {"status": "error", "exit_code": int(error.status), "message": fit_screen(error)}
+        print_report(report, standard_output)
+    return int(error.status)
+
+
+def print_report(report: Mapping[str, Any], standard_output: int) -> None:
+    """Write the JSON object; a reader that has gone away changes nothing about the conversion."""
+    with contextlib.suppress(OSError):
+        os.write(standard_output, (json.dumps(report) + "\n").encode())
+
+
+def become_worker(arguments: Sequence[str], run: str, step: int, supervisor: int) -> NoReturn:
+    """Replace this process, a child of `supervisor`, by one that runs the same command as a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if sys.platform == "linux":
+        c_library().prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the supervisor
+    if os.getppid() != supervisor:  # it died before that
+        os._exit(ExitStatus.BUG)
+    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
+    environment = {**os.environ, WORKER_VARIABLE: run, STEP_VARIABLE: str(step), "GLIBC_TUNABLES": tunables}
+    os.execve(sys.executable, [sys.executable, "-P", __file__, *arguments], environment)  # noqa: S606
+
+
+def run_worker(arguments: Sequence[str], run: str) -> tuple[int, str]:
+    """Run the worker in a child process. Returns its exit code, or -N where signal N ended it or told us to end it.
+
+    And the name of the step that it began last.
+
+    STOP_SIGNALS are blocked before and after, so that nothing is left half done: they wait until there is a worker to
+    end, and change nothing any more once it has ended.
+    """
+    received: list[int] = []
+    supervisor = os.getpid()
+    step = os.memfd_create("step", 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a parent ignores it, there would be nobody to wait for
+    worker = os.fork()
+    if worker == 0:
+        become_worker(arguments, run, step, supervisor)
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        os.kill(worker, signal.SIGKILL)
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # not reaped yet: its id is nobody else's, so `stop` is safe
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    code = -received[0] if received and code == -signal.SIGKILL else code
+    return code, os.pread(step, STEP_BYTES, 0).decode(errors="replace").strip()
+
+
+def worker_error(number: int, step: str, options: Options) -> ConversionError:
+    """What it means that signal `number` ended the worker, in `step`, before anything was written."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    if number in STOP_SIGNALS:
+        return ConversionError(128 + number, f"interrupted by {name}: nothing was written; run it again")
+    killed = f"killed, most likely for using too much memory; {memory_limit()}: give it more"
+    changed = f"{options.input} changed while it was read; convert it once it is whole"
+    limit = f"{options.run_timeout:g} s" if options.run_timeout else "a model of its size should"
+    patience = f"if it is only slow, pass --run-timeout {10 * (options.run_timeout or 6):g}"
+    endless = f"{options.input}: opening it or running the model took longer than {limit}; {patience}"
+    crashed = f"a library crashed ({name}) in the step {step!r}; run again with --verbose, and try another --exporter"
+    if number in CRASHES and (options.inspect or step.partition(":")[0] in INPUT_STEPS):
+        broken = f"{options.input}: a library crashed ({name}) on what it holds ({step or 'inspect'})"
+        return InputError(f"{broken}; save the model again, or its state dict")
+    known: dict[int, ConversionError] = {
+        signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
+        signal.SIGBUS: InputError(changed),  # what a mapped file does that has lost its end
+        signal.SIGALRM: InputError(endless),  # time_limit
+    }
+    return known.get(number) or ConversionError(ExitStatus.BUG, crashed)
+
+
+def staging_folder(options: Options, name: str) -> Path:
+    """Where a run works: beside the target, so that the last step is a rename, and in one folder to remove."""
+    return options.output.parent / f".pt2onnx.{name}.partial"
+
+
+def supervise(arguments: Sequence[str], options: Options, name: str) -> int:
+    """Run the worker; whatever ends it, leave no debris, say what is true and return the exit code."""
+    if options.inspect:
+        return conclude(*run_worker(arguments, name), None, options)
+    staging = staging_folder(options, name)
+    made = [folder for folder in staging.absolute().parents if not folder.exists()]
+    try:
+        claim(staging)
+        remove_abandoned(staging.parent)
+        code, step = run_worker(arguments, name)
+    except OSError:
+        remove_debris(staging, made)
+        raise
+    try:
+        report = settle(staging)
+    except (OSError, ValueError) as error:
+        what = f"{options.output} may be half replaced ({first_line(error)}): the older files are in {staging}/old"
+        error = ConversionError(ExitStatus.RESOURCES, f"{what}, and the next run puts them back")
+        return report_failure(error, 1, as_json=options.json)
+    remove_debris(staging, made)
+    return conclude(code, step, report, options)
+
+
+def conclude(code: int, step: str, report: Mapping[str, Any] | None, options: Options) -> int:
+    """Say what the worker did not: that its files are in place, or which signal ended it; returns the exit code."""
+    if report is not None:  # whatever happened afterwards
+        LOG.line("SUCCESS", describe_success(report))
+        if options.json:
+            print_report(report, 1)
+        return ExitStatus.OK
+    if code < 0:
+        return report_failure(worker_error(-code, step, options), 1, as_json=options.json)
+    if code == ExitStatus.OK and not options.inspect:
+        what = f"{options.output.parent} was removed while the model was converted; run it again"
+        return report_failure(UsageError(what), 1, as_json=options.json)
+    return code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# put into place: all files of a model, or none
+#
+# A run works in a hidden staging folder beside its output, and at the end renames what it made. One rename is one
+# step, but several are not, and a process can be killed between any two. So a journal says beforehand what will be
+# renamed, and the files to be replaced are kept until all is done. Who comes after the worker (the supervisor, or the
+# next run where that was killed too) sees whether everything has arrived, and where it has not, puts the old files
+# back.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def same_content(file: Path, other: Path) -> bool:
+    """Whether `other` is there and has the same bytes."""
+    return other.exists() and filecmp.cmp(file, other, shallow=False)
+
+
+LOCK = "lock"  # held by the supervisor and the worker; a process id tells nothing, as every container counts its own
+JOURNAL = "moves.json"
+FINISHED_JOURNAL = "moved.json"  # its name once everything is in place
+
+
+class Place(NamedTuple):
+    """A staged file and its final name."""
+
+    file: Path
+    target: Path
+
+
+def choose_places(produced: Sequence[Produced], options: Options, run: Run) -> list[Place]:
+    """Where the staged files belong: the graphs last, for they refer to the others."""
+    beside = run.staging / "beside"
+    side_files = sorted(beside.iterdir()) if beside.exists() else []
+    files = [file for graph in produced for file in graph.path.parent.glob("[!.]*")]
+    files.sort(key=lambda file: file.suffix == ".onnx")
+    return [
+        *(Place(file, options.folder / file.name) for file in side_files),
+        *(Place(file, options.output.with_name(file.name)) for file in files),
+    ]
+
+
+def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
+    """Rename staged files to their final names, in this order; `report` is what to say of them.
+
+    Files beside the graph that are there already with the same content are left alone.
+    """
+    beside = staging / "beside"
+    moved = [place for place in places if place.file.parent != beside or not same_content(place.file, place.target)]
+    write_journal(moved, report, staging)
+    if len(moved) > 1:
+        (staging / "old").mkdir()
+        for number, place in enumerate(moved):
+            back_up(place.target, staging / "old" / str(number))
+    for place in moved:
+        place.file.replace(place.target)
+    with contextlib.suppress(OSError):  # everything is in place, whatever happens here
+        (staging / JOURNAL).replace(staging / FINISHED_JOURNAL)
+        for parent in {place.target.parent for place in moved}:
+            folder = os.open(parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+
+def write_journal(moved: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
+    """Note what will be moved where, told from the staging folder's parent, whose own path differs in containers."""
+    root = staging.parent.resolve()
+    moves = [
+        (os.path.relpath(place.target.parent.resolve() / place.target.name, root), file_identity(place.file))
+        for place in moved
+    ]
+    unfinished = staging / f"{JOURNAL}.new"
+    with unfinished.open("w", encoding="utf-8") as stream:
+        json.dump({"moves": moves, "report": report}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(staging / JOURNAL)
+
+
+def file_identity(path: Path) -> list[int] | None:
+    """What tells a file from another one and stays when it is renamed: size and time; None where there is no file."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def back_up(file: Path, kept: Path) -> None:
+    """Give `file`, if it is there, a second name; on a file system without hard links, only the second one."""
+    if file.is_symlink() or file.is_file():
+        try:
+            os.link(file, kept, follow_symlinks=False)
+        except OSError:
+            file.replace(kept)
+
+
+def settle(staging: Path) -> dict[str, Any] | None:
+    """The report of a run whose files are all in place; otherwise what it moved is taken back, and there is None.
+
+    Nothing is done to a file that somebody else has put there since. May be repeated after having been killed itself.
+    """
+    journal = next((file for file in (staging / FINISHED_JOURNAL, staging / JOURNAL) if file.exists()), None)
+    if journal is None:
+        return None
+    content = json.loads(journal.read_bytes())
+    root = staging.parent.resolve()
+    moves = [(root / target, mark) for target, mark in content["moves"]]
+    if journal.name == FINISHED_JOURNAL or all(file_identity(target) == mark for target, mark in moves):
+        return dict(content["report"])
+    for number, (target, mark) in enumerate(moves):
+        kept = staging / "old" / str(number)
+        if file_identity(target) not in (None, mark):
+            continue
+        if os.path.lexists(kept):
+            kept.replace(target)
+        else:
+            target.unlink(missing_ok=True)
+    return None
+
+
+def claim(staging: Path) -> int:
+    """Make the staging folder and lock it until this process and its child have ended; returns the lock's descriptor.
+
+    Between the two steps another run may take the folder for an abandoned one and remove it: then once more.
+    """
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            if lock_file(lock) and os.path.samestat(os.fstat(lock), (staging / LOCK).stat()):
+                os.set_inheritable(lock, True)  # noqa: FBT003
+                return lock
+            os.close(lock)
+
+
+def lock_file(descriptor: int) -> bool:
+    """Lock a file unless another process has done so; on a file system without locks, nobody has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Settle and remove the staging folders of runs that were killed with their supervisors: their locks are free."""
+    for staging in folder.glob(".pt2onnx.*.partial"):
+        try:
+            if staging.is_symlink() or staging.stat().st_uid != os.getuid():
+                continue  # nobody else's journal is followed
+            lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            with os.fdopen(lock):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                settle(staging)
+                shutil.rmtree(staging)
+            LOG.info(f"removed {staging.name}, which a killed run had left")
+        except (BlockingIOError, FileNotFoundError):  # its run goes on, or another run was quicker
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            LOG.warn(f"{staging}, which a killed run left, cannot be removed: {first_line(error)}")
+
+
+def remove_debris(staging: Path, folders: Iterable[Path]) -> None:
+    """Remove the staging folder, and those of `folders`, which this run made, that are empty."""
+    shutil.rmtree(staging, ignore_errors=True)
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stored weights: tensors that stay in the mapped checkpoint
+#
+# They are cast and transposed a block at a time, where they are used.
 # ---------------------------------------------------------------------------------------------------------------------
 
 STREAM_FROM = 32 << 20  # bytes of all weights: smaller models are read at once
@@ -4794,804 +9095,42 @@ def byte_blocks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face folders: what the folder may hold was vetted above; here its task, its class and the model with weights
+# modules and tensors: how a model is called, and what it holds
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Every task that is converted; of several that a class serves (BartForConditionalGeneration), the first counts.
-TASKS = ("text2text-generation", "fill-mask", "text-generation", "zero-shot-image-classification",
-         "automatic-speech-recognition", "semantic-segmentation", "text-classification", "token-classification",
-         "question-answering", "multiple-choice", "image-classification", "object-detection",
-         "image-segmentation", "depth-estimation", "audio-classification", "feature-extraction",
-         "sentence-similarity")  # fmt: skip
-# What each task's graph returns; of the others everything that is a tensor.
-TASK_OUTPUTS = {
-    "feature-extraction": ("last_hidden_state", "pooler_output", "encoder_last_hidden_state"),
-    "sentence-similarity": ("last_hidden_state", "sentence_embedding"),
-    "question-answering": ("start_logits", "end_logits"),
-    "object-detection": ("logits", "pred_boxes"),
-    "depth-estimation": ("predicted_depth",),
-    "zero-shot-image-classification": ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
-}
-EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
-# Heads that may be missing from a checkpoint for these tasks, with the output that then is left out.
-OPTIONAL_HEADS = {"pooler": "pooler_output"}
-DEFAULT_TASK = "text-generation"
-GENERATION_TASKS = ("text-generation", "text2text-generation", "automatic-speech-recognition")
-# What a user of the model needs beside the graph; the index of shards and adapters belong to the weights.
-SIDE_FILES = re.compile(r"(?!.*\.index\.json|adapter_config\.json).*\.(json|txt|model|jinja|vocab|bpe|tiktoken)")
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-SAFETENSORS_FILE = re.compile(r"model.*\.safetensors")  # one file, or its shards
-# Files that other programs' weights and training states lie in: never read, never copied.
-FOREIGN_FILES = (".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".data", ".pt", ".pth", ".ckpt", ".tflite", ".mlmodel",
-                 ".tar", ".gz", ".zip", ".npz")  # fmt: skip
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # asm-generic/mman.h; Python names it from 3.13 on
+MAPPED: dict[int, int] = {}  # where files lie in memory: the addresses of their begins and ends
 
 
-class FolderModel(NamedTuple):
-    """A Hugging Face model in memory: what it is for, and the outputs that its checkpoint has no weights for."""
+def map_file(path: Path) -> torch.UntypedStorage:
+    """The bytes of a file, read when they are needed; who writes to them gets a copy of the page, not the file.
 
-    model: Any  # PreTrainedModel, or a model of timm
-    task: str
-    missing: frozenset[str] = frozenset()
-    of_timm: bool = False
-    facts: Mapping[str, str] = {}  # for the metadata
-    steps: Sequence[Callable[..., Tensor]] = ()  # what makes a sentence's vector of the states
-
-    def describe(self) -> str:
-        """Its class."""
-        return f"{type(self.model).__name__}{' of timm' if self.of_timm else ''}"
-
-
-def copy_without_code(source: VettedFolder, target: Path, *, trust: bool, only: re.Pattern[str] | None = None) -> Path:
-    """A folder of links to the files of `source`, without those that are code, and with its settings as vetted.
-
-    transformers reads this folder, so that no setting of the original can reach it. With `trust` it has everything.
-    With `only`, it is the files of such names, which take the places of those that are in `target` already.
+    MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory. MAPPED
+    remembers the addresses.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    admit(target)
-    for entry in sorted(source.path.iterdir()):
-        wanted = trust or not (entry.is_dir() or entry.name.endswith((*CODE_FILES, *FOREIGN_FILES)))
-        if wanted and (only is None or only.fullmatch(entry.name)):
-            (target / entry.name).unlink(missing_ok=True)
-            if entry.name in source.files:
-                (target / entry.name).write_bytes(source.files[entry.name])
-            elif not READ_JSON.fullmatch(entry.name):  # one that came since then is not vetted
-                (target / entry.name).symlink_to(entry.resolve())
-    return target
+    flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+    with open_input(path) as file:
+        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+    MAPPED[storage.data_ptr()] = storage.data_ptr() + storage.nbytes()
+    return storage
 
 
-def import_transformers() -> Any:
-    """transformers, told to stay off the network and to be quiet."""
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
-        os.environ[variable] = "1"
-    importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE = True  # it may be there since a download
-    return import_library("transformers")
-
-
-def download(name: str, revision: str | None, options: Options, *, otherwise: str) -> Source:
-    """The folder of a model on the hub, downloaded into the cache; raises InputError.
-
-    `otherwise` is what to do where the hub was not meant.
-
-    HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are huggingface_hub's own. Code and other frameworks' weights stay
-    where they are.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    where = {"revision": revision}
-    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
-    unwanted = ["onnx/*", "openvino/*", "flax*", "tf_*"] + ([] if options.trust_remote_code else ["*.py"])
-    try:
-        with LOG.step(f"download: {name}"):
-            if os.environ.get("HF_HUB_OFFLINE", "0") == "0":
-                files = HfApi().list_repo_files(name, **where)
-                check_library(name, files)
-                wanted += [] if any(file.endswith(".safetensors") for file in files) else ["*.bin"]
-            folder = snapshot_download(
-                name, cache_dir=options.cache_dir, allow_patterns=wanted, ignore_patterns=unwanted, **where
-            )
-    except ConversionError:
-        raise
-    except Exception as error:  # httpx, huggingface_hub and the operating system each have their own
-        problem = next(
-            (text for kind, text in HUB_PROBLEMS if kind in {cls.__name__ for cls in type(error).__mro__}), ""
-        )
-        if problem is UNREACHABLE:
-            with contextlib.suppress(Exception):  # what is not in the cache either is told as unreachable
-                folder = snapshot_download(name, cache_dir=options.cache_dir, local_files_only=True, **where)
-                LOG.warn(f"the hub cannot be reached: {name} is what was downloaded before")
-                return detect(Path(folder))
-        raise InputError(f"cannot download {name}: {problem or first_line(error)} ({otherwise})") from error
-    return detect(Path(folder))
-
-
-UNREACHABLE = (
-    "the hub cannot be reached; pass its folder, downloaded where there is a network (in a container: mount it)"
-)
-# The exceptions of huggingface_hub and httpx, the narrower ones first, and what to do about them.
-HUB_PROBLEMS = (
-    ("GatedRepoError", "its owner gives access on request: ask for it on the model's page and set HF_TOKEN"),
-    ("RepositoryNotFoundError", "the hub has no such model, or it is private: check the name, or set HF_TOKEN"),
-    ("RevisionNotFoundError", "it has no such revision; check --revision"),
-    ("OfflineModeIsEnabled", "HF_HUB_OFFLINE is set and it is not in the cache; download it first, or pass its folder"),
-    ("LocalEntryNotFoundError", UNREACHABLE),
-    ("HTTPError", UNREACHABLE),
-)  # fmt: skip
-
-
-class Verdict(IntEnum):
-    """What becomes of an attribute that a file gives to an object of transformers."""
-
-    KEEP = 0
-    DROP = 1  # nothing that the model computes depends on it
-    REFUSE = 2  # the model cannot be what it was without it, and it would run or fetch code
-
-
-# What code of transformers acts upon, whoever declares it: kernels, compilers, quantisers, devices, files and code.
-ACTING_ATTRIBUTES = re.compile(
-    r"_?use_kernels|kernel_config|auto_map(ping)?|custom_(generate|pipelines)|trust_remote_code|transformers_weights"
-    r"|use_pretrained_backbone|compile_config|_compiled_call|_last_compile_config|cache_config"
-    r"|distributed_config|(hf_)?device_map|hf_quantizer|is_quantized|quantization_method|extra_(config_)?files"
-    r"|(base_model_)?_?(tp|pp|ep|fsdp)_(plan|size)|_auto_class|attribute_map|watermarking_config|is_assistant"
-    r"|assistant_(confidence_threshold|lookbehind|early_exit|ensemble_weight)"
-)
-# Caches of transformers that neither quantise nor move what they hold.
-CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "hybrid_chunked", "sliding_window")
-# Attributes with a string of such a name would be a place; _name_or_path is only told in messages.
-PLACE_ATTRIBUTE = re.compile(r"(.*_)?(path|paths|file|files|filename|url|uri|repo|repo_id|dir|directory|folder)")
-DTYPE_ATTRIBUTE = re.compile(r"(.*_)?dtype")
-DTYPE_VALUE = re.compile(r"auto|bool|half|float|double|(b?float|u?int|complex)\d{1,3}(_e\dm\d\w*)?")
-# What the bases of configurations and models set or read of themselves, and files may say too.
-CONFIG_ATTRIBUTES = word_set(
-    """model_type name_or_path _name_or_path _commit_hash num_labels torch_dtype output_attentions _output_attentions
-    rope_scaling rope_theta per_layer_config _heterogeneity_spec _post_init_done transformers_version
-    ignore_keys_at_rope_validation allow_global_per_layer_attribute_access use_cache bos_token_id eos_token_id
-    pad_token_id num_classes label_names _out_features _out_indices"""
-)
-# The files of transformers, besides those of the model, whose code reads a configuration to compute with it.
-SHARED_READERS = (
-    "masking_utils.py",
-    "cache_utils.py",
-    "modeling_rope_utils.py",
-    "modeling_layers.py",
-    "pytorch_utils.py",
-)
-READ_NAME = re.compile(r"(?<=config\.)\w+|(?<=config, [\"'])\w+")  # config.name, getattr(config, "name", ...)
-
-
-@functools.cache
-def declared_attributes(cls: type) -> frozenset[str]:
-    """The attributes that configurations of this class have by its declaration, or that its models' code reads."""
-    import dataclasses
+def accepts(function: Callable[..., Any], argument: str, *, by_name: bool = False) -> bool:
+    """Whether `function` names the keyword `argument` in its signature, or (unless `by_name`) takes any."""
     import inspect
 
-    transformers = import_library("transformers")
-    if issubclass(cls, transformers.GenerationConfig):
-        return frozenset(vars(transformers.GenerationConfig()))
-    names = CONFIG_ATTRIBUTES | assigned_names(cls) | {field.name for field in dataclasses.fields(cls)}
-    for owner in cls.__mro__:
-        names |= {*vars(owner).get("attribute_map", {}), *vars(owner).get("attribute_map", {}).values()}
-        names |= {name for name, value in vars(owner).items() if isinstance(value, property) and value.fset}
-        if "__init__" in vars(owner) and owner not in transformers.PreTrainedConfig.__mro__:
-            names |= inspect.signature(owner).parameters.keys()
-    library, own = Path(transformers.__file__).parent, Path(inspect.getfile(cls)).parent
-    for file in (*own.glob("modeling_*.py"), *(library / name for name in SHARED_READERS)):
-        names |= frozenset(READ_NAME.findall(file.read_text(encoding="utf-8")))
-    return frozenset(names)
-
-
-def config_attribute(cls: type, name: str, value: object) -> Verdict:
-    """Whether a configuration of `cls` (a PreTrainedConfig or GenerationConfig) may have an attribute from a file.
-
-    The same for the JSON of a folder and for an object in a pickle. Kept is what the class declares or its models read,
-    and of that nothing that hides a method, or that transformers acts upon.
-    """
-    if IMPLEMENTATION_KEY.fullmatch(name):
-        return Verdict.KEEP if is_one_of(value, IMPLEMENTATIONS) else Verdict.REFUSE
-    if name == "quantization_config":
-        return Verdict.REFUSE if value else Verdict.KEEP
-    if ACTING_ATTRIBUTES.fullmatch(name) or (name == "cache_implementation" and not is_one_of(value, CACHES)):
-        return Verdict.DROP if value else Verdict.KEEP
-    if DTYPE_ATTRIBUTE.fullmatch(name):
-        return Verdict.KEEP if is_dtype(value) else Verdict.REFUSE
-    if isinstance(value, str) and PLACE_ATTRIBUTE.fullmatch(name) and name not in CONFIG_ATTRIBUTES:
-        return Verdict.DROP
-    hides = callable(getattr(cls, name, None)) and not isinstance(getattr(cls, name), type)
-    return Verdict.KEEP if name in declared_attributes(cls) and not hides else Verdict.DROP
-
-
-def is_dtype(value: object) -> bool:
-    """Whether a value names dtypes: one, or one for each part of a model."""
-    if isinstance(value, dict):
-        return all(is_dtype(entry) for entry in value.values() if not isinstance(entry, dict))
-    return (
-        value is None or isinstance(value, torch.dtype) or bool(isinstance(value, str) and DTYPE_VALUE.fullmatch(value))
-    )
-
-
-MAX_PARTS = 40  # configurations in each other: the largest known model has 12
-
-
-def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
-    """Take out of a file of settings what config_attribute drops; raises RefusedFileError for what it refuses.
-
-    The same in its parts that are configurations themselves. Other objects, such as labels by number, are data.
-    """
-    left: list[str] = []
-    parts = itertools.count(1)
-
-    def fit(node: dict[str, Any], owner: type) -> None:
-        if next(parts) > MAX_PARTS:
-            raise DamagedFileError(f"{file.name} describes more than {MAX_PARTS} models in each other; repair it")
-        for key, value in list(node.items()):
-            verdict = config_attribute(owner, key, value)
-            if verdict is Verdict.REFUSE:
-                raise RefusedFileError(f"{file.name}: {shorten(key, 60)} is {shown(value)}, which is not known here")
-            if verdict is Verdict.DROP:
-                left.append(shorten(key, 40))
-                del node[key]
-            elif isinstance(value, dict) and (part := part_class(owner, key, value)):
-                fit(value, part)
-
-    fit(settings, cls)
-    if left:
-        LOG.info(f"{file.name}: left out, since models of this kind do not read it: {and_more(left, 8)}")
-        rewrite_settings(file, settings)
-
-
-def rewrite_settings(file: Path, settings: Mapping[str, Any]) -> None:
-    """Put other settings in the place of a file in the folder that transformers reads."""
-    file.unlink()
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    admit(file)  # it is the changed one that is read from now on
-
-
-def part_class(owner: type, key: str, value: Mapping[str, Any]) -> Any:
-    """The class of configuration that a part of `owner`'s settings becomes; None for data such as labels."""
-    transformers = import_library("transformers")
-    mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    spec = getattr(owner, "sub_configs_defaults", {}).get(key)
-    own = getattr(spec, "config_class", None)
-    if isinstance(own, type) and issubclass(own, transformers.PreTrainedConfig):
-        return own
-    name = value.get("model_type") or getattr(spec, "model_type", None)
-    return mapping[name] if isinstance(name, str) and name in mapping else None
-
-
-def read_config(folder: Path, weights: Mapping[str, Tensor], options: Options) -> Any:
-    """The configuration as transformers has it, whose sizes may be those of `weights`; raises InputError.
-
-    What the configuration's class does not know, and does not describe a network, is taken out of config.json.
-    """
-    trust = options.trust_remote_code
-    transformers = import_transformers()
-    configurations = transformers.models.auto.configuration_auto
-    settings = read_json(folder / "config.json")
-    model_type = settings["model_type"]
-    if model_type not in configurations.CONFIG_MAPPING_NAMES and not trust:
-        known = f"transformers {transformers.__version__} knows no model_type {shorten(repr(model_type), 60)}"
-        raise DamagedFileError(f"{known}; check config.json, or pass the model as a file (torch.export.save)")
-    with naming(options.input), bounded_build(len(weights), sum(tensor.nbytes for tensor in weights.values())):
-        check_sizes(settings, weights)
-        if not trust:
-            fit_settings(folder / "config.json", settings, configurations.CONFIG_MAPPING[model_type])
-            if (file := folder / "generation_config.json").exists():
-                fit_settings(file, read_json(file), transformers.GenerationConfig)
-        try:
-            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-        except Exception as error:  # validation raises a dozen kinds
-            raise_out_of_memory(error)
-            text = shorten(" ".join(str(error).split()), 200)
-            raise DamagedFileError(f"config.json is not accepted by transformers ({text}); repair it") from error
-
-
-def task_class(task: str, config: Any) -> Any:
-    """The class that does `task` for `config`'s architecture, by optimum's table and transformers' own; else None."""
-    from optimum.exporters.tasks import TasksManager
-
-    with contextlib.suppress(KeyError, ValueError, AttributeError):
-        auto = TasksManager.get_model_class_for_task(task, model_type=config.model_type)
-        found = auto._model_mapping[type(config)]  # noqa: SLF001  (there is no public way to ask)
-        return found[0] if isinstance(found, (list, tuple)) else found
-    return None
-
-
-def class_of_model(name: object, config: Any) -> Any:
-    """The class of transformers that `architectures` names, if it is a model for such a `config`; else None."""
-    transformers = import_transformers()
-    place = transformers._class_to_module.get(name, "") if isinstance(name, str) else ""  # noqa: SLF001
-    if not re.fullmatch(r"models\.\w+\.modeling_\w+", place) or place.startswith("models.auto."):
-        return None
-    found = getattr(transformers, str(name))
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model and isinstance(config, found.config_class or ()) else None
-
-
-def choose_task(config: Any, options: Options, adapter: Adapter | None, *, embeds_sentences: bool) -> tuple[str, Any]:
-    """The task and the class for it: --task, what an adapter was trained for, or what config.json's class is for.
-
-    Raises UsageError that lists the tasks that fit.
-    """
-    from optimum.exporters.tasks import TasksManager
-
-    name = (getattr(config, "architectures", None) or [""])[0]
-    own = class_of_model(name, config)
-    fitting = {task: cls for task in TASKS if (cls := task_class(task, config)) is not None}
-    if own is not None and own not in fitting.values():  # a part, such as an encoder alone
-        fitting["feature-extraction"] = own
-    if options.task is not None:
-        given = options.task.removesuffix("-with-past")
-        task = given if given in TASKS else TasksManager.map_from_synonym(given)
-    else:
-        known = next((task for task, cls in fitting.items() if cls is own), None)
-        task, why = (known, f"its class, {name}") if known else (DEFAULT_TASK, "the default")
-        trained_for = (adapter.settings.name("task_type") or "") if adapter else ""
-        if ADAPTER_TASKS.get(trained_for) in fitting:
-            task, why = ADAPTER_TASKS[trained_for], f"the adapter's task_type, {trained_for}"
-        if embeds_sentences and "sentence-similarity" in fitting:
-            task, why = "sentence-similarity", "modules.json"
-        LOG.info(f"task: {task}, told by {why} (--task overrides)")
-    if task not in fitting:
-        fits = ", ".join(fitting) or "none"
-        raise UsageError(f"--task {task} does not fit a model of type {config.model_type}; it can do: {fits}")
-    return task, fitting[task]
-
-
-def load_pretrained(  # noqa: PLR0913, PLR0917
-    folder: Path,
-    config: Any,
-    weights: dict[str, Tensor],
-    task: str,
-    cls: Any,
-    adapter: Adapter | None,
-    options: Options,
-) -> FolderModel:
-    """The model with every weight that it needs, and with its `adapter`'s, in the dtype of --dtype.
-
-    Raises InputError where one lacks or has another shape.
-    """
-    own = adapter.own if adapter else {}
-    size = sum(tensor.nbytes for tensor in (*weights.values(), *own.values()))
-    what, advice = f"{options.input}: transformers cannot load it", "check config.json, and copy the whole folder again"
-    with naming(options.input), explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights) + len(own), size):
-        if adapter:
-            fit_config(folder, config, cls, adapter)
-        model, told = cls.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=getattr(torch, DTYPE_NAMES[options.dtype]),
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=options.trust_remote_code,
-            ignore_mismatched_sizes=True,  # they are an error of our own below
-        )
-    resized = {name: sizes for name, *sizes in told["mismatched_keys"]}
-    for name in sorted(resized.keys() - own.keys()):
-        stored, wanted = resized[name]
-        sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
-        raise InputError(f"{options.input}: {sizes}; they do not belong together")
-    unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
-    missing = sorted(told["missing_keys"] - own.keys())
-    needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
-    if needed:
-        what = f"{options.input} lacks weights that {cls.__name__} needs for {task}: {and_more(needed, 3)}"
-        advice = "pass the --task that it was trained for, or the complete checkpoint"
-        raise InputError(f"{what}; {advice}")
-    if adapter:
-        merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
-    if extra := sorted(told["unexpected_keys"]):
-        LOG.info(f"{cls.__name__} has no place for {len(extra)} tensors of the checkpoint, such as {extra[0]}")
-    heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
-    return FolderModel(model.eval().requires_grad_(requires_grad=False).to(options.device), task, heads)
-
-
-def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
-    """The weights of a folder by transformers' names for their files, read inertly; ConversionError where one lacks.
-
-    safetensors first, whole or in shards; then pytorch_model.bin.
-    """
-    for name in WEIGHT_FILES:
-        if (folder / name).exists():
-            file = folder / name
-            if name.endswith(".bin"):  # what may be wrong with it names it
-                file = file.resolve()
-            content = state_dict_of(load(detect_file(file), trust=trust).content)
-            if content is None:
-                raise InputError(f"{name} does not hold a state dict; save the model again")
-            return content
-    raise InputError(
-        f"its weights are incomplete: none of {', '.join(WEIGHT_FILES)} is there; copy or download the whole folder"
-    )
-
-
-def is_timm(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one that timm writes for the hub."""
-    return "model_type" not in config and isinstance(config.get("pretrained_cfg"), dict) and "architecture" in config
-
-
-def pretrained_settings(settings: Settings) -> dict[str, Any]:
-    """What timm may know of a config.json's pretrained_cfg: sizes, statistics and layers, and no place of weights."""
-    given = settings.section("pretrained_cfg") or Settings({}, settings.where)
-    known: dict[str, Any] = {
-        "input_size": given.numbers("input_size", 3, 1, MAX_IMAGE_EDGE, whole=True),
-        "pool_size": given.numbers("pool_size", 2, 1, MAX_IMAGE_EDGE, whole=True),
-        "mean": given.numbers("mean", None, -MAX_STATISTIC, MAX_STATISTIC),
-        "std": given.numbers("std", None, -MAX_STATISTIC, MAX_STATISTIC),
-        "crop_pct": given.number("crop_pct", 0, 100),
-        "crop_mode": given.name("crop_mode"),
-        "interpolation": given.name("interpolation"),
-        "num_classes": given.integer("num_classes", 0, MAX_ARGUMENT),
-        "fixed_input_size": given.flag("fixed_input_size"),
-    }
-    for key in ("first_conv", "classifier"):  # the names of layers: one, or several
-        several = isinstance(given.content.get(key), list)
-        known[key] = tuple(given.names(key)) if several else given.name(key)
-    return {key: value for key, value in known.items() if value is not None}
-
-
-def timm_model(folder: Path, weights: dict[str, Tensor], options: Options, run: Run) -> FolderModel:
-    """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
-
-    It is a classifier, or without classes its features.
-
-    transformers 5.23's own class for it refuses what timm 1.0.31 writes (num_classes among the model_args, too). Raises
-    InputError for an architecture that timm does not know, and weights that do not fit it.
-    """
-    timm = import_library("timm")
-    with naming(options.input):
-        settings = Settings(read_json(folder / "config.json"), "config.json")
-        name, config = settings.name("architecture"), pretrained_settings(settings)
-        arguments = {"num_classes": settings.integer("num_classes", 0, MAX_ARGUMENT)}
-        if model_args := settings.section("model_args"):
-            arguments |= architecture_arguments(model_args.content, model_args.where)
-        if not name or names_a_place(name) or not timm.is_model(name):
-            known = f"timm {timm.__version__} knows no architecture {shorten(repr(name), 60)}"
-            raise DamagedFileError(f"{known}; check config.json")
-        check_sizes(settings.content, weights)
-        size = sum(tensor.nbytes for tensor in weights.values())
-        what, advice = f"{options.input}: timm cannot build {name} as config.json says", "repair config.json"
-        with explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights), size), without_initialisation():
-            model = timm.create_model(name, pretrained=False, pretrained_cfg=config, checkpoint_path="", **arguments)
-    if len(preprocessing(model, None).size or ()) != 3 or not isinstance(getattr(model, "num_classes", None), int):
-        what = "needs an input_size and no features_only to be an image model"
-        raise InputError(f"{options.input}: config.json {what}; repair it")
-    model = (
-        model.eval().requires_grad_(requires_grad=False).to(options.device, getattr(torch, DTYPE_NAMES[options.dtype]))
-    )
-    if refusal := load_weights(model, store_all(weights, options, run)):
-        misfit = describe_misfit(model, weights) or refusal
-        raise InputError(f"{options.input}: its weights do not fit {name} of config.json: {misfit}; copy both again")
-    task = "image-classification" if model.num_classes else "feature-extraction"
-    if options.task not in (None, task):
-        raise UsageError(f"--task {options.task} does not fit this model of timm; it can do: {task}")
-    facts = {"preprocessing": preprocessing(model, None).metadata()}
-    if labels := settings.names("label_names"):
-        facts["id2label"] = json.dumps({str(place): label for place, label in enumerate(labels)})
-    return FolderModel(model, task, of_timm=True, facts=facts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# adapters: LoRA's weights, added to those of the model that they were trained on
-#
-# What settings and tensors mean is peft's to say: https://huggingface.co/docs/peft/package_reference/lora, and in peft
-# 0.21.2 tuners/lora/layer.py (get_delta_weight, merge), tuners/lora/dora.py (get_weight_norm), utils/save_and_load.py.
-# ---------------------------------------------------------------------------------------------------------------------
-
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# What an adapter's folder has of its own beside the weights: it wins over the base's.
-PROCESSOR_FILES = re.compile(
-    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|spiece|sentencepiece|chat_template|(pre)?processor).*"
-)
-ADAPTER_TASKS = {  # of peft's TaskType
-    "CAUSAL_LM": "text-generation",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
-# Settings with which an adapter is more than products that are added to weights.
-BEYOND_LORA = ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
-               "kasa_config", "monteclora_config", "trainable_token_indices", "target_parameters")  # fmt: skip
-# Initialisations that leave the base as it is; the others (pissa, olora, corda, lora_ga, loftq) take something off it.
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-LORA_TENSOR = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<part>A|B|magnitude_vector)(\.(?P<kind>weight|bias))?")
-# A key of rank_pattern or alpha_pattern, a regular expression: of two repetitions at most, more may take for ever.
-LAYER_PATTERN = re.compile(r"(?!(.*[*+]){3})[^(){}?]+")
-MAX_PATTERNS = 2000  # each is tried for each layer: one for each of 80 blocks' seven layers are 560
-HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)  # the oldest models have no owner there
-REVISION = re.compile(r"[\w.-]{1,100}", re.ASCII)
-MERGE_IT = "merge it where it was trained (merge_and_unload of peft), and pass the saved result"
-
-
-class Adapter(NamedTuple):
-    """A LoRA adapter: its folder, its base's, its settings, tensors that replace the base's, LoRA's parts by layer."""
-
-    folder: Path
-    base: Path
-    settings: Settings
-    own: dict[str, Tensor]
-    layers: dict[str, dict[str, Tensor]]
-    beneath: frozenset[str]  # those of `own` that lie under LoRA's parts: the base's, saved since tokens were added
-
-
-def check_adapter(settings: Settings) -> None:
-    """Raise DamagedFileError for an adapter that is not LoRA, or whose settings cannot be used."""
-    kind, start = settings.content.get("peft_type"), settings.content.get("init_lora_weights")
-    if kind != "LORA":
-        what = f"the adapter's peft_type is {shown(kind)}, and only LORA can be merged here"
-        raise DamagedFileError(f"{what}; {MERGE_IT}")
-    beyond = [key for key in BEYOND_LORA if settings.content.get(key)]
-    if isinstance(start, (dict, list)) or start not in PLAIN_STARTS:
-        beyond.append(f"init_lora_weights {shown(start)}")
-    if beyond:
-        raise DamagedFileError(f"the adapter is more than plain LoRA ({beyond[0]}); {MERGE_IT}")
-    settings.integer("r", 1, MAX_ARGUMENT)
-    settings.number("lora_alpha", -MAX_ARGUMENT, MAX_ARGUMENT)
-    settings.name("task_type")
-    for flag in ("use_dora", "use_rslora"):
-        settings.flag(flag)
-    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
-        patterns = settings.section(key) or Settings({}, key)
-        if len(patterns.content) > MAX_PATTERNS:
-            raise settings.misfit(key, f"one of {MAX_PATTERNS} patterns at most")
-        for pattern in patterns.content:
-            patterns.integer(pattern, 1, MAX_ARGUMENT) if whole else patterns.number(
-                pattern, -MAX_ARGUMENT, MAX_ARGUMENT
-            )
-            check_layer_pattern(pattern, patterns.where)
-
-
-@functools.cache
-def layer_pattern(key: str) -> re.Pattern[str]:
-    """What finds the layers that a key of rank_pattern or alpha_pattern is for, compiled once for all layers."""
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-def check_layer_pattern(pattern: str, where: str) -> None:
-    """Raise DamagedFileError for a regular expression that is none, or that could search for ever."""
     try:
-        usable = len(pattern) <= 1000 and LAYER_PATTERN.fullmatch(pattern) and re.compile(pattern)
-    except re.error:
-        usable = None
-    if not usable:
-        raise DamagedFileError(f"{where} has {shown(pattern)}, a pattern that cannot be used; {MERGE_IT}")
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return argument in parameters or (any_keyword and not by_name)
 
 
-def read_adapter(folder: VettedFolder, options: Options) -> Adapter | None:
-    """The adapter in a vetted folder; None where there is none. Raises ConversionError."""
-    if "adapter_config.json" not in folder.files:
-        check_no_base(options)
-        return None
-    own: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Tensor]] = {}
-    with naming(folder.path):
-        settings = folder.settings("adapter_config.json")
-        check_adapter(settings)
-        for name, tensor in adapter_tensors(folder.path, options).items():
-            place = name.removeprefix("base_model.model.")
-            if match := LORA_TENSOR.fullmatch(place):
-                layers.setdefault(match["layer"], {})["bias" if match["kind"] == "bias" else match["part"]] = tensor
-            else:
-                own[place.replace(".base_layer.", ".")] = tensor
-        base = base_folder(folder.path, settings, options)
-    beneath = frozenset(name for name in own if name.rpartition(".")[0] in layers)
-    return Adapter(folder.path, base, settings, own, layers, beneath)
-
-
-def check_no_base(options: Options) -> None:
-    """Raise UsageError for --base with what is no adapter."""
-    if options.base:
-        what = f"--base {options.base}: {options.input} is no adapter, which alone has a base"
-        raise UsageError(f"{what}; leave --base out")
-
-
-def adapter_tensors(folder: Path, options: Options) -> dict[str, Tensor]:
-    """The tensors of an adapter, read inertly; raises DamagedFileError where there are none."""
-    file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
-    tensors = state_dict_of(load(detect_file(file), trust=options.trust_pickle).content) if file else None
-    if not tensors:
-        raise DamagedFileError(f"it has no weights, neither {' nor '.join(ADAPTER_FILES)}; copy or download them")
-    check_weights(tensors.values(), folder)
-    return tensors
-
-
-def base_folder(folder: Path, settings: Settings, options: Options) -> Path:
-    """The folder of the model that an adapter belongs to: what --base names, else one inside the adapter's own folder.
-
-    A file is never followed to another place, on this machine or on the hub. Raises DamagedFileError, or
-    InputError, that says how to supply it.
-    """
-    recorded = settings.name("base_model_name_or_path") or "."
-    base = (
-        base_from_option(options.base, recorded, settings, options) if options.base else base_beside(folder, recorded)
-    )
-    if base is None:
-        advice = base_advice(folder, recorded)
-        raise DamagedFileError(f"the adapter was trained on {shown(recorded)}, which is not in its folder: {advice}")
-    if base.samefile(folder):
-        if not (base / "config.json").exists():
-            raise DamagedFileError("the adapter names no base model: pass --base FOLDER, or --base OWNER/MODEL")
-    elif (base / "adapter_config.json").exists():
-        raise DamagedFileError(f"the adapter's base model, {shown(base.name)}, is an adapter itself; merge that first")
-    return base
-
-
-def base_beside(folder: Path, recorded: str) -> Path | None:
-    """The folder inside an adapter's own that its settings name; None where they name another place."""
-    place = Path(os.path.normpath(recorded))
-    if not all(map(is_file_name, place.parts)) or not (folder / place).is_dir():
-        return None
-    base, root = (folder / place).resolve(), folder.resolve()
-    return base if base == root or root in base.parents else None
-
-
-def base_from_option(name: str, recorded: str, settings: Settings, options: Options) -> Path:
-    """The folder, or the model of the hub, that --base names; that one in the revision which the adapter records."""
-    if (base := Path(name)).is_dir():
-        admit(base)
-        return base.resolve()
-    if not HUB_NAME.fullmatch(name):
-        raise UsageError(f"--base {name}: there is no such folder, nor can the hub have it")
-    revision = settings.name("revision") if name == recorded else None
-    if revision is not None and not REVISION.fullmatch(revision):
-        raise settings.misfit("revision", "a branch, tag or commit")
-    LOG.info(f"adapter: its base model is {name}")
-    return download(name, revision, options, otherwise="or pass --base FOLDER").path
-
-
-def base_advice(folder: Path, recorded: str) -> str:
-    """The option that supplies an adapter's base, ready to be copied where the recorded name is harmless."""
-    import shlex
-
-    usual = "pass --base FOLDER, or --base OWNER/MODEL to download it"
-    if not recorded.isprintable() or len(recorded.encode(errors="replace")) > 200 or recorded.startswith("-"):
-        return usual
-    beside = Path(os.path.normpath(folder / recorded))
-    if beside.is_dir():
-        return f"pass --base {shlex.quote(str(beside))}"
-    if HUB_NAME.fullmatch(recorded):
-        return f"pass --base {shlex.quote(recorded)} to download it, or --base FOLDER"
-    return usual
-
-
-def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
-    """Let `config`, and config.json in `folder`, have as many labels and tokens as the adapter's own tensors have."""
-    with torch.device("meta"):
-        expected = cls(copy.deepcopy(config)).state_dict()
-    told: dict[str, Any] = {"architectures": [cls.__name__]}
-    for name, tensor in adapter.own.items():
-        if name not in expected or not tensor.dim() or tensor.shape == expected[name].shape:
-            continue
-        if expected[name].shape[0] == config.num_labels:
-            config.num_labels = tensor.shape[0]
-            told |= {"id2label": config.id2label, "label2id": config.label2id}
-        elif expected[name].shape[0] == getattr(config, "vocab_size", None):
-            told["vocab_size"] = config.vocab_size = tensor.shape[0]
-    content = read_json(folder / "config.json") | told
-    rewrite_settings(folder / "config.json", content)
-
-
-def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
-    """Replace the tensors of `model` that the adapter brings whole, and merge LoRA's products into its layers.
-
-    `lost` are those that the base's files do not have in their sizes. Raises InputError for a tensor that
-    has no place, and where another is tied to a lost one.
-    """
-
-    def misfit(what: str) -> ConversionError:
-        advice = "pass the --task that it was trained for, or its true base with --base"
-        where = f"{adapter.folder}: the adapter does not fit {type(model).__name__} of {adapter.base}"
-        return InputError(f"{where}: {shorten(what, 300)}; {advice}")
-
-    expected, own = model.state_dict(keep_vars=True), {}
-    for name, tensor in adapter.own.items():
-        if name not in expected:
-            raise misfit(f"that has no {name}")
-        if tensor.shape != expected[name].shape:
-            raise misfit(f"{name} is {shape_text(tensor.shape)}, not {shape_text(expected[name].shape)}")
-        sharing = [other for other in expected if expected[other] is expected[name]] if name in lost else [name]
-        lacking = [other for other in sharing if other not in adapter.own]
-        if lacking and name not in adapter.beneath:
-            raise misfit(f"{lacking[0]} is tied to {name}, but the adapter resizes that alone")
-        own |= dict.fromkeys([name, *lacking], tensor.to(expected[name].dtype))
-    model.load_state_dict(own, strict=False, assign=True)
-    with torch.no_grad():
-        for name, parts in adapter.layers.items():
-            try:
-                merge_layer(model.get_submodule(name), parts, name, adapter.settings)
-            except (AttributeError, ValueError) as error:
-                raise misfit(f"{name}: {error}") from None
-    LOG.info(f"adapter: merged into {len(adapter.layers)} layers of {adapter.base}; {len(own)} tensors replaced")
-
-
-def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Settings) -> None:
-    """Add LoRA's product to the weight of `layer`, and scale its rows to DoRA's magnitudes; ValueError for a misfit."""
-
-    def setting(patterns: str, otherwise: str) -> float:
-        known = settings.content.get(patterns) or {}
-        fitting = (value for key, value in known.items() if layer_pattern(key).match(name))
-        usual = settings.content.get(otherwise)
-        return next(fitting, 8 if usual is None else usual)
-
-    conv1d = import_library("transformers.pytorch_utils").Conv1D
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    if not isinstance(layer, (nn.Linear, nn.Embedding, conv1d, *convolutions)) or getattr(layer, "groups", 1) > 1:
-        raise ValueError(f"a {type(layer).__name__} is no layer that LoRA can be merged into here")
-    turned = isinstance(layer, (nn.Embedding, conv1d))  # its weight has a column, not a row, for each output
-    weight, rank = layer.weight.detach(), setting("rank_pattern", "r")
-    rows = (weight.t() if turned else weight.flatten(1)).float()
-    wanted = {"A": (rank, rows.shape[1]), "B": (rows.shape[0], rank)}
-    if settings.flag("use_dora"):
-        wanted["magnitude_vector"] = (rows.shape[0],)
-    if "bias" in parts and getattr(layer, "bias", None) is not None:
-        wanted["bias"] = (rows.shape[0],)
-    flat = {
-        part: (value.flatten(1) if part in "AB" and value.dim() > 1 else value.flatten()).float()
-        for part, value in parts.items()
-    }
-    found = {part: tuple(value.shape) for part, value in flat.items()}
-    if rank < 1 or found != wanted:
-        raise ValueError(f"LoRA's parts have the sizes {found}, not {wanted}")
-    scale = setting("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if settings.flag("use_rslora") else rank)
-    rows = rows + scale * (flat["B"] @ flat["A"])
-    if settings.flag("use_dora"):
-        rows *= flat["magnitude_vector"][:, None] / rows.norm(dim=1, keepdim=True)
-    merged = (rows.t() if turned else rows).reshape(weight.shape).to(weight.dtype).contiguous()
-    layer.weight = nn.Parameter(merged, requires_grad=False)  # where another layer shares it, that keeps the base's
-    if "bias" in flat:
-        bias = (layer.bias.float() + scale * flat["bias"]).to(layer.bias.dtype)
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# inputs: what the model is called with, and which axes are free
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Sizes to try, most usual first, where the first layer tells channels but a later layer decides the size.
-IMAGE_SIZES = (224, 256, 128, 64, 32, 28, 299, 512, 112, 96, 48, 24, 20, 16, 12, 8, 84, 105, 160, 192, 240, 320, 384)
-SIGNAL_LENGTHS = (16000, 8000, 4096, 2048, 1024, 512, 256, 128, 100, 64, 50, 32, 16, 8)
-VOLUMES = ((16, 112, 112), (16, 224, 224), (8, 112, 112), (32, 224, 224), (64, 64, 64), (32, 32, 32), (16, 16, 16))
-SEQUENCE_LENGTH = 16
-AXIS_NAMES = {  # by rank: the names of the axes after the batch
-    2: {1: "sequence_length"},
-    3: {1: "channels", 2: "time"},
-    4: {1: "channels", 2: "height", 3: "width"},
-    5: {1: "channels", 2: "depth", 3: "height", 4: "width"},
-}
-BATCH = "batch_size"
-ODD_CASES = 4
-FIRST_ODD_CASE = 3  # after the traced, the smaller and the larger one
-GIVEN_SEED = 1  # that of the smaller case, which is the given one where the batch alone is free
-# Names that a single input keeps: the ecosystem's. Any other single input is called `input`.
-USUAL_NAMES = {"input_ids", "pixel_values", "input_values", "input_features"}
-
-
-class InputSpec(NamedTuple):
-    """One input of the model: `dims` as the user or the model gives them, `axes` the free ones and their names."""
-
-    name: str
-    dims: tuple[int, ...]
-    dtype: torch.dtype
-    axes: Mapping[int, str] = {}
-
-    def resized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with every free axis at the size that `sizes` gives its name."""
-        return tuple(sizes.get(self.axes.get(axis, ""), size) for axis, size in enumerate(self.dims))
-
-
-class Guess(NamedTuple):
-    """Shapes that the model tells, one per input; `batch_axis` is -1 where there is none."""
-
-    shapes: list[InputShape]
-    reason: str
-    batch_axis: int = 0
+def shape_text(sizes: Iterable[int]) -> str:
+    """`1x3x224x224`."""
+    return "x".join(map(str, sizes)) or "scalar"
 
 
 def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
@@ -5614,270 +9153,10 @@ def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
     return [p.name for p in parameters], sum(p.default is inspect.Parameter.empty for p in parameters)
 
 
-def first_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first layer with weights whose type tells shapes: that type's name in LAYER_SHAPES, and the layer."""
-    for module in model.modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            names = [cls.__name__ for cls in type(module).__mro__]
-            name = next((n for n in (getattr(module, "original_name", ""), *names) if n in LAYER_SHAPES), None)
-            if name is not None:
-                return name, module
-    return None
-
-
-def image_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes for a Conv2d: channels from the weight (times the groups), square images."""
-    planes = layer.weight.shape[1] * getattr(layer, "groups", 1)
-    return ((1, planes, size, size) for size in IMAGE_SIZES)
-
-
-def recurrent_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes for an LSTM, GRU or RNN; the batch is the second axis unless batch_first."""
-    features = layer.weight_ih_l0.shape[1]
-    first = getattr(layer, "batch_first", False)
-    yield (1, SEQUENCE_LENGTH, features) if first else (SEQUENCE_LENGTH, 1, features)
-
-
-def flat_shapes(layer: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes for a Linear layer: rows of features, then sequences of them."""
-    features = layer.weight.shape[1]
-    yield from ((1, features), (1, SEQUENCE_LENGTH, features))
-
-
-# The first layer's type tells the shapes to try, in this order.
-LAYER_SHAPES: dict[str, Callable[[Any], Iterable[tuple[int, ...]]]] = {
-    "Conv2d": image_shapes,
-    "ConvTranspose2d": lambda layer: ((1, layer.weight.shape[0], size, size) for size in (1, 4, 7, 8, 16, 32, 64)),
-    "Conv1d": lambda layer: ((1, layer.weight.shape[1], size) for size in SIGNAL_LENGTHS),
-    "Conv3d": lambda layer: ((1, layer.weight.shape[1], *volume) for volume in VOLUMES),
-    "Linear": flat_shapes,
-    "Embedding": lambda _: ((1, SEQUENCE_LENGTH),),
-    "EmbeddingBag": lambda _: ((1, SEQUENCE_LENGTH),),
-    "LSTM": recurrent_shapes,
-    "GRU": recurrent_shapes,
-    "RNN": recurrent_shapes,
-    "MultiheadAttention": lambda layer: ((1, SEQUENCE_LENGTH, layer.out_proj.weight.shape[0]),),
-    "BatchNorm1d": lambda layer: ((1, layer.weight.shape[0]), (1, layer.weight.shape[0], 128)),
-    "BatchNorm2d": lambda layer: ((1, layer.weight.shape[0], size, size) for size in IMAGE_SIZES),
-    "LayerNorm": lambda layer: ((1, *layer.weight.shape), (1, SEQUENCE_LENGTH, *layer.weight.shape)),
-}
-
-
-def torchvision_weights(model: nn.Module, class_name: str | None) -> Any:
-    """Torchvision's published weights for this model, whose metadata tell size and preprocessing; None where unknown.
-
-    With no `class_name` (a complete model), the weights whose recorded number of parameters is the model's.
-    """
-    from enum import Enum
-
-    module = sys.modules.get(type(model).__module__)
-    if not type(model).__module__.startswith("torchvision.models.") or module is None:
-        return None
-    if class_name is not None and ":" not in class_name:
-        return next(iter(reversed(list(import_library("torchvision.models").get_model_weights(class_name)))), None)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    enums = [value for name, value in vars(module).items() if name.endswith("_Weights") and issubclass(value, Enum)]
-    return next((item for enum in enums for item in enum if item.meta.get("num_params") == parameters), None)
-
-
-MAX_IMAGE_EDGE = 2560  # pixels, or channels: the widest that a known processor makes
-MAX_STATISTIC = 1e6  # of a mean or a deviation
-
-
-class Preprocessing(NamedTuple):
-    """What images a model was made for, as its library says: plain numbers, whatever the file holds."""
-
-    size: tuple[int, ...] | None = None  # pixels: channels, height and width, or the edges alone
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    source: str = ""  # who says so; "" where nobody does
-
-    def metadata(self) -> str:
-        """As JSON for the graph's metadata."""
-        known = {key: value for key, value in self._asdict().items() if value is not None}
-        return json.dumps(known, sort_keys=True)
-
-
-def image_edges(value: object) -> tuple[int, ...] | None:
-    """Sizes of images from a file or an object of its; None where they are none."""
-    edges = plain_numbers([value] if type(value) is int else value, 1, MAX_IMAGE_EDGE, whole=True)
-    return edges if edges and len(edges) <= 3 else None
-
-
-def statistics(value: object) -> tuple[float, ...] | None:
-    """A mean or deviation for each channel; None where it is none."""
-    return plain_numbers(value, -MAX_STATISTIC, MAX_STATISTIC)
-
-
-def preprocessing(model: nn.Module, class_name: str | None) -> Preprocessing:
-    """Size (pixels), mean and std of the images the model was made for, where its library says so; else empty."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if isinstance(config, dict) and (size := image_edges(config.get("input_size"))):
-        return Preprocessing(size, statistics(config.get("mean")), statistics(config.get("std")), "timm pretrained_cfg")
-    weights = torchvision_weights(model, class_name)
-    if weights is None:
-        return Preprocessing()
-    transforms = weights.transforms()
-    size = image_edges(getattr(transforms, "crop_size", None)) or image_edges(getattr(transforms, "resize_size", None))
-    mean, std = (statistics(getattr(transforms, name, None)) for name in ("mean", "std"))
-    return Preprocessing(size, mean, std, f"torchvision {weights}")
-
-
-def library_guess(model: nn.Module, known: Preprocessing) -> Iterator[Guess]:
-    """Shapes from the library's metadata and from the model's own image_size."""
-    layer = first_layer(model)
-    own = image_edges(getattr(model, "image_size", None)) or image_edges(getattr(model, "img_size", None))
-    sizes = known.size or own
-    if sizes is None or layer is None or layer[0] != "Conv2d":
-        return
-    planes = next(iter(image_shapes(layer[1])))[1]
-    yield Guess([InputShape((1, planes, *(sizes * 2)[-2:]))], known.source or "the model's image size")
-
-
-def input_guesses(model: nn.Module, loaded: Loaded, known: Preprocessing) -> Iterator[Guess]:
-    """What the model tells about its inputs, the surest first; the spec's 1,3,224,224 last."""
-    if loaded.examples:
-        yield Guess(list(loaded.examples), "the inputs recorded in the file")
-        return
-    for guess in layer_guesses(model, known):
-        if 4 * sum(math.prod(shape.dims) for shape in guess.shapes) <= MAX_EXAMPLE_BYTES:
-            yield guess
-    yield Guess([InputShape((1, 3, 224, 224))], "no layer of the model, so it is the default")
-
-
-def layer_guesses(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
-    """What the library's metadata and the first layer tell."""
-    yield from library_guess(model, known)
-    layer = first_layer(model)
-    if layer is not None:
-        name, module = layer
-        integer = "int64" if name.startswith("Embedding") else None
-        recurrent = name in ("LSTM", "GRU", "RNN") and not getattr(module, "batch_first", False)
-        for dims in LAYER_SHAPES[name](module):
-            yield Guess([InputShape(tuple(dims), None, integer)], f"the first layer ({name})", 1 if recurrent else 0)
-
-
 def float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the model's first floating-point weight: its inputs have the same."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-
-
-def name_inputs(model: nn.Module, shapes: Sequence[InputShape], dtype: torch.dtype) -> list[InputSpec]:
-    """Give every shape a name (the user's, else `input`, else forward's) and a dtype."""
-    names, _ = forward_parameters(model)
-    if len(shapes) == 1 and not set(names[:1]) & USUAL_NAMES:
-        names = ["input"]
-    names += [f"input_{index}" for index in range(len(names), len(shapes))]
-    return [
-        InputSpec(shape.name or name, shape.dims, getattr(torch, shape.dtype) if shape.dtype else dtype)
-        for shape, name in zip(shapes, names, strict=False)
-    ]
-
-
-def free_axes(specs: Sequence[InputSpec], loaded: Loaded, options: Options, batch_axis: int) -> list[InputSpec]:
-    """Mark the batch and --dynamic-axes as free, or the axes that an exported program leaves free.
-
-    Axes of one name have one size, in every input. Raises UsageError for an axis that is not there.
-    """
-    wanted = list(itertools.chain.from_iterable(options.dynamic_axes or ()))
-    for axis in wanted:
-        check_axis(axis, specs)
-    if loaded.free and not wanted and not options.static:
-        return program_axes(specs, loaded.free)
-    result = []
-    for spec in specs:
-        axes: dict[int, str] = {}
-        has_batch = batch_axis < len(spec.dims) and spec.dims[batch_axis] == specs[0].dims[batch_axis]
-        if has_batch and not options.static:
-            axes[batch_axis] = BATCH
-        for axis, label, input_name in wanted:
-            if input_name in (None, spec.name):
-                axes[axis] = label or (BATCH if axis == batch_axis else axis_name(spec, axis))
-        result.append(spec._replace(axes=dict(sorted(axes.items()))))
-    return result
-
-
-def check_axis(wanted: DynamicAxis, specs: Sequence[InputSpec]) -> None:
-    """Raise UsageError where no input has the axis."""
-    if wanted.input_name is not None and wanted.input_name not in {spec.name for spec in specs}:
-        names = ", ".join(spec.name for spec in specs)
-        raise UsageError(f"--dynamic-axes: there is no input {wanted.input_name}; there is {names}")
-    for spec in specs:
-        if wanted.input_name in (None, spec.name) and wanted.axis >= len(spec.dims):
-            shape = shape_text(spec.dims)
-            raise UsageError(f"--dynamic-axes: {spec.name} is {shape} and has no axis {wanted.axis}")
-
-
-def axis_name(spec: InputSpec, axis: int) -> str:
-    """The usual name of an axis that is not the batch."""
-    return AXIS_NAMES.get(len(spec.dims), {}).get(axis, f"dim_{axis}")
-
-
-def program_axes(specs: Sequence[InputSpec], free: Sequence[Mapping[int, str]]) -> list[InputSpec]:
-    """Name the free axes of an exported program; a symbol that stands at several places gets one name."""
-    names: dict[str, str] = {}
-    for spec, symbols in zip(specs, free, strict=True):
-        for axis, symbol in symbols.items():
-            name = BATCH if axis == 0 else axis_name(spec, axis)
-            names.setdefault(symbol, f"{spec.name}_{name}" if name in names.values() else name)
-    return [
-        spec._replace(axes={axis: names[symbol] for axis, symbol in symbols.items()})
-        for spec, symbols in zip(specs, free, strict=True)
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the reference: PyTorch's own answers at several shapes, taken before any exporter has touched the model
-# ---------------------------------------------------------------------------------------------------------------------
-
-Arrays = dict[str, Any]  # name -> numpy array
-# Seeded inputs for sizes of the free axes and a seed.
-Examples = Callable[[Mapping[str, int], int], "list[Tensor]"]
-MAX_LABELLED = 4  # inputs whose shapes are told in messages
-
-
-class Case(NamedTuple):
-    """Inputs of one shape and PyTorch's outputs for them."""
-
-    label: str
-    inputs: Arrays
-    outputs: Arrays
-
-
-class Job(NamedTuple):
-    """One graph to be made: what to export as which file, and what to compare it with.
-
-    `traced` are the inputs that it is traced with. `further_checks` says more about a session than the cases do, and
-    raises AttemptError.
-    """
-
-    model: nn.Module
-    specs: list[InputSpec]
-    outputs: list[str]
-    traced: list[Tensor]
-    cases: list[Case]
-    file: str
-    further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
-    step: TokenStep | None = None  # what is exported and then repeated, where `model` reads a text token by token
-    parts: tuple[str, ...] = ()  # files of graphs made before, which become one: nothing is exported
-    written: bool = True  # False for such a part, which is not kept
-
-
-class TokenStep(NamedTuple):
-    """A model's work on one token. The graph of a model with states repeats it: PyTorch's own loop cannot be traced.
-
-    `specs` are the inputs of a single token (batch x 1), the mask up to it, and the cache before it.
-    """
-
-    module: nn.Module
-    specs: list[InputSpec]
-    traced: list[Tensor]
-    outputs: list[str]
-
-
-class RejectedInputError(Exception):
-    """The model raised when it was called; the cause is the original exception."""
 
 
 def flatten_outputs(value: Any) -> dict[str, Tensor]:
@@ -5923,34 +9202,6 @@ def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return Flat()
 
 
-def make_inputs(specs: Sequence[InputSpec], highest: int, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
-    """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen."""
-    generator = torch.Generator().manual_seed(seed)
-    result = []
-    for spec in specs:
-        shape = spec.resized(sizes)
-        if spec.dtype.is_floating_point:
-            values = (
-                torch.randn(shape, generator=generator) if seed % 3 != 1 else torch.rand(shape, generator=generator)
-            )
-            values = (values - 1 if seed % 3 == 2 else values).to(spec.dtype)
-        elif spec.dtype is torch.bool or "mask" in spec.name:
-            values = (torch.rand(shape, generator=generator) < 0.5).to(spec.dtype)
-            for place, value in enumerate((False, True)[: shape[-1] if shape else 0]):
-                values[..., place] = value  # whichever of the two means "ignore", something is left to attend to
-        else:
-            limit = min(highest, torch.iinfo(spec.dtype).max)
-            values = torch.randint(0, limit, shape, generator=generator).to(spec.dtype)
-        result.append(values)
-    return result
-
-
-def highest_index(model: nn.Module) -> int:
-    """Integer inputs stay below this: the number of rows of the smallest embedding, or 2 where there is none."""
-    rows = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    return min(rows, default=2)
-
-
 def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """The model's outputs by name; raises RejectedInputError with what the model said."""
     parameters, _ = forward_parameters(model)
@@ -5964,43 +9215,6 @@ def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str])
     outputs = flatten_outputs(result)
     taken = set(names) & outputs.keys()
     return {f"{name}_out" if name in taken else name: tensor for name, tensor in outputs.items()}
-
-
-class Reference:
-    """Calls the model at chosen sizes and keeps its answers as cases."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        specs: Sequence[InputSpec],
-        options: Options,
-        examples: Examples | None = None,
-    ) -> None:
-        self.model, self.specs, self.device = model, list(specs), options.device
-        self.names = [spec.name for spec in specs]
-        self.bytes, self.later_bytes = free_bytes(options, RUN_BYTES), free_bytes(options, LATER_BYTES)
-        self.seconds, self.later = run_seconds(options, own_code=is_archive(model)), 0.0
-        self.examples = examples or functools.partial(make_inputs, self.specs, highest_index(model))
-
-    def tensors(self, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
-        """Example inputs at `sizes`."""
-        return [tensor.to(self.device) for tensor in self.examples(sizes, seed)]
-
-    def run(self, sizes: Mapping[str, int], seed: int) -> Case:
-        """PyTorch's answer at `sizes`; raises RejectedInputError where the model does not accept them."""
-        start, before = time.monotonic(), memory_bytes("VmRSS")
-        bound = memory_bound(self.bytes, "running the model at guessed sizes", "pass --input-shape, or --run-timeout")
-        with time_limit(max(self.seconds, self.later)), bound:
-            inputs = self.tensors(sizes, seed)
-            given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
-            outputs = call_model(self.model, inputs, self.names)
-        self.later = max(self.later, min(LATER_RUNS * (time.monotonic() - start), MOST_LATER * self.seconds))
-        if self.bytes and self.later_bytes:
-            taken = memory_bytes("VmHWM") - before
-            self.bytes = max(self.bytes, min(LATER_FACTOR * taken, self.later_bytes))
-        few = list(given.items())[:MAX_LABELLED]  # not the keys and values of every layer
-        label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few)
-        return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()})
 
 
 def is_archive(model: nn.Module) -> bool:
@@ -6033,1347 +9247,673 @@ def to_numpy(tensor: Tensor) -> Any:
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy(force=True).copy()
 
 
-def check_deterministic(reference: Reference, first: Case, sizes: Mapping[str, int], seed: int) -> None:
-    """Call the model a second time with the same inputs; raises ConversionError (VERIFY) where the answers differ."""
-
-    def same(one: Case, other: Case) -> bool:
-        return one.outputs.keys() == other.outputs.keys() and all(
-            value.shape == other.outputs[name].shape
-            and np.allclose(value, other.outputs[name], 1e-4, 1e-5, equal_nan=True)
-            for name, value in one.outputs.items()
-        )
-
-    if same(first, reference.run(sizes, seed)):
-        return
-    torch.manual_seed(0)
-    third = reference.run(sizes, seed)
-    torch.manual_seed(0)
-    if same(third, reference.run(sizes, seed)):
-        why = "it draws random numbers in eval mode; make its dropout or noise depend on self.training"
-    else:
-        why = "it changes its own state when it is called; make that state an input and an output"
-    raise ConversionError(
-        ExitStatus.VERIFY, f"PyTorch itself gives two answers for the same input, so no ONNX model can be right: {why}"
-    )
-
-
-def check_finite(case: Case) -> None:
-    """Raises ConversionError (VERIFY) where PyTorch's own outputs hold NaN or Inf; warns where they prove little."""
-    for name, value in case.outputs.items():
-        if value.size and value.dtype.kind == "f" and not np.isfinite(value).all():
-            kind = "NaN" if np.isnan(value).any() else "infinite values"
-            raise ConversionError(
-                ExitStatus.VERIFY,
-                f"PyTorch's own output {name!r} holds {kind} for random {case.label}, so nothing can be compared; "
-                "check the weights, or pass --no-verify to export without proof",
-            )
-
-
-def propose_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> Iterator[Guess]:
-    """The user's shapes, or what the model tells; raises UsageError where the number cannot be right."""
-    names, required = forward_parameters(model)
-    if options.input_shape:
-        count, most = len(options.input_shape), len(names) or len(options.input_shape)
-        if not required <= count <= most:
-            wanted = ", ".join(names[:required]) or "none"
-            raise UsageError(
-                f"--input-shape gives {count} shape{'s' * (count != 1)}, the model needs {required} ({wanted})"
-            )
-        recurrent = next(iter(input_guesses(model, loaded, known))).batch_axis
-        batch_axis = recurrent if len(options.input_shape[0].dims) > recurrent else 0
-        yield Guess(options.input_shape, "--input-shape", batch_axis)
-        if any(shape.dtype is None for shape in options.input_shape):  # token ids, given without their dtype
-            shapes = [shape._replace(dtype=shape.dtype or "int64") for shape in options.input_shape]
-            yield Guess(shapes, "--input-shape, with int64 numbers", batch_axis)
-        return
-    if required > 1 and len(loaded.examples) < required:
-        example = " ".join(f"{name}:1,..." for name in names[:required])
-        raise UsageError(
-            f"the model takes {required} inputs ({', '.join(names[:required])}); pass --input-shape {example}"
-        )
-    yield from input_guesses(model, loaded, known)
-
-
-def settle_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> tuple[Reference, Case]:
-    """The first proposed inputs that the model accepts, and its answer at exactly those sizes."""
-    dtype = float_dtype(model)
-    failure: RejectedInputError | None = None
-    for guess in propose_inputs(model, loaded, known, options):
-        specs = free_axes(name_inputs(model, guess.shapes, dtype), loaded, options, guess.batch_axis)
-        reference = Reference(model, specs, options)
-        try:
-            case = reference.run({}, GIVEN_SEED)
-        except RejectedInputError as error:
-            failure = failure or error
-            continue
-        if not options.input_shape:
-            LOG.info(f"input: {' '.join(map(str, guess.shapes))}, told by {guess.reason} (--input-shape overrides)")
-        check_deterministic(reference, case, {}, GIVEN_SEED)
-        return reference, case
-    shapes = " ".join(map(str, options.input_shape or ())) or "any shape tried"
-    cause = failure.__cause__ if failure else None
-    if isinstance(cause, AttributeError):
-        raise InputError(
-            f"the model cannot run: {failure}; was it saved with another version of its library? "
-            "Install that version, or save a state dict"
-        ) from cause
-    raise UsageError(
-        f"the model does not accept {shapes}: {failure}; pass the right --input-shape, e.g. 1,3,224,224"
-    ) from cause
-
-
-def check_outputs(case: Case) -> None:
-    """Raises ConversionError (EXPORT) for a model without tensor outputs; warns of outputs that prove little."""
-    if not case.outputs:
-        raise ConversionError(ExitStatus.EXPORT, "the model returns no tensor; wrap it so that forward returns tensors")
-    for name, value in case.outputs.items():
-        if value.size == 0:
-            LOG.warn(f"output {name!r} is empty for random input: comparing it proves its shape only")
-        elif value.size > 1 and (value == value.flat[0]).all():
-            LOG.warn(
-                f"output {name!r} is {value.flat[0]} everywhere: comparing it proves little (is the model trained?)"
-            )
-
-
-def other_sizes(size: int, *, larger: bool, turn: int) -> list[int]:
-    """Sizes to try beside `size`; `turn` makes two axes of one input differ, so that swapping them shows."""
-    steps = (32, 64, 16, 8, 2, 1) if turn % 2 == 0 else (64, 32, 16, 8, 2, 1)
-    return [size + step if larger else size - step for step in steps if larger or size > step]
-
-
-def plan_module(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> Job:
-    """Settle the inputs, find out which axes really are free, and take PyTorch's answers at several sizes."""
-    reference, given = settle_inputs(model, loaded, known, options)
-    base = {name: spec.dims[axis] for spec in reference.specs for axis, name in spec.axes.items()}
-    small, large = dict(base), dict(base)
-    for turn, name in enumerate(name for name in base if name != BATCH):
-        for sizes, larger in ((small, False), (large, True)):
-            tries = other_sizes(base[name], larger=larger, turn=turn)
-            sizes[name] = accepted_size(reference, base, name, tries, given)
-    batch = base.get(BATCH, 1)
-    cases = []
-    shapes = [
-        (base, (max(2, batch),)),
-        (small, (1, 4)),
-        (large, (3, 5)),
-        *((sizes, (batch,)) for sizes in uneven_sizes(base)),
-    ]
-    for seed, (sizes, batches) in enumerate(shapes):
-        same = seed == GIVEN_SEED and sizes == base and batch in batches[:1]
-        case = given if same else accepted_case(reference, sizes, batches if BATCH in base else (1,), seed, given)
-        if case is None and seed >= FIRST_ODD_CASE:  # a model that wants multiples of something
-            continue
-        if case is None and BATCH in base and not batch_is_explicit(options):
-            LOG.warn(
-                f"the batch axis is fixed at {batch}: the model rejects other batch sizes, or returns other outputs"
-            )
-            return plan_module(model, loaded, known, fixed_batch(options, reference.specs))
-        if case is None:
-            raise UsageError(f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static")
-        cases.append(case)
-    check_outputs(given)
-    for case in cases:
-        check_finite(case)
-    traced = reference.tensors(base | {BATCH: max(2, batch)}, seed=0)
-    return Job(model, reference.specs, list(given.outputs), traced, cases, options.output.name)
-
-
-def uneven_sizes(base: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """More sizes for the free axes besides the batch, seeded and uneven: rounding hits some sizes and spares others."""
-    import random
-
-    chance = random.Random(0)  # noqa: S311  (not for secrets)
-    names = [name for name in base if name != BATCH]
-    for _ in range(ODD_CASES if names else 0):
-        yield {**base, **{name: chance.randint(max(1, base[name] // 2), base[name]) for name in names}}
-
-
-def accepted_case(
-    reference: Reference, sizes: Mapping[str, int], batches: Iterable[int], seed: int, given: Case
-) -> Case | None:
-    """The answer at `sizes` and the first of `batches` that the model accepts and answers with `given`'s outputs."""
-    for batch in batches:
-        with contextlib.suppress(RejectedInputError):
-            case = reference.run({**sizes, BATCH: batch}, seed)
-            if case.outputs.keys() == given.outputs.keys():
-                return case
-    return None
-
-
-def accepted_size(reference: Reference, base: Mapping[str, int], name: str, tries: Iterable[int], given: Case) -> int:
-    """The first of `tries` that the model accepts for the axis `name`; raises UsageError for none."""
-    for size in tries:
-        if accepted_case(reference, {**base, name: size}, (base.get(BATCH, 1),), 0, given) is not None:
-            return size
-    if any(size > base[name] for size in tries):
-        raise UsageError(f"--dynamic-axes: the model accepts no other {name} than {base[name]}; leave that axis out")
-    return base[name]
-
-
-def batch_is_explicit(options: Options) -> bool:
-    """Whether the user named the batch axis: then a batch that cannot vary is an error, not a note."""
-    return any(axis.axis == 0 for axis in itertools.chain.from_iterable(options.dynamic_axes or ()))
-
-
-def fixed_batch(options: Options, specs: Sequence[InputSpec]) -> Options:
-    """The same options with a batch axis that is not free; the other free axes stay."""
-    axes = [[DynamicAxis(axis, name, spec.name) for axis, name in spec.axes.items() if name != BATCH] for spec in specs]
-    shapes = [InputShape(spec.dims, spec.name, str(spec.dtype).removeprefix("torch.")) for spec in specs]
-    return replace(options, static=True, dynamic_axes=axes, input_shape=shapes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the graphs of a Hugging Face model: modules that take and return flat tensors under the ecosystem's names
-# ---------------------------------------------------------------------------------------------------------------------
-
-CACHE_FLAG = "use_cache_branch"
-SEQUENCE, PAST, TOTAL = "sequence_length", "past_sequence_length", "total_sequence_length"
-ENCODER_SEQUENCE, DECODER_SEQUENCE = "encoder_sequence_length", "decoder_sequence_length"
-# Sizes of the free axes: what is traced first, then what is verified beside it. No two axes change alike.
-TEXT_SIZES = ({BATCH: 2, SEQUENCE: 12}, {BATCH: 1, SEQUENCE: 7}, {BATCH: 3, SEQUENCE: 18})
-DECODER_SIZES = tuple(
-    {BATCH: batch, PAST: past, SEQUENCE: new} for batch, past, new in ((2, 6, 5), (1, 0, 9), (3, 11, 1), (2, 0, 14))
-)
-# The decoder behind an encoder: without a past, and with one.
-ENCODED = ((2, 12), (1, 7), (3, 18))
-FIRST_SIZES, NEXT_SIZES = (
-    tuple(
-        {BATCH: batch, ENCODER_SEQUENCE: encoded, PAST: past, SEQUENCE: new}
-        for (batch, encoded), (past, new) in zip(ENCODED, lengths, strict=True)
-    )
-    for lengths in (((0, 5), (0, 1), (0, 8)), ((6, 3), (1, 1), (11, 1)))
-)
-WINDOW_BYTES = 512_000_000  # of a cache that is longer than the sliding window: beyond, the window goes unverified
-GENERATED = 10  # tokens that PyTorch and ONNX Runtime generate for the same prompts
-FEW_GENERATED = 2  # the same of heavy models
-HEAVY_BYTES = 8_000_000_000  # of weights: reading them once takes many seconds, and a model is called a dozen times
-STEPPED = 5  # tokens that a model with states reads in one call and one after the other
-STEPS_APART = 1e-3  # of the largest value: what rounding does to two ways of computing the same
-DECODED = 5  # tokens of the decoder where an encoder-decoder model is called once
-CHOICES = 3  # answers of a multiple-choice question in the examples
-AUDIO_SAMPLES = 16000  # a second, as the feature extractors resample
-
-
-class Graph(NamedTuple):
-    """One graph of a model: its file, its module, its inputs at the traced sizes, and how to make examples of them."""
-
-    file: str
-    module: nn.Module  # tensors in, by position; a dict of tensors out
-    specs: list[InputSpec]
-    examples: Examples
-    sizes: tuple[dict[str, int], ...]
-    further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
-    step: TokenStep | None = None
-
-
-def padding_mask(batch: int, length: int, *, left: bool) -> Tensor:
-    """A mask (int64, batch x length) of ones whose later rows begin (`left`) or end with ever more zeros."""
-    mask = torch.ones(batch, length, dtype=torch.int64)
-    for row in range(1, batch):
-        empty = min(length - 1, row * length // (batch + 1))
-        mask[row, : empty if left else 0] = 0
-        mask[row, length if left else length - empty :] = 0
-    return mask
-
-
-def token_ids(config: Any, shape: Sequence[int], generator: Any) -> Tensor:
-    """Random tokens (int64) of the vocabulary that are none of the special ones."""
-    special = {value for key, value in config.to_dict().items() if key.endswith("_token_id") and type(value) is int}
-    usual = torch.tensor([token for token in range(min(config.vocab_size, 50000)) if token not in special] or [0])
-    return usual[torch.randint(0, len(usual), tuple(shape), generator=generator)]
-
-
-def example_tensors(
-    specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int, *, left: bool = False
-) -> list[Tensor]:
-    """Seeded inputs at `sizes` as a processor makes them: padded rows (`left` or right), real positions."""
-    generator = torch.Generator().manual_seed(seed)
-    made: dict[str, Tensor] = {}
-    for spec in sorted(specs, key=lambda spec: "mask" not in spec.name):  # the masks first: others follow them
-        shape = spec.resized(sizes)
-        if spec.name in ("attention_mask", "encoder_attention_mask"):
-            rows = padding_mask(math.prod(shape[:-1]), shape[-1], left=left)
-            made[spec.name] = rows.view(shape)
-        elif spec.name == "input_ids":
-            made[spec.name] = padded_ids(config, token_ids(config, shape, generator), made.get("attention_mask"))
-        elif spec.name == "decoder_input_ids":
-            made[spec.name] = token_ids(config, shape, generator)
-        elif spec.name == "token_type_ids":
-            made[spec.name] = (torch.arange(shape[-1]) >= shape[-1] // 2).to(torch.int64).expand(shape).clone()
-        elif spec.name == "position_ids":
-            made[spec.name] = (made["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, -shape[-1] :]
-        elif spec.name == "bbox":
-            limit = min(1000, getattr(config, "max_2d_position_embeddings", 1000) - 1)
-            corners = torch.randint(0, limit // 2, (*shape[:-1], 2), generator=generator)
-            made[spec.name] = torch.cat([corners, corners + limit // 3], -1)  # left, top, right, bottom
-        else:
-            made[spec.name] = torch.randn(shape, generator=generator).to(spec.dtype)
-    return [made[spec.name] for spec in specs]
-
-
-def on_device_of(model: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on the device of `model`."""
-    return [tensor.to(model.device) for tensor in tensors]
-
-
-def padded_ids(config: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """`ids` with the padding token where `mask` is zero, and one end token in every row where the model counts them."""
-    if mask is None or mask.shape[-1] < ids.shape[-1]:
-        return ids
-    mask = mask[..., -ids.shape[-1] :]
-    pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
-    ids = ids.masked_fill(mask == 0, pad)
-    if getattr(config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
-        ids.scatter_(-1, mask.sum(-1, keepdim=True) - 1, config.eos_token_id)
-    return ids
-
-
-def takes_argument(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward names this argument."""
-    return accepts(model.forward, name, by_name=True)
-
-
-def text_specs(model: Any, task: str) -> list[InputSpec]:
-    """The inputs of a text encoder, as its tokenizer makes them."""
-    names = ["input_ids", "attention_mask"]
-    if takes_argument(model, "token_type_ids") and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
-        names.append("token_type_ids")
-    if takes_argument(model, "bbox"):
-        names.append("bbox")
-    dims, axes = (TEXT_SIZES[0][BATCH], TEXT_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
-    if task == "multiple-choice":
-        dims, axes = (dims[0], CHOICES, dims[1]), {0: BATCH, 1: "num_choices", 2: SEQUENCE}
-    specs = [InputSpec(name, dims, torch.int64, axes) for name in names if takes_argument(model, name)]
-    if task == "feature-extraction" and model.config.is_encoder_decoder and takes_argument(model, "decoder_input_ids"):
-        few = (dims[0], DECODED)
-        specs.append(InputSpec("decoder_input_ids", few, torch.int64, {0: BATCH, 1: DECODER_SEQUENCE}))
-    return [spec._replace(dims=(*dims, 4)) if spec.name == "bbox" else spec for spec in specs]
-
-
-MAX_WINDOW = 8192  # tokens: twice the widest local attention that a text is made for
-
-
-def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
-    """The sizes to try, with one that is longer than the window of local attention where the model has one."""
-    windows = [getattr(config, name, None) for name in ("attention_window", "local_attention")]
-    widest = max((window if isinstance(window, int) else max(window) for window in windows if window), default=0)
-    if not 0 < 2 * widest < min(getattr(config, "max_position_embeddings", math.inf), MAX_WINDOW):
-        return TEXT_SIZES
-    return (*TEXT_SIZES, {BATCH: 1, SEQUENCE: widest + 3})
-
-
-def config_number(config: Any, names: str, otherwise: int, high: int) -> int:
-    """The first of the attributes `names` of a configuration that is set, a whole number from 1 to `high`.
-
-    Raises InputError for one of another kind.
-    """
-    name = next((name for name in names.split() if getattr(config, name, None)), None)
-    value = getattr(config, name) if name else otherwise
-    if type(value) is not int or not 1 <= value <= high:
-        raise DamagedFileError(f"config.json: {name} is {shown(value)}, not a whole number from 1 to {high}; repair it")
-    return value
-
-
-def processor_size(settings: Settings) -> tuple[int, int, bool] | None:
-    """Height and width of the images that a processor makes, and whether it keeps their proportions; None if untold."""
-    crops = settings.flag("do_center_crop") and settings.content.get("crop_size")
-    key = "crop_size" if crops else "size"
-    value = settings.content.get(key)
-    if isinstance(value, dict):
-        size = Settings(value, f"{settings.where}: {key}")
-        edge = size.integer("shortest_edge", 1, MAX_IMAGE_EDGE) or 224
-        height, width = (size.integer(name, 1, MAX_IMAGE_EDGE) or edge for name in ("height", "width"))
-        return height, width, "longest_edge" in value
-    edges = image_edges(value)
-    if value is not None and edges is None:
-        raise settings.misfit(key, f"whole numbers from 1 to {MAX_IMAGE_EDGE}")
-    return (edges[0], edges[-1], False) if edges else None
-
-
-def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
-    """Channels, height and width of the images, and whether the processor keeps their proportions.
-
-    Told by preprocessor_config.json, else by the model's own image_size; 3, 224 and 224 where nothing tells.
-    """
-    vision = getattr(config, "vision_config", config)
-    channels = config_number(vision, "num_channels in_channels", IMAGE_CHANNELS, MAX_IMAGE_EDGE)
-    file = folder / "preprocessor_config.json"
-    if file.exists() and (size := processor_size(Settings(read_json(file), file.name))):
-        return channels, *size
-    own = getattr(vision, "image_size", None)
-    if not isinstance(own, (int, list, tuple)):
-        return channels, 224, 224, False
-    if not (edges := image_edges(own)):
-        what = f"whole numbers from 1 to {MAX_IMAGE_EDGE}"
-        raise DamagedFileError(f"config.json: image_size is {shown(own)}, not {what}; repair it")
-    return channels, edges[0], edges[-1], False
-
-
-def image_spec(model: Any, folder: Path, task: str) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
-    """pixel_values and the sizes to try: height and width are free where a detector's processor keeps proportions."""
-    channels, height, width, free = image_settings(model.config, folder)
-    dtype = float_dtype(model)
-    if not free or task != "object-detection":
-        spec = InputSpec("pixel_values", (2, channels, height, width), dtype, {0: BATCH})
-        return spec, ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
-    spec = InputSpec("pixel_values", (2, channels, 256, 320), dtype, {0: BATCH, 2: "height", 3: "width"})
-    sizes = ({"height": 256, "width": 320}, {"height": 224, "width": 288}, {"height": 320, "width": 256})
-    return spec, tuple({BATCH: batch, **size} for batch, size in zip((2, 1, 3), sizes, strict=True))
-
-
-MAX_FRAMES = 16_384  # of a spectrogram: Whisper's has 3,000
-
-
-def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
-    """input_values (samples, or a spectrogram of fixed length) or input_features (mel spectrogram)."""
-    config, name, dtype = model.config, model.main_input_name, float_dtype(model)
-    batches: tuple[dict[str, int], ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
-    bins = config_number(config, "num_mel_bins input_feat_per_channel", 80, MAX_IMAGE_EDGE)
-    if name == "input_values" and getattr(config, "num_mel_bins", None) and getattr(config, "max_length", None):  # AST
-        return InputSpec(
-            name, (2, config_number(config, "max_length", 1, MAX_FRAMES), bins), dtype, {0: BATCH}
-        ), batches
-    if name == "input_values":
-        lengths = (AUDIO_SAMPLES, AUDIO_SAMPLES // 2 + 80, AUDIO_SAMPLES + 4321)
-        sizes = tuple({**batch, "audio_length": length} for batch, length in zip(batches, lengths, strict=True))
-        return InputSpec(name, (2, AUDIO_SAMPLES), dtype, {0: BATCH, 1: "audio_length"}), sizes
-    if getattr(config, "model_type", "") == "whisper":  # bins first, and always 30 seconds
-        frames = 2 * config_number(config, "max_source_positions", 1, MAX_FRAMES)
-        return InputSpec(name, (2, bins, frames), dtype, {0: BATCH}), batches
-    sizes = tuple({**batch, "frames": frames} for batch, frames in zip(batches, (96, 64, 160), strict=True))
-    return InputSpec(name, (2, 96, bins), dtype, {0: BATCH, 1: "frames"}), sizes
-
-
-def named_call(model: nn.Module, names: Sequence[str], choose: Callable[[Any], dict[str, Tensor]]) -> nn.Module:
-    """A module that takes tensors by position, calls `model` with them by name and returns what `choose` picks."""
-
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            return choose(self.inner(**dict(zip(names, inputs, strict=True)), return_dict=True))
-
-    return Named()
-
-
-def task_outputs(task: str, missing: Collection[str]) -> Callable[[Any], dict[str, Tensor]]:
-    """What picks the task's tensors from a model's output: those of TASK_OUTPUTS, logits, or every tensor."""
-    wanted = [name for name in TASK_OUTPUTS.get(task, ("logits",)) if name not in missing]
-
-    def choose(output: Any) -> dict[str, Tensor]:
-        tensors = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
-        return {name: tensors[name] for name in wanted if name in tensors} or tensors
-
-    return choose
-
-
-def pool_states(states: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """One vector for each row of `states` (batch x sequence x size), as sentence_transformers.models.Pooling has it."""
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    if mode == "cls":
-        return states[:, 0]
-    if mode == "max":
-        return states.masked_fill(weights == 0, -1e9).max(1).values
-    if mode == "lasttoken":
-        places = torch.arange(mask.shape[1], device=mask.device) * mask
-        return torch.take_along_dim(states, places.argmax(1)[:, None, None], 1)[:, 0]
-    if mode == "weightedmean":
-        weights = weights * (torch.arange(mask.shape[1], device=mask.device)[None, :, None] + 1)
-    length = weights.sum(1).clamp(min=1e-9)
-    return (states * weights).sum(1) / (length.sqrt() if mode == "mean_sqrt_len_tokens" else length)
-
-
-POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
-           "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_lasttoken": "lasttoken",
-           "pooling_mode_weightedmean_tokens": "weightedmean"}  # fmt: skip
-# Activations of torch.nn that a Dense module may name; they are built without arguments.
-ACTIVATIONS = word_set(
-    """CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU Sigmoid
-    Softplus Softsign Tanh Tanhshrink"""
-)
-SentenceStep = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
-
-
-def module_folder(module: Settings) -> str:
-    """The folder of a module of sentence-transformers, beside modules.json or "" for that folder itself."""
-    name = module.name("path") or ""
-    if name and not is_file_name(name):
-        raise module.misfit("path", "the name of a folder beside it")
-    return name
-
-
-def sentence_steps(folder: VettedFolder, *, trust: bool) -> list[SentenceStep]:
-    """What a sentence-transformers folder does with the states: functions of states, mask and the vector so far.
-
-    Raises InputError for a module that is not known. Without modules.json the mean, as
-    sentence-transformers itself does.
-    """
-    if "modules.json" not in folder.files:
-        LOG.warn("no modules.json says how words become a sentence: it is their mean, as sentence-transformers does")
-        return [pooling_step(["mean"])]
-    steps: list[SentenceStep] = []
-    with naming(folder.path):
-        for module in folder.modules()[1:]:
-            kind = (module.name("type") or "").rpartition(".")[2]
-            if kind == "Pooling":
-                steps.append(pooling_step(pooling_modes(module_settings(folder, module))))
-            elif kind == "Normalize":
-                steps.append(lambda _states, _mask, vector: torch.nn.functional.normalize(vector, dim=-1))
-            elif kind == "Dense":
-                steps.append(dense_step(folder, module, trust=trust))
-            else:
-                raise module.misfit("type", "Pooling, Normalize or Dense, which are all that is known here")
-    return steps
-
-
-def module_settings(folder: VettedFolder, module: Settings) -> Settings:
-    """The settings of a module of sentence-transformers."""
-    name = f"{module_folder(module)}/config.json".lstrip("/")
-    return Settings(parse_json(read_bounded(folder.path / name, MAX_JSON_BYTES, name), name), name)
-
-
-def pooling_modes(settings: Settings) -> list[str]:
-    """How words become a sentence, by the settings of a Pooling module; raises DamagedFileError for unknown ways."""
-    named = settings.content.get("pooling_mode")
-    modes = [named] if isinstance(named, str) else settings.names("pooling_mode")
-    flags = [key for key in settings.content if key.startswith("pooling_mode_") and settings.flag(key)]
-    modes = modes or [POOLING.get(key, key) for key in flags]
-    unknown = [mode for mode in modes if mode not in POOLING.values()]
-    if len(set(modes)) < len(modes):
-        raise settings.misfit("pooling_mode", "a list of different names")
-    if unknown or not modes:
-        what = f"the pooling mode {shown(unknown[0])}, which is not known here" if unknown else "no pooling mode"
-        raise DamagedFileError(f"{settings.where} names {what}; it can be {', '.join(POOLING.values())}")
-    return [mode for mode in POOLING.values() if mode in modes] if flags else modes
-
-
-def pooling_step(modes: Sequence[str]) -> SentenceStep:
-    """The vectors of all `modes`, one after the other."""
-    return lambda states, mask, _: torch.cat([pool_states(states, mask, mode) for mode in modes], -1)
-
-
-def dense_step(folder: VettedFolder, module: Settings, *, trust: bool) -> SentenceStep:
-    """The Dense module of sentence-transformers: a linear layer and its activation."""
-    settings, name = module_settings(folder, module), module_folder(module)
-    activation = (settings.name("activation_function") or "torch.nn.Identity").rpartition(".")[2]
-    if activation not in ACTIVATIONS:
-        raise settings.misfit("activation_function", "an activation of torch.nn that is known here")
-    files = [f"{name}/{file}" for file in ("model.safetensors", "pytorch_model.bin")]
-    file = next((file for file in files if os.path.lexists(folder.path / file)), files[0])
-    there = os.path.lexists(folder.path / file)
-    weights = state_dict_of(load(detect_file(folder.path / file), trust=trust).content) if there else None
-    if not weights or "linear.weight" not in weights:
-        raise DamagedFileError(f"{name} has no linear.weight; copy or download the whole folder")
-    matrix, bias = weights["linear.weight"], weights.get("linear.bias")
-    if matrix.dim() != 2 or not matrix.is_floating_point() or (bias is not None and bias.shape != matrix.shape[:1]):
-        raise DamagedFileError(f"{name} has a linear.weight or linear.bias that make no layer; download it again")
-    function = getattr(torch.nn, activation)()
-    return lambda _states, _mask, vector: function(torch.nn.functional.linear(vector, matrix, bias))
-
-
-def sentence_call(model: Any, names: Sequence[str], steps: Sequence[Callable[..., Tensor]]) -> nn.Module:
-    """A module that returns the model's states and the sentence's vector, which `steps` make of them."""
-
-    class Sentence(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given = dict(zip(names, inputs, strict=True))
-            states = self.inner(**given, return_dict=True).last_hidden_state
-            vector = states
-            for step in steps:
-                vector = step(states, given["attention_mask"], vector)
-            return {"last_hidden_state": states, "sentence_embedding": vector}
-
-    return Sentence()
-
-
-def single_graph(found: FolderModel, folder: Path) -> Graph:
-    """The graph of a model that is called once: text, image, audio or both of the first two."""
-    model, task = found.model, found.task
-    if task == "zero-shot-image-classification":
-        image, _ = image_spec(model, folder, task)
-        texts = [spec._replace(axes={0: "text_batch_size", 1: SEQUENCE}) for spec in text_specs(model, task)]
-        limit = getattr(model.config.text_config, "max_position_embeddings", 1000)
-        specs = [*texts[:1], image._replace(axes={0: "image_batch_size"}), *texts[1:]]
-        batches = ((2, 3), (1, 2), (4, 1))
-        sizes = tuple(
-            {"text_batch_size": few, "image_batch_size": many, SEQUENCE: min(size[SEQUENCE], limit - turn)}
-            for turn, ((few, many), size) in enumerate(zip(batches, TEXT_SIZES, strict=True))
-        )
-        config = model.config.text_config
-    elif model.main_input_name == "pixel_values":
-        image, sizes = image_spec(model, folder, task)
-        specs, config = [image], model.config
-    elif model.main_input_name in ("input_values", "input_features"):
-        audio, sizes = audio_spec(model)
-        specs, config = [audio], model.config
-    else:
-        specs, config = text_specs(model, task), model.config.get_text_config()
-        sizes = tuple(
-            {**size, "num_choices": CHOICES + turn, DECODER_SEQUENCE: DECODED + turn}
-            for turn, size in enumerate(text_sizes(config))
-        )
-        if task == "feature-extraction" and not found.steps and has_states(config):
-            return stateful_graph(found, specs, cached=False, verified=False)
-    names = [spec.name for spec in specs]
-    module = named_call(model, names, task_outputs(task, found.missing))
-    if found.steps and "attention_mask" in names:
-        module = sentence_call(model, names, found.steps)
-    return Graph("model", module, specs, functools.partial(example_tensors, specs, config), sizes)
-
-
-def timm_graph(model: Any, output: str) -> Graph:
-    """The graph of a model of timm: images of the size that it was made for, and its one `output`."""
-
-    class Images(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-            return {output: self.inner(pixel_values)}
-
-    size = preprocessing(model, None).size or ()  # three: timm_model saw to it
-    spec = InputSpec("pixel_values", (2, *size), float_dtype(model), {0: BATCH})
-    sizes = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
-    return Graph("model", Images(), [spec], functools.partial(example_tensors, [spec], None), sizes)
-
-
-def cache_layer(key: Tensor, value: Tensor) -> Any:
-    """One layer of a cache that holds `key` and `value` and grows, whatever window the model looks through.
-
-    The sliding layers of transformers forget what is out of the window; the masks hide it just as well.
-    """
-    from transformers.cache_utils import DynamicLayer
-
-    layer = DynamicLayer()
-    layer.lazy_initialization(key, value)
-    layer.keys, layer.values = key, value
-    return layer
-
-
-def cache_of(tensors: Sequence[Tensor]) -> Any:
-    """A cache with the layers key, value, key, value, ..."""
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache()
-    cache.layers = [cache_layer(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
-    return cache
-
-
-def cache_tensors(cache: Any, prefix: str = "", kind: str = "", recurrent: str = "") -> dict[str, Tensor]:
-    """`present.N.key` and `present.N.value` of every layer (for encoder-decoder models `present.N.decoder.key`).
-
-    Layers with states have `present_conv.N` and, under the name of `recurrent`, `present_ssm.N`.
-    """
-    named = {}
-    for index, layer in enumerate(cache.layers):
-        if getattr(layer, "keys", None) is not None:
-            named[f"{prefix}.{index}{kind}.key"], named[f"{prefix}.{index}{kind}.value"] = layer.keys, layer.values
-        named |= {f"{prefix}_{name}": states[turn] for name, states, turn in state_places(layer, index, recurrent)}
-    return named
-
-
-def state_places(layer: Any, index: int, recurrent: str) -> list[tuple[str, dict[int, Tensor], int]]:
-    """Where a layer of transformers' cache keeps its states, each with its name; none in layers of attention."""
-    found = []
-    if hasattr(layer, "recurrent_states"):
-        for kind, states in (("conv", layer.conv_states), (recurrent, layer.recurrent_states)):
-            turns = [turn for turn, state in states.items() if state is not None]
-            found += [(f"{kind}.{index}" + (f".{turn}" if len(turns) > 1 else ""), states, turn) for turn in turns]
-    return found
-
-
-def past_name(present: str) -> str:
-    """The input that takes what an output gave: `past_key_values.N.key` for `present.N.key`, `past_conv.N`."""
-    return present.replace("present", "past_key_values" if present.startswith("present.") else "past", 1)
-
-
-def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
-    """The graph of a decoder: prefill (an empty past) and decoding in one, or without a cache.
-
-    A `verified` one is compared by generating text, too.
-    """
-    model, dtype = found.model, float_dtype(found.model)
-    names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes_argument(model, name)]
-    dims, axes = (2, DECODER_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
-    specs = [InputSpec(name, dims, torch.int64, axes) for name in names]
-    config = model.config.get_text_config(decoder=True)
-    if has_states(config):
-        return stateful_graph(found, specs, cached=cached, verified=verified)
-    examples = functools.partial(example_tensors, specs, config, left=True)
-    if not cached:
-        module = named_call(model, names, task_outputs(found.task, ()))
-        return Graph("model", module, specs, examples, TEXT_SIZES)
-    past = cache_specs(cache_probe(model, "past_key_values"), dtype)
-    specs = [*growing_masks(specs), *past]
-    sizes, tokens = decoder_sizes(model, config, past)
-    examples = functools.partial(example_tensors, specs, config, left=True)
-    check = None
-    if verified and model.can_generate():
-        check = functools.partial(check_generation, generate(model, config, tokens), specs)
-    return Graph("model", cached_call(model, names), specs, examples, sizes, check)
-
-
-def cache_probe(model: Any, argument: str) -> Any:
-    """The cache after a single token, for its shapes: stored weights are not read for that.
-
-    Raises ConversionError (EXPORT) where the model keeps what it remembers elsewhere.
-    """
-    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
-    with torch.no_grad(), blank_weights(model):
-        cache = getattr(model(input_ids=token, use_cache=True), argument, None)
-    if not hasattr(cache, "layers"):
-        what = (
-            f"{type(model).__name__} keeps what it remembers outside of transformers' cache, where no graph can have it"
-        )
-        raise ConversionError(ExitStatus.EXPORT, f"{what}; try another --task, or --no-cache")
-    return cache
-
-
-def growing_masks(specs: Sequence[InputSpec]) -> list[InputSpec]:
-    """`specs` with masks that span the past, too."""
-    return [spec._replace(axes={0: BATCH, 1: TOTAL}) if "mask" in spec.name else spec for spec in specs]
-
-
-def cache_specs(probe: Any, dtype: torch.dtype, recurrent: str = "") -> list[InputSpec]:
-    """The inputs for a cache like `probe`, which holds what a single token left."""
-    found = []
-    for name, tensor in cache_tensors(probe, "present", recurrent=recurrent).items():
-        _, *rest = tensor.shape
-        if name.startswith("present."):
-            heads, _, size = rest
-            found.append(InputSpec(past_name(name), (2, heads, 6, size), dtype, {0: BATCH, 2: PAST}))
-        else:
-            found.append(InputSpec(past_name(name), (2, *rest), tensor.dtype, {0: BATCH}))
-    return found
-
-
-def decoder_sizes(model: Any, config: Any, past: Sequence[InputSpec]) -> tuple[tuple[dict[str, int], ...], int]:
-    """Sizes at which a decoder with a `past` is compared, and how many tokens it generates."""
-    every, tokens = (*DECODER_SIZES, *window_sizes(config, [spec.dims for spec in past])), GENERATED
-    if (size := weight_bytes(model)) >= HEAVY_BYTES:
-        every, tokens = DECODER_SIZES[:2], FEW_GENERATED
-        LOG.info(
-            f"verify: each pass reads {size_text(size)}, so it is {len(every)} sizes and {tokens} generated tokens"
-        )
-    return tuple({**size, TOTAL: size[PAST] + size[SEQUENCE]} for size in every), tokens
-
-
-def has_states(config: Any) -> bool:
-    """Whether transformers gives this model's cache layers with states: state spaces and linear attention."""
-    from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
-
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
-
-
-def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bool, verified: bool) -> Graph:
-    """The graph of a model with states (mamba, lfm2, qwen3_next): a loop over the tokens, in prefill as in decoding.
-
-    Without a cache the states begin with zeros, and what they become is no output.
-    """
-    model, config = found.model, found.model.config.get_text_config(decoder=True)
-    LOG.info("its states go from token to token: the graph is a loop over the tokens")
-    argument = "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
-    probe = cache_probe(model, argument)
-    # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
-    recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in config.to_dict()) else "recurrent"
-    past = cache_specs(probe, float_dtype(model), recurrent)
-    names, states = [spec.name for spec in specs], [spec.name for spec in past]
-    way = StatefulCall(model, names, states, argument, probe.layers, recurrent, task_outputs(found.task, ()))
-    every = [*growing_masks(specs), *past]
-    one = {BATCH: 2, PAST: 6, SEQUENCE: 1, TOTAL: 7}
-    single = [
-        spec._replace(
-            dims=spec.resized(one), axes={axis: symbol for axis, symbol in spec.axes.items() if symbol != SEQUENCE}
-        )
-        for spec in every
-    ]
-    module, traced = token_call(way), on_device_of(model, stateful_examples(single, config, one, 0))
-    with torch.no_grad(), blank_weights(model):
-        step = TokenStep(module, single, traced, list(module(*traced)))
-    if verified and weight_bytes(model) < HEAVY_BYTES:
-        check_steps(way, module, every)
-    if not cached:
-        examples = functools.partial(example_tensors, specs, config, left=True)
-        return Graph("model", text_call(way, module, cached=False), list(specs), examples, TEXT_SIZES, step=step)
-    sizes, tokens = decoder_sizes(model, config, past)
-    examples = functools.partial(stateful_examples, every, config)
-    check = functools.partial(check_generation, generate(model, config, tokens), every) if verified else None
-    return Graph("model", text_call(way, module, cached=True), every, examples, sizes, check, step)
-
-
-def stateful_examples(specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
-    """Example inputs of a decoder; where no token is past, the states are zeros."""
-    tensors = example_tensors(specs, config, sizes, seed, left=True)
-    if not sizes[PAST]:
-        for spec, tensor in zip(specs, tensors, strict=True):
-            if spec.name.startswith("past_"):
-                tensor.zero_()
-    return tensors
-
-
-class StatefulCall(NamedTuple):
-    """How a model with states is called."""
-
-    model: Any
-    names: list[str]  # of its inputs
-    past: list[str]  # of the cache's tensors
-    argument: str  # the cache's name
-    layers: list[Any]  # of a cache: what is in them is replaced
-    recurrent: str  # what its recurrent states are called
-    choose: Callable[[Any], dict[str, Tensor]]  # the task's outputs, each batch x tokens x ...
-
-
-def token_call(way: StatefulCall) -> nn.Module:
-    """A module that takes one token of each row, the mask up to it and the cache; outputs and the cache after it.
-
-    A padded token leaves the states as they were: transformers hides it from them in a whole text, but not alone.
-    """
-    attends = any(name.startswith("past_key_values") for name in way.past)
-
-    class Token(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = way.model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given = dict(zip([*way.names, *way.past], inputs, strict=True))
-            before = {name: given.pop(name) for name in way.past}
-            mask = given["attention_mask"]
-            if not attends:  # nothing looks back at padding
-                del given["attention_mask"]
-            cache = cache_with(way, before)
-            output = self.inner(**given, **{way.argument: cache}, use_cache=True, return_dict=True)
-            result = {**way.choose(output), **cache_tensors(cache, "present", recurrent=way.recurrent)}
-            for name, after in result.items():
-                if name.startswith("present_"):
-                    real = mask[:, -1].to(torch.bool).view(-1, *[1] * (after.dim() - 1))
-                    result[name] = torch.where(real, after, before[past_name(name)])
-            return without_padding(result, mask)
-
-    return Token()
-
-
-def text_call(way: StatefulCall, step: nn.Module, *, cached: bool) -> nn.Module:
-    """A module with the inputs and outputs of the graph, which reads a whole text as PyTorch does.
-
-    Not every model goes on from a past with more than one token: there it is `step` by step.
-    """
-
-    class Text(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = way.model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given, before = dict(zip(way.names, inputs, strict=False)), inputs[len(way.names) :]
-            mask = given["attention_mask"]
-            if mask.shape == given["input_ids"].shape:  # nothing is past
-                output = self.inner(**given, use_cache=True, return_dict=True)
-                cache = cache_tensors(output[way.argument], "present", recurrent=way.recurrent) if cached else {}
-                return without_padding({**way.choose(output), **cache}, mask)
-            return run_by_token(step, given, before)
-
-    return Text()
-
-
-def run_by_token(step: nn.Module, given: Mapping[str, Tensor], before: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What `step` makes of the tokens one after the other, beginning with the cache `before`."""
-    length, answers = given["input_ids"].shape[1], []
-    past = given["attention_mask"].shape[1] - length
-    for turn in range(length):
-        token = {name: tensor[:, turn : turn + 1] for name, tensor in given.items()}
-        token["attention_mask"] = given["attention_mask"][:, : past + turn + 1]
-        answers.append(step(*token.values(), *before))
-        before = [value for name, value in answers[-1].items() if name.startswith("present")]
-    return {
-        name: value if name.startswith("present") else torch.cat([answer[name] for answer in answers], 1)
-        for name, value in answers[-1].items()
-    }
-
-
-def check_steps(way: StatefulCall, step: nn.Module, specs: Sequence[InputSpec]) -> None:
-    """Raise ConversionError (VERIFY) where transformers reads a text otherwise than its tokens one after the other.
-
-    Only the latter can be exported. zamba2 and nemotron_h bound their time steps from below in whole texts alone.
-    """
-    config = way.model.config.get_text_config(decoder=True)
-    sizes = {BATCH: 1, PAST: 0, SEQUENCE: STEPPED, TOTAL: STEPPED}
-    tensors = on_device_of(way.model, stateful_examples(specs, config, sizes, 0))
-    given = dict(zip(way.names, tensors, strict=False))
-    with torch.no_grad():
-        whole = way.choose(way.model(**given, use_cache=True, return_dict=True))
-        single = run_by_token(step, given, tensors[len(way.names) :])
-    for name, expected in whole.items():
-        apart, scale = (single[name] - expected).abs().max().item(), expected.abs().max().item()
-        if apart > STEPS_APART * scale and expected.dtype is not torch.float16:
-            raise ConversionError(
-                ExitStatus.VERIFY,
-                f"transformers itself gives two answers: its {name} for {STEPPED} tokens in one call and one after the "
-                f"other are {apart:.2g} apart, of {scale:.2g}; a graph can only be the latter: keep it in PyTorch",
-            )
-
-
-def cache_with(way: StatefulCall, tensors: Mapping[str, Tensor]) -> Any:
-    """A cache with the layers of `way` that holds `tensors`; models write into copies of the states."""
-    from transformers.cache_utils import DynamicCache, LinearAttentionAndFullAttentionLayer
-
-    cache = DynamicCache()
-    cache.layers = []
-    for index, like in enumerate(way.layers):
-        pair = [tensors[name] for part in ("key", "value") if (name := f"past_key_values.{index}.{part}") in tensors]
-        layer = cache_layer(*pair) if pair else copy.copy(like)
-        if states := state_places(like, index, way.recurrent):
-            if pair:  # both in one layer, whatever window it has
-                layer = LinearAttentionAndFullAttentionLayer(like.number_of_states)
-                vars(layer).update({**vars(like), **vars(cache_layer(*pair))})
-            layer.conv_states, layer.recurrent_states = dict(like.conv_states), dict(like.recurrent_states)
-            for name, _, turn in states:
-                kept = layer.conv_states if name.startswith("conv") else layer.recurrent_states
-                kept[turn] = tensors[f"past_{name}"].clone()
-        cache.layers.append(layer)
-    return cache
-
-
-def without_padding(tensors: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Zeros in all that belongs to padded tokens, which counts nowhere: outputs, keys and values.
-
-    `mask` (batch x tokens) has zeros for these, and may begin before the outputs (batch x tokens x ...) do.
-    """
-    padded, hidden = mask == 0, {}
-    for name, tensor in tensors.items():
-        if name.startswith("present."):
-            hidden[name] = tensor.masked_fill(padded[:, None, :, None], 0)
-        elif name.startswith("present_"):
-            hidden[name] = tensor
-        else:
-            hidden[name] = tensor.masked_fill(padded[:, -tensor.shape[1] :, None], 0)
-    return hidden
-
-
-class Generated(NamedTuple):
-    """A batch of prompts and what PyTorch generates for them greedily."""
-
-    prompt: Tensor  # int64, batch x length
-    mask: Tensor  # int64, batch x length: zeros where the rows are padded on the left
-    tokens: Any  # numpy int64, batch x count
-    logits: Any  # numpy, batch x count x vocabulary
-
-
-def greedy(config: Any, start: int | None, count: int) -> Any:
-    """Settings for `count` tokens, always the likeliest, and nothing that changes or ends that."""
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig(max_new_tokens=count, do_sample=False, num_beams=1, eos_token_id=-1)
-    settings.pad_token_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
-    settings.decoder_start_token_id = start
-    settings.output_logits = settings.return_dict_in_generate = True
-    return settings
-
-
-def generate(model: Any, config: Any, count: int) -> Generated:
-    """The `count` tokens that `model` generates, by transformers' own loop, without any of its generation settings."""
-    spec = InputSpec("input_ids", (2, 6), torch.int64)
-    mask = padding_mask(*spec.dims, left=True)
-    prompt = padded_ids(config, token_ids(config, spec.dims, torch.Generator().manual_seed(5)), mask)
-    with torch.no_grad():
-        result = model.generate(
-            prompt.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy(config, None, count)
-        )
-    logits = torch.stack(result.logits, 1)
-    return Generated(prompt, mask, to_numpy(result.sequences[:, prompt.shape[1] :]), to_numpy(logits))
-
-
-def check_generation(
-    expected: Generated, specs: Sequence[InputSpec], session: Any, job: Job, options: Options
-) -> list[Difference]:
-    """Generate with the exported graph, prefill and then token by token, and compare; raises AttemptError.
-
-    Where PyTorch's own best two tokens lie closer than rounding, what follows is another text and is not compared.
-    """
-    names = [output.name for output in session.get_outputs()]
-    batch, length = expected.prompt.shape
-    mask, ids = expected.mask.numpy(), expected.prompt.numpy()
-    cache = {
-        spec.name: np.zeros(spec.resized({BATCH: batch, PAST: 0}), numpy_dtype(spec))
-        for spec in specs
-        if spec.name.startswith("past_")
-    }
-    steps = []
-    count = expected.tokens.shape[1]
-    for _ in range(count):
-        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
-        wanted = {spec.name: given[spec.name] for spec in specs}
-        results = dict(zip(names, session.run(None, wanted), strict=True))
-        steps.append(results.pop("logits")[:, -1])
-        cache = {past_name(name): value for name, value in results.items()}
-        ids = steps[-1].argmax(-1)[:, None]
-        mask = np.concatenate([mask, np.ones((batch, 1), mask.dtype)], 1)
-    label = f"{count} tokens after {batch}x{length}"
-    found = compare_generated(expected, np.stack(steps, 1), label, job, options)
-    if any(item.problem for item in found) and options.atol is None and options.rtol is None:
-        found = compare_in_float64(full_text_case(expected, specs, job, options), {}, found, job, options)
-    return raise_on_difference(found, label)
-
-
-def full_text_case(expected: Generated, specs: Sequence[InputSpec], job: Job, options: Options) -> Case:
-    """The prompts and what was generated, read by PyTorch in one pass: how far it rounds in that is then known."""
-    ids = np.concatenate([expected.prompt.numpy(), expected.tokens[:, :-1]], 1)
-    mask = np.concatenate([expected.mask.numpy(), np.ones_like(expected.tokens[:, :-1])], 1)
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(-1) - 1, 0)}
-    for spec in specs:
-        given.setdefault(spec.name, np.zeros(spec.resized({BATCH: len(ids), PAST: 0}), numpy_dtype(spec)))
-    inputs = {spec.name: given[spec.name] for spec in specs}
-    outputs = call_model(job.model, [torch.tensor(x, device=options.device) for x in inputs.values()], list(inputs))
-    return Case("", inputs, {name: to_numpy(tensor) for name, tensor in outputs.items()})
-
-
-def generate_from_encoder(model: Any, encoder: Job) -> Generated:
-    """What `model` generates for the encoder's first example, by transformers' own loop without any settings."""
-    from transformers import GenerationMixin
-
-    case, config = encoder.cases[0], model.config
-    starts = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
-    start = next((token for token in starts if isinstance(token, int)), 0)
-    inputs = {spec.name: torch.tensor(case.inputs[spec.name], device=model.device) for spec in encoder.specs}
-    prompt = torch.full((len(next(iter(inputs.values()))), 1), start, device=model.device)
-    with torch.no_grad():
-        result = GenerationMixin.generate(
-            model, **inputs, decoder_input_ids=prompt, generation_config=greedy(config, start, GENERATED)
-        )
-    logits = torch.stack(result.logits, 1)
-    prompt = prompt.cpu()
-    return Generated(prompt, torch.ones_like(prompt), to_numpy(result.sequences[:, 1:]), to_numpy(logits))
-
-
-def check_encoder_decoder(  # noqa: PLR0913, PLR0917
-    expected: Generated, specs: Sequence[InputSpec], produced: Mapping[str, Produced], session: Any, job: Job,
-    options: Options,
-) -> list[Difference]:  # fmt: skip
-    """Generate with both graphs, the encoder being the first of `produced`, and compare with PyTorch.
-
-    Raises AttemptError.
-    """
-    encoder = next(iter(produced.values()))
-    case = encoder.job.cases[0]
-    states = open_session(encoder.light, options.device).run(["last_hidden_state"], case.inputs)[0]
-    names = [output.name for output in session.get_outputs()]
-    sizes = {BATCH: len(states), PAST: 0, ENCODER_SEQUENCE: states.shape[1]}
-    given = {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
-    given |= {"encoder_hidden_states": states, "encoder_attention_mask": case.inputs.get("attention_mask")}
-    ids, steps = expected.prompt.numpy(), []
-    for step in range(GENERATED):
-        given |= {"input_ids": ids, CACHE_FLAG: np.array([step > 0])}
-        results = dict(zip(names, session.run(None, {spec.name: given[spec.name] for spec in specs}), strict=True))
-        steps.append(results.pop("logits")[:, -1])
-        given |= {past_name(name): value for name, value in results.items()}
-        ids = steps[-1].argmax(-1)[:, None]
-    label = f"{GENERATED} tokens"
-    return raise_on_difference(compare_generated(expected, np.stack(steps, 1), label, job, options), label)
-
-
 def numpy_dtype(spec: InputSpec) -> str:
     """The dtype of an input as numpy calls it."""
     return str(spec.dtype).removeprefix("torch.")
 
 
-def compare_generated(expected: Generated, logits: Any, label: str, job: Job, options: Options) -> list[Difference]:
-    """Compare `logits` (batch x count x vocabulary) row by row, as far as both chose the same tokens."""
-    found = []
-    for row, tokens in enumerate(logits.argmax(-1)):
-        same = next((step for step, token in enumerate(tokens) if token != expected.tokens[row][step]), len(tokens) - 1)
-        case = Case(label, {}, {"logits": expected.logits[row, : same + 1]})
-        found.append(compare(case, "logits", logits[row, : same + 1], job, options))
-    return found
+def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of `model` by name."""
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
-def raise_on_difference(found: list[Difference], label: str) -> list[Difference]:
-    """`found`, unless there is a problem among it; raises AttemptError."""
-    bad = [item for item in found if item.problem]
-    if bad:
-        raise AttemptError(f"generating {label}: {bad[0].problem}", exported=True)
-    return found
+def weight_bytes(model: nn.Module) -> int:
+    """The bytes of all parameters and buffers, shared ones once."""
+    return sum(tensor.nbytes for _, tensor in state_of(model))
 
 
-def window_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> list[dict[str, int]]:
-    """A past that is longer than the sliding window, where the model has one and the cache stays small."""
-    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
-    if not isinstance(window, int) or window < 1:
-        return []
-    if 4 * sum(math.prod(shape) for shape in shapes) * (window + 3) > WINDOW_BYTES:
-        LOG.warn(f"the sliding window of {window} tokens is longer than the sequences that are compared")
-        return []
-    return [{BATCH: 1, PAST: window + 3, SEQUENCE: 2}]
+def check_weights(tensors: Iterable[Tensor], path: Path) -> None:
+    """Raise InputError where `tensors` have sizes only."""
+    if any(tensor.is_meta for tensor in tensors):
+        raise InputError(f"{path} holds no weights, only sizes (the meta device); save it again with its weights")
 
 
-def routed_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """A mixture of experts as a graph without loops: each expert works on the tokens that were routed to it.
+# ---------------------------------------------------------------------------------------------------------------------
+# settings: JSON that came with the input, read once into a form that knows the type of each value
+# ---------------------------------------------------------------------------------------------------------------------
 
-    `self` is a transformers module of experts, with the attributes that transformers.integrations.moe's own
-    implementations read; tokens x hidden in and out. Those branch on values, or copy the weights for every token.
+MAX_JSON_BYTES = 16 << 20  # of one settings file: the largest known ones, with 20,000 labels, have 1 MB
+MAX_JSON_DEPTH = 20  # of objects and lists in each other: configurations of several parts have 6
+MAX_JSON_VALUES = 1_000_000  # of all of a folder's settings together: an index has one for each tensor
+
+
+class Settings:
+    """An object of a JSON file that came with the input; a value of another type raises DamagedFileError by its name.
+
+    A key that is missing or null is None, or an empty list.
     """
 
-    def weights(name: str, expert: int) -> tuple[Tensor, Tensor | None]:
-        matrix = getattr(self, name)[expert]
-        bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        return (matrix.T if self.is_transposed else matrix), bias
+    def __init__(self, content: object, where: str) -> None:
+        self.where = where
+        if not isinstance(content, dict):
+            raise DamagedFileError(f"{where} holds {shown(content)}, not an object; repair it")
+        self.content = content
 
-    result = torch.zeros_like(hidden_states)
-    for expert in range(self.num_experts):
-        token, place = torch.where(top_k_index == expert)
-        inner = torch.nn.functional.linear(
-            hidden_states[token], *weights("gate_up_proj" if self.has_gate else "up_proj", expert)
+    def value(self, key: str, kind: type, wanted: str) -> Any:
+        """The value of `key`, which must be a `kind`."""
+        value = self.content.get(key)
+        if value is not None and type(value) is not kind:
+            raise self.misfit(key, wanted)
+        return value
+
+    def misfit(self, key: str, wanted: str) -> DamagedFileError:
+        """What to raise where the value of `key` is not what is `wanted`."""
+        return DamagedFileError(f"{self.where}: {key} is {shown(self.content.get(key))}, not {wanted}; repair it")
+
+    def name(self, key: str) -> str | None:
+        """A string."""
+        return self.value(key, str, "a string")
+
+    def names(self, key: str) -> list[str]:
+        """A list of strings."""
+        values = self.value(key, list, "a list of names") or []
+        if not all(type(value) is str for value in values):
+            raise self.misfit(key, "a list of names")
+        return values
+
+    def flag(self, key: str) -> bool:
+        """True or false."""
+        return self.value(key, bool, "true or false") or False
+
+    def integer(self, key: str, low: int, high: int) -> int | None:
+        """A whole number from `low` to `high`."""
+        value = self.value(key, int, "a whole number")
+        if value is not None and not low <= value <= high:
+            raise self.misfit(key, f"a whole number from {low} to {high}")
+        return value
+
+    def number(self, key: str, low: float, high: float) -> float | None:
+        """A number from `low` to `high`."""
+        value = self.content.get(key)
+        if value is not None and plain_numbers([value], low, high) is None:
+            raise self.misfit(key, f"a number from {low:g} to {high:g}")
+        return value
+
+    def numbers(
+        self, key: str, count: int | None, low: float, high: float, *, whole: bool = False
+    ) -> tuple[Any, ...] | None:
+        """`count` numbers, or a few, from `low` to `high`, all of them `whole` where that is asked for."""
+        if self.content.get(key) is None:
+            return None
+        values = plain_numbers(self.content[key], low, high, whole=whole)
+        if values is None or count not in (None, len(values)):
+            many = "a list of" if count is None else count
+            raise self.misfit(key, f"{many} {'whole ' if whole else ''}numbers from {low:g} to {high:g}")
+        return values
+
+    def section(self, key: str) -> Settings | None:
+        """An object."""
+        value = self.content.get(key)
+        return None if value is None else Settings(value, f"{self.where}: {key}")
+
+    def sections(self, key: str) -> list[Settings]:
+        """A list of objects."""
+        values = self.value(key, list, "a list") or []
+        return [Settings(value, f"{self.where}: {key}[{place}]") for place, value in enumerate(values)]
+
+
+def plain_numbers(value: object, low: float, high: float, *, whole: bool = False) -> tuple[Any, ...] | None:
+    """The entries of a short list of finite numbers from `low` to `high`; None for anything else."""
+    kinds = (int,) if whole else (int, float)
+    if not isinstance(value, (list, tuple)) or len(value) > 16:
+        return None
+    fits = all(type(entry) in kinds and low <= entry <= high for entry in value)  # NaN is in no range
+    return tuple(value) if fits else None
+
+
+def read_bounded(path: Path, limit: int, name: str = "") -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; raises DamagedFileError that names it, by its own name."""
+    name = name or path.name
+    if not os.path.lexists(path):
+        raise DamagedFileError(f"{name} is missing")
+    with open_input(path, name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise DamagedFileError(f"{name} has more than {limit >> 20} MB, larger than any known one")
+    return data
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises DamagedFileError that names it."""
+    return parse_json(read_bounded(path, MAX_INDEX_BYTES), path.name)
+
+
+def count_values(data: bytes) -> int:
+    """How many values JSON of these bytes has at most."""
+    return sum(data.count(mark) for mark in (b"[", b"{", b","))
+
+
+def check_values(count: int, where: str) -> None:
+    """Raise DamagedFileError for more values than any known model's settings have: each is an object in memory."""
+    if count > MAX_JSON_VALUES:
+        raise DamagedFileError(f"{where} would have {count} values, more than those of any known model")
+
+
+def parse_json(data: bytes, file: str) -> Any:
+    """The content of JSON, which must be UTF-8, without a key that is there twice; raises DamagedFileError.
+
+    Infinity stands in configurations that transformers wrote (Mamba-2's time_step_limit), NaN in none.
+    """
+
+    def constant(name: str) -> float:
+        if name == "NaN":
+            raise ValueError("NaN is no number")
+        return float(name)
+
+    check_values(count_values(data), file)
+    try:
+        content = json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{file} is damaged ({first_line(error)}); download it again") from None
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            entry
+            for node in level
+            if isinstance(node, (dict, list))
+            for entry in (node.values() if isinstance(node, dict) else node)
+        ]
+    if level:
+        raise DamagedFileError(
+            f"{file} is nested more than {MAX_JSON_DEPTH} levels deep, as no known one is; repair it"
         )
-        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        outer = torch.nn.functional.linear(inner, *weights("down_proj", expert))
-        if self.has_post_expert_norm:
-            outer = self.post_expert_norm(outer)
-        share = (outer * top_k_weights[token, place, None]).to(result.dtype)
-        result = result.index_put((token,), result[token] + share)  # a token chooses an expert at most once
+    return content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError where it has a key twice, which readers take differently."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is there twice")
     return result
 
 
-def cached_call(model: Any, names: Sequence[str]) -> nn.Module:
-    """A module that takes `names` and a flat cache, and returns the logits and the grown cache."""
-
-    class Cached(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            arguments = dict(zip(names, inputs, strict=False))
-            cache = cache_of(inputs[len(names) :])
-            output = self.inner(**arguments, past_key_values=cache, use_cache=True, return_dict=True)
-            return {"logits": output.logits, **cache_tensors(output.past_key_values, "present")}
-
-    return Cached()
-
-
-def encoder_graph(found: FolderModel) -> Graph:
-    """The encoder of an encoder-decoder model: text or sound in, last_hidden_state out."""
-    model = found.model
-    encoder = model.get_encoder()
-    if model.main_input_name == "input_ids":
-        specs, sizes = text_specs(encoder, found.task), text_sizes(model.config)
-    else:
-        audio, sizes = audio_spec(model)
-        specs = [audio]
-    module = named_call(encoder, [spec.name for spec in specs], task_outputs("feature-extraction", {"pooler_output"}))
-    examples = functools.partial(example_tensors, specs, model.config.get_text_config())
-    return Graph("encoder_model", module, specs, examples, sizes)
-
-
-def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
-    """The decoder of an encoder-decoder model, for the first tokens and, with what they left in the caches, the next.
-
-    transformers.js and Optimum know the names of the inputs from Optimum's merged decoders.
-    """
-    model, dtype = found.model, float_dtype(found.model)
-    tensors = on_device_of(model, encoder.examples(encoder.sizes[0], 0))
-    given = zip([spec.name for spec in encoder.specs], tensors, strict=True)
-    with torch.no_grad():
-        encoded = model.get_encoder()(**dict(given), return_dict=True)
-    frames = encoded.last_hidden_state
-    free = any(axis != BATCH for spec in encoder.specs for axis in spec.axes.values())
-    states = {0: BATCH, **({1: ENCODER_SEQUENCE} if free else {})}
-    specs = [InputSpec("input_ids", (2, 5), torch.int64, {0: BATCH, 1: SEQUENCE})]
-    if model.main_input_name == "input_ids":
-        specs.insert(0, InputSpec("encoder_attention_mask", tuple(frames.shape[:2]), torch.int64, states))
-    fed = InputSpec("encoder_hidden_states", tuple(frames.shape), dtype, states)
-    first = encoder_decoder_call(model, type(encoded), [*(spec.name for spec in specs), fed.name], cached=False)
-    lengths = {ENCODER_SEQUENCE: frames.shape[1]}
-    with torch.no_grad():
-        tensors = example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0)
-        answer = first(*on_device_of(model, tensors))
-    past = [
-        InputSpec(
-            past_name(name),
-            tuple(tensor.shape),
-            dtype,
-            {0: BATCH, 2: PAST} if ".decoder." in name else {0: BATCH, **({2: ENCODER_SEQUENCE} if free else {})},
-        )
-        for name, tensor in answer.items()
-        if name.startswith("present")
-    ]
-    next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
-    config = model.config.get_text_config(decoder=True)
-    few = on_device_of(
-        model, example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0)
-    )
-    return tuple(
-        Graph(
-            file,
-            module,
-            inputs,
-            functools.partial(example_tensors, inputs, config),
-            tuple({**size, TOTAL: size[PAST] + size[SEQUENCE], **({} if free else lengths)} for size in sizes),
-        )
-        for file, module, inputs, sizes in (
-            ("decoder_model", first, [*specs, fed], FIRST_SIZES),
-            ("decoder_with_past_model", next_ones, [*specs, *past], sizes_after_past(next_ones, few)),
-        )
-    )
-
-
-def sizes_after_past(decoder: nn.Module, few: Sequence[Tensor]) -> tuple[dict[str, int], ...]:
-    """NEXT_SIZES, with one new token at a time where the decoder rejects `few` after a past, as ProphetNet's does."""
-    try:
-        call_model(decoder, few, [])
-    except RejectedInputError as error:
-        LOG.warn(f"the decoder takes one token at a time after the first ones ({error})")
-        return tuple({**size, SEQUENCE: 1} for size in NEXT_SIZES)
-    return NEXT_SIZES
-
-
-def encoder_decoder_call(model: Any, answer: type, names: Sequence[str], *, cached: bool) -> nn.Module:
-    """The decoder: new tokens and the encoder's answer (`cached`: what it made of it) in, logits and caches out.
-
-    `answer` is the class of the encoder's output: some models read more of it than the states.
-    """
-    from transformers.cache_utils import EncoderDecoderCache
-
-    width = model.get_encoder().config.hidden_size
-
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given = dict(zip(names, inputs, strict=True))
-            past = [value for name, value in given.items() if name.startswith("past_key_values")]
-            own, cross = ([x for n, x in enumerate(past) if n % 4 in pair] for pair in ((0, 1), (2, 3)))
-            caches = EncoderDecoderCache(cache_of(own), cache_of(cross))
-            states = cross[0].new_zeros(cross[0].shape[0], cross[0].shape[2], width) if cached else None
-            mask = given.get("encoder_attention_mask")
-            output = self.inner(
-                encoder_outputs=answer(given["encoder_hidden_states"] if states is None else states),
-                decoder_input_ids=given["input_ids"],
-                past_key_values=caches,
-                use_cache=True,
-                return_dict=True,
-                **({} if mask is None else {"attention_mask": mask}),
-            )
-            return {"logits": output.logits, **encoder_decoder_tensors(output.past_key_values, cached=cached)}
-
-    return Decoder()
-
-
-def encoder_decoder_tensors(caches: Any, *, cached: bool) -> dict[str, Tensor]:
-    """Both caches by name, layer by layer; of those that were given (`cached`) only the decoder's, which has grown."""
-    own = cache_tensors(caches.self_attention_cache, "present", ".decoder")
-    cross = {} if cached else cache_tensors(caches.cross_attention_cache, "present", ".encoder")
-    return dict(sorted((own | cross).items(), key=lambda item: cache_place(item[0])))
-
-
-def cache_place(name: str) -> tuple[int, str, str]:
-    """Sorts `present.10.decoder.key` by number, then `decoder`, then `key`."""
-    _, layer, part, kind = name.split(".")
-    return int(layer), part, kind
+def is_file_name(name: str) -> bool:
+    """Whether text from a file names something in a folder, and not the folder itself or what lies elsewhere."""
+    if os.path.basename(name) != name or name in ("", ".", ".."):  # noqa: PTH119  (text)
+        return False
+    return "\0" not in name and len(name.encode(errors="replace")) < 256  # what file systems take
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# export: a ladder of exporters, each result accepted only after verification
+# files: the one way to the input's files, the wall around everything else, and what running the input may take
 #
-# The TorchScript exporter is faster and writes opsets 7 to 20; the torch.export one ("dynamo") knows more operators,
-# at 18 and up. They fail on different models, so the next one is tried when the first one's model is wrong.
+# Takes paths, gives open files. A file of the input lies, resolved, in what the user named, is a regular file and the
+# same one each time that it is opened. While the input is loaded and a model is built from it, nothing else is
+# opened, started or connected to: whatever a file makes a library try, the wall is there.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-GEMM_BYTES = 300 << 20  # a weight of this size is used as it lies in the checkpoint, not stored transposed
-GEMM_OPSET = 10  # Slice takes its bounds as inputs from then on
+def is_snapshot(folder: Path) -> bool:
+    """Whether `folder` is one that the hub's cache keeps, with links to its `blobs`."""
+    return folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
 
 
-class Attempt(NamedTuple):
-    """One try: an exporter at an opset."""
-
-    exporter: str
-    opset: int
-
-    def __str__(self) -> str:
-        return f"{self.exporter}, opset {self.opset}"
+INPUT_ROOTS: set[Path] = set()  # what the user named: files and folders, as their real paths
+SEEN_FILES: dict[Path, tuple[int, ...]] = {}  # the fingerprint of each file of the input when it was first opened
 
 
-class AttemptError(Exception):
-    """Why a attempt did not hold. `exported`: there was a model; `needs`: the opset that an operator asks for.
+def admit(path: Path) -> None:
+    """Let the file `path`, or every file in that folder, be opened as the input, or as a part of it."""
+    root = path.resolve()
+    INPUT_ROOTS.update({root, root.parent.parent / "blobs"} if is_snapshot(root) else {root})
+    for file in [file for file in SEEN_FILES if file == root or root in file.parents]:
+        del SEEN_FILES[file]
 
-    `slight`: the largest difference from PyTorch, where it is so small that a user may accept it. `case`: the inputs
-    for which the model does not hold. `note`: what tracing fixed.
+
+def is_admitted(real: Path) -> bool:
+    """Whether the real path of a file is that of an admitted one, or lies in an admitted folder."""
+    return not INPUT_ROOTS.isdisjoint((real, *real.parents))
+
+
+def fingerprint(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def real_input(path: Path, name: str = "") -> Path:
+    """The real path of a file or folder of the input; raises RefusedFileError where it lies elsewhere."""
+    real = Path(os.path.realpath(path))
+    if not is_admitted(real):
+        what = f"{name or path.name} is a link that leads out of the folder"
+        raise RefusedFileError(f"{what}; copy the file into it")
+    return real
+
+
+def open_input(path: Path, name: str = "") -> io.BufferedReader:
+    """Open a file of the input for reading; messages call it by `name`, or the last part of its path.
+
+    Raises RefusedFileError where it lies elsewhere, DamagedFileError where it is not a regular file, or not the one
+    that was opened before under this name; OSError.
+    """
+    real, name = real_input(path, name), name or path.name
+    # The last part of a real path is no link unless it just became one; a pipe does not make us wait.
+    descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    problem = "" if stat.S_ISREG(status.st_mode) else f"{name} is not a regular file"
+    if SEEN_FILES.setdefault(real, fingerprint(status)) != fingerprint(status):
+        problem = problem or f"{name} changed while it was read; convert it once it is whole"
+    if problem:
+        os.close(descriptor)
+        raise DamagedFileError(problem)
+    return os.fdopen(descriptor, "rb")
+
+
+# Events of the audit hook (https://docs.python.org/3/library/audit_events.html) that act on more than this process.
+# What begins so is refused while the wall is up, ...
+OUTSIDE_EVENTS = (
+    "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile",
+    "pty.", "urllib.", "http.", "ftplib.", "imaplib.", "poplib.", "smtplib.", "telnetlib.", "webbrowser.", "sqlite3.",
+)  # fmt: skip
+# ... and this is, unless all its paths lie in a folder that we work in: where among the arguments each path stands, and
+# the descriptor of the folder that it is relative to, which is -1 for none.
+CHANGING_EVENTS = {
+    **dict.fromkeys(("os.rmdir", "os.remove"), ((0, 1),)), **dict.fromkeys(("os.mkdir", "os.chmod"), ((0, 2),)),
+    **dict.fromkeys(("os.chown", "os.utime"), ((0, 3),)), **dict.fromkeys(("os.rename", "os.link"), ((0, 2), (1, 3))),
+    **dict.fromkeys(("os.truncate", "os.setxattr", "os.removexattr"), ((0, 9),)), "os.symlink": ((1, 2),),
+}  # fmt: skip
+HARMLESS_EVENTS = ("socket.gethostname",)
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# What libraries ask the system about itself.
+SYSTEM_FILES = ("/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo", "/proc/self/status", "/proc/self/statm",
+                "/proc/self/maps", "/proc/self/cgroup", "/proc/self/mountinfo", "/sys/devices/system",
+                "/sys/fs/cgroup")  # fmt: skip
+
+
+class Wall:
+    """While it is up, Python code can open the input and the libraries' own files, and write into `workplaces` alone.
+
+    An audit hook (PEP 578) hears of every file, connection and process that Python code asks for, in any thread, and
+    cannot be taken out again. It does not hear what C++ code opens by itself: the operators that do so are refused
+    before (see DENIED_OPERATORS).
     """
 
-    def __init__(
-        self, reason: str, *, exported: bool = False, needs: int | None = None, slight: float | None = None,
-        case: Case | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(reason)
-        self.exported, self.needs, self.slight, self.case, self.note = exported, needs, slight, case, ""
+    def __init__(self) -> None:
+        self.is_up, self.installed = False, False
+        self.workplaces: tuple[Path, ...] = ()
 
-    def __str__(self) -> str:
-        return f"{super().__str__()}{self.note}"
-
-
-def export_torchscript(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Model:
-    """Trace and export with torch.onnx's TorchScript exporter; above its newest opset, converted up from there."""
-    path = folder / "export.onnx"
-    if isinstance(
-        job.model, (torch.jit.ScriptModule, torch.fx.GraphModule)
-    ):  # the exporter's own tracing fails on them
-        flat = torch.jit.trace(flat, tuple(job.traced), check_trace=False)
-    export = functools.partial(
-        torch.onnx.export,
-        f=str(path),
-        dynamo=False,
-        opset_version=min(opset, TORCHSCRIPT_MAX_OPSET),
-        output_names=job.outputs,
-        dynamic_axes={spec.name: dict(spec.axes) for spec in job.specs if spec.axes},
-    )
-    register_symbolics()
-    weights = flat.state_dict(keep_vars=True)
-    with fixed_resize(), traced_sizes():
-        model = None
-        if sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
-            export_graph(flat, job, export)
-            model = attach_weights(ir.load(path), job, weights)
-        if model is None:
-            with stored_weights_as(flat, in_memory):
-                export(flat, tuple(job.traced), input_names=[spec.name for spec in job.specs])
-            model = ir.load(path)
-    if opset > TORCHSCRIPT_MAX_OPSET:
-        from onnxscript.version_converter import convert_version
-
-        convert_version(model, opset, fallback=False)
-    return model
-
-
-def export_graph(flat: nn.Module, job: Job, export: Callable[..., Any]) -> None:
-    """Export with the weights as inputs: traced with blanks, or with their values where the model needs them.
-
-    The exporter would fold, join and copy weights that it has.
-    """
-    names = [spec.name for spec in job.specs]
-    if any(isinstance(tensor, stored_class()) for _, tensor in state_of(flat)):
+    @contextlib.contextmanager
+    def up(self, *workplaces: Path, unless: object = False) -> Iterator[None]:
+        """Refuse what is outside while in context, `unless` the user said that the code that comes along is trusted."""
+        if not self.installed:
+            library_places()  # imports torch
+            sys.addaudithook(self.audit)
+            self.installed = True
+        before = self.is_up, self.workplaces, sys.dont_write_bytecode
+        self.is_up, self.workplaces, sys.dont_write_bytecode = not unless, tuple(map(Path.resolve, workplaces)), True
         try:
-            with weights_as_inputs(flat) as blanks:
-                export(flat, (*job.traced, *blanks.values()), input_names=[*names, *blanks], do_constant_folding=False)
-        except OSError:
-            raise
-        except Exception as error:  # whatever the model does with zeros
-            raise_out_of_memory(error)
-            if LOG.verbose:
-                traceback.print_exc(file=LOG.stream)
-            LOG.info(f"tracing needs the weights' values ({first_line(error, 100)}): they are loaded")
-        else:
-            return
-    with stored_weights_as(flat, in_memory):
-        export(flat, tuple(job.traced), input_names=names, export_params=False, do_constant_folding=False)
+            yield
+        finally:
+            self.is_up, self.workplaces, sys.dont_write_bytecode = before
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """The hook: raises WallError for an event that is refused."""
+        if self.is_up and event not in HARMLESS_EVENTS and not self.allows(event, arguments) and not is_importing():
+            what = ", ".join(shorten(repr(argument), 200) for argument in arguments[:2])
+            raise WallError(f"something in it led to {event}({what}), outside of the input and the libraries")
+
+    def allows(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        """Whether an event stays inside."""
+        if event == "open":
+            path, _, flags = arguments
+            written = isinstance(flags, int) and flags & WRITING
+            return not isinstance(path, (str, bytes)) or (self.is_ours(path) if written else self.is_readable(path))
+        if event == "ctypes.dlopen":  # a library that the loader finds by its name, or one of a package
+            name = str(arguments[0])
+            return os.sep not in name or os.path.abspath(name).startswith(library_places())  # noqa: PTH100
+        if event in CHANGING_EVENTS:
+            places = CHANGING_EVENTS[event]
+            return all(self.is_ours(arguments[path], *arguments[folder : folder + 1]) for path, folder in places)
+        return not event.startswith(OUTSIDE_EVENTS)
+
+    def is_ours(self, path: Any, folder: int | None = None) -> bool:
+        """Whether a path lies in a folder that we work in, or is nowhere.
+
+        `folder`: the path itself is to be changed, not what it may be a link to, and it is relative to the folder of
+        this descriptor, if that is not negative.
+        """
+        given = Path(os.fsdecode(path))
+        if folder is not None and folder >= 0:
+            given = Path(f"/proc/self/fd/{folder}", given)
+        real = Path(os.path.realpath(given)) if folder is None else Path(os.path.realpath(given.parent), given.name)
+        return str(real) == os.devnull or any(place in (real, *real.parents) for place in self.workplaces)
+
+    def is_readable(self, path: str | bytes) -> bool:
+        """Whether a path is one of a library, of the system's about itself, of the input or of ours."""
+        name = os.path.abspath(os.fsdecode(path))  # noqa: PTH100  (links stay: a virtual environment may be one)
+        if name.startswith((*SYSTEM_FILES, *library_places())):
+            return True
+        return is_admitted(Path(os.path.realpath(name))) or self.is_ours(name)
+
+
+WALL = Wall()
+
+
+@functools.cache
+def library_places() -> tuple[str, ...]:
+    """Where Python's own modules, installed packages and this script lie, each path with a slash at its end."""
+    import sysconfig
+
+    places = {*library_folders(), *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))}
+    folders = {f"{form}{os.sep}" for place in places for form in (place, place.resolve())}
+    return tuple({*folders, str(ARCHITECTURES), __file__})
+
+
+def is_importing() -> bool:
+    """Whether an import is under way: the code of installed packages, whose names do not come from the input."""
+    frame: Any = sys._getframe()  # noqa: SLF001  (the documented way to look at the stack)
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
+# What running an input may take. A model of a few megabytes answers within a second; the size of the file counts, since
+# large models are slow and slow disks are, too. Who gives the shapes knows how long these take.
+CODE_SECONDS = 5  # for the code of an archive
+RUN_SECONDS = 20  # for that of a library, which ends, and for opening a file
+BYTES_PER_SECOND = 10_000_000
+SHAPE_FACTOR = 20  # times as long, where --input-shape says what is to be run
+LATER_RUNS = 40  # times as long as the first run: batches of 5, and longer axes; ...
+MOST_LATER = 3  # ... but no more than so many times what the first one may
+REFERENCE_RUNS = 5  # what all runs for PyTorch's answers may take together
+CONVERSION_RUNS = 40  # what an archive's conversion may take: its code runs again in the exporters and ONNX Runtime
+GRAPH_RUNS = 10  # runs that a Hugging Face model's graphs take beside the cases: caches, generated tokens
+RUN_BYTES = 1 << 30  # of memory beyond four times the file's size, for building a model and for its first run
+LATER_BYTES = 4 << 30  # the same for larger batches and longer axes, and for the exporters and the verification
+LATER_FACTOR = 8  # times what the first run took, at most LATER_BYTES
+
+
+def run_seconds(options: Options, *, own_code: bool) -> float:
+    """Seconds that one run of the input's model may take (--run-timeout); `own_code`: an archive brought the code."""
+    if options.run_timeout is not None:
+        return float(options.run_timeout)
+    seconds = (CODE_SECONDS if own_code else RUN_SECONDS) + input_size(options.input) / BYTES_PER_SECOND
+    return seconds * (SHAPE_FACTOR if options.input_shape else 1)
+
+
+def input_size(path: Path) -> int:
+    """Bytes of a file; of a folder, of all files right in it; 0 of what is not there (a model on the hub)."""
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
+    return 0
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End this process by SIGALRM, of which the supervisor says why, when what is in context takes longer.
+
+    A loop in C++ code that holds Python's lock listens to nothing less.
+    """
+    start = time.monotonic()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, max(outer - time.monotonic() + start, 1e-3) if outer else 0)
+
+
+def free_bytes(options: Options, base: int) -> int | None:
+    """Bytes of memory that running the input's model may take; None where the user said what is to be run."""
+    if options.input_shape or options.run_timeout is not None:
+        return None
+    return base + 4 * input_size(options.input)
+
+
+def memory_bytes(field: str) -> int:
+    """Bytes of this process: "VmData" (what RLIMIT_DATA counts), "VmRSS" (in memory now), "VmHWM" (its peak so far)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]  # see proc(5)
+
+
+@contextlib.contextmanager
+def memory_bound(extra: int | None, what: str, advice: str) -> Iterator[None]:
+    """Let allocations fail beyond `extra` bytes more than this process has now; None, or no Linux: no bound.
+
+    Raises DamagedFileError that says that `what` takes too much, unless a smaller limit of the user's own (ulimit) was
+    reached: then the MemoryError stays.
+    """
+    import resource
+
+    if extra is None or sys.platform != "linux":
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = memory_bytes("VmData") + extra + (os.cpu_count() or 1) * THREAD_STACK
+    known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    ours = not [limit for limit in known if limit < wanted] and resource.getrlimit(resource.RLIMIT_AS)[0] < 0
+    resource.setrlimit(resource.RLIMIT_DATA, (min(wanted, *known) if known else wanted, hard))
+    try:
+        yield
+    except Exception as error:
+        if ours and is_out_of_memory(error):
+            message = f"{what} takes more than {size_text(extra)} of memory beside its weights; {advice}"
+            raise DamagedFileError(message) from error
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+# Files that people pass by mistake: how they begin, and what to do about them.
+MISTAKES: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull"),
+    (b"<!DOCTYPE", "an HTML page, probably a download that failed; download the file again"),
+    (b"<!doctype", "an HTML page, probably a download that failed; download the file again"),
+    (b"<html", "an HTML page, probably a download that failed; download the file again"),
+    (b"GGUF", "a GGUF file of llama.cpp; pass the original PyTorch or safetensors model"),
+    (b"\x89HDF\r\n", "an HDF5 file (Keras?), not a PyTorch model"),
+    (b"\x93NUMPY", "a NumPy array, not a PyTorch model"),
+    (b"\x1f\x8b", "gzip-compressed; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"\x08\x03\x12", "an ONNX model already, by the look of it"),
+    (b"\x08\x08\x12", "an ONNX model already, by the look of it"),
+)
+MAX_INDEX_BYTES = 64 << 20  # of the JSON that says which shard holds which tensor; a model of 10**6 tensors has 100 MB
+PICKLE_STARTS = (b"\x80", b"}", b"]", b"(", b"c")  # PROTO, or protocol 0's first opcodes
+
+
+def detect_file(path: Path) -> Source:
+    """Tell what a file of the input holds from its content; raises InputError with advice, or OSError."""
+    try:
+        with open_input(path) as file:
+            head = file.read(512)
+            is_index = head[:1] == b"{" and b'"weight_map"' in head + file.read(MAX_INDEX_BYTES)
+    except (RefusedFileError, DamagedFileError) as error:
+        raise ConversionError(error.status, f"{path}: {error}") from None
+    if not head:
+        raise InputError(f"{path} is empty; copy or download it again")
+    if head.startswith(b"PK\x03\x04"):
+        return detect_zip(path)
+    for start, what in MISTAKES:
+        if head.startswith(start):
+            raise InputError(f"{path} is {what}")
+    if head[8:9] == b"{" and (head[6:8] == b"\0\0" or not head.startswith(PICKLE_STARTS)):
+        return Source(path, Kind.SAFETENSORS, "it begins with a safetensors header")
+    if is_index:
+        return Source(path, Kind.SHARDED_WEIGHTS, "it is JSON with a weight_map")
+    if head[257:262] == b"ustar":
+        raise InputError(f"{path} is a tar archive (PyTorch before 0.1.10?); open it there and save it again")
+    if head.startswith(PICKLE_STARTS) and not head.isascii():
+        return Source(path, Kind.LEGACY_CHECKPOINT, "it begins as a pickle")
+    what = "a text file" if head.isascii() else "no format that PyTorch writes"
+    raise InputError(f"{path} is {what}; pass a .pt, TorchScript, .pt2 or safetensors file")
+
+
+def detect_zip(path: Path) -> Source:
+    """Tell the zip layouts of PyTorch apart by the records that only one of them has."""
+    try:
+        with open_input(path) as file, zipfile.ZipFile(file) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+    except Exception as error:  # zipfile raises a dozen kinds for damaged directories
+        message = f"{path} is a damaged or truncated archive ({first_line(error)}); copy or download it again"
+        raise InputError(message) from None
+    if any(name.startswith((".data/extern", ".data/python")) for name in names):
+        raise ConversionError(
+            ExitStatus.REFUSED,
+            f"{path} is a torch.package archive: it carries Python source that would have to be executed; "
+            "save the model itself with torch.save or torch.export.save",
+        )
+    if "constants.pkl" in names:
+        return Source(path, Kind.TORCHSCRIPT, "the archive has constants.pkl, as torch.jit.save writes")
+    if "archive_format" in names:
+        return Source(path, Kind.EXPORTED_PROGRAM, "the archive has archive_format, as torch.export.save writes")
+    if "serialized_exported_program.json" in names or ("version" in names and "data.pkl" not in names):
+        raise InputError(f"{path} has an old .pt2 layout; save it again with PyTorch 2.8 or newer")
+    if "data.pkl" in names:
+        return Source(path, Kind.CHECKPOINT, "the archive has data.pkl, as torch.save writes")
+    raise InputError(f"{path} is a zip archive, but none that PyTorch writes")
+
+
+ARCHITECTURES = Path(__file__).with_name("architectures.json.xz")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file of the input."""
+    with open_input(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# libraries: imported only from installed packages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def library_folders() -> tuple[Path, ...]:
+    """Where installed packages lie: site-packages, never the shell's folder or that of the input."""
+    import site
+    import sysconfig
+
+    folders = [*map(sysconfig.get_path, ("purelib", "platlib")), *site.getsitepackages(), site.getusersitepackages()]
+    return (Path(torch.__file__).resolve().parents[1], *(Path(folder).resolve() for folder in folders))
+
+
+def check_origin(package: str, origins: Iterable[str | None], *, named: bool) -> None:
+    """Raise RefusedFileError if `package` lies outside site-packages; the user's own may lie on PYTHONPATH too.
+
+    An empty entry of PYTHONPATH means the working directory, which nobody asked for.
+    """
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep) if named else []
+    folders = (*library_folders(), *(Path(entry).resolve() for entry in entries if entry))
+    for origin in origins:
+        if not origin or not any(folder in Path(origin).resolve().parents for folder in folders):
+            also = " or PYTHONPATH" if named else ""
+            raise RefusedFileError(f"the package {package} would be imported from outside site-packages{also}")
+
+
+def import_library(module: str, *, named: bool = False) -> Any:
+    """Import `module` from an installed package, after a look at where it would come from; `named` by the user.
+
+    Raises DamagedFileError where it is missing or cannot be imported, RefusedFileError where it lies elsewhere.
+    """
+    if module in sys.modules:
+        return sys.modules[module]
+    package = module.partition(".")[0]
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        advice = "install it or put its folder on PYTHONPATH" if named else "install it, or save a state dict"
+        raise DamagedFileError(f"it needs the Python package {package}, which is not installed here; {advice}")
+    check_origin(package, [spec.origin] if spec.origin else spec.submodule_search_locations or [None], named=named)
+    try:
+        if package in ("torchvision", "timm", "ultralytics"):
+            import_torchvision()
+        if package == "ultralytics":
+            import_ultralytics()
+        if package == "transformers":
+            os.environ["HF_HUB_OFFLINE"] = "1"  # what a pickle refers to is installed or not: never the network
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and belongs(module, (error.name,)):
+            raise DamagedFileError(missing_from(module)) from None
+        raise DamagedFileError(f"{package} needs the Python package {error.name}, which is not installed") from None
+    except Exception as error:  # whatever a library raises while it is imported
+        raise_out_of_memory(error)
+        raise DamagedFileError(f"{module} cannot be imported here ({first_line(error)})") from None
+    check_origin(package, [getattr(loaded, "__file__", None)], named=named)
+    return loaded
+
+
+def missing_from(full_name: str) -> str:
+    """What to say of a module or class that the installed version of its package does not have."""
+    import importlib.metadata
+
+    package = full_name.partition(".")[0]
+    try:
+        version = f" {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    advice = f"install the version of {package} that saved the file, or save the model's state dict with it"
+    return f"the installed {package}{version} has no {full_name}; {advice}"
+
+
+def belongs(module: str, prefixes: Iterable[str]) -> bool:
+    """Whether `module` is one of `prefixes` or lies below one."""
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def qualified_name(cls: type) -> str:
+    """`package.module.Class`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def import_transformers() -> Any:
+    """transformers, told to stay off the network and to be quiet."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ[variable] = "1"
+    importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE = True  # it may be there since a download
+    return import_library("transformers")
+
+
+def has_own_code(options: Options) -> bool:
+    """Whether the user brought code for this model, which may open what it likes: his own classes, or trusted ones."""
+    own_class = options.model_class and ":" in options.model_class
+    named = own_class and not belongs(options.model_class.partition(":")[0], ("torchvision", "timm"))
+    return bool(options.trust_pickle or options.trust_remote_code or options.allow_class or named)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# workarounds: what torch, torchvision, timm and ultralytics need to be told, each with the version it was seen in
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def import_torchvision() -> None:
+    """Import torchvision, and leave out torch's compiler, which takes as long to import as the rest of torch.
+
+    One file of torchvision 0.29 (ops/roi_align.py) asks torch._dynamo a question, and only if a kernel is missing.
+    """
+
+    def is_compile_supported(device_type: str) -> bool:
+        return bool(importlib.import_module("torch._dynamo.utils").is_compile_supported(device_type))
+
+    if "torch._dynamo" not in sys.modules:
+        compiler, utils = types.ModuleType("torch._dynamo"), types.ModuleType("torch._dynamo.utils")
+        vars(utils)["is_compile_supported"] = is_compile_supported
+        stand_ins = {module.__name__: module for module in (compiler, utils)}
+        sys.modules.update(stand_ins)
+        try:
+            importlib.import_module("torchvision")
+        finally:
+            for name in stand_ins:
+                del sys.modules[name]
+
+
+def import_ultralytics() -> None:
+    """Import ultralytics without what it does by the way.
+
+    ultralytics.utils writes a settings file into the home directory, asks the network whether it is there, sets
+    variables for libraries that are loaded later, and lets its checks run pip.
+    """
+    import tempfile
+
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="pt2onnx.") as folder:
+        os.environ |= {"YOLO_CONFIG_DIR": folder, "MPLCONFIGDIR": folder, "YOLO_AUTOINSTALL": "false",
+                       "YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false"}  # fmt: skip
+        try:
+            importlib.import_module("ultralytics.utils")
+        finally:
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
+            os.environ |= before
 
 
 @functools.cache
@@ -7470,160 +10010,6 @@ def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: 
         steps = graph.op("Mul", graph.op("Range", constant(0), size, constant(1)), stride)
         place = graph.op("Add", graph.op("Unsqueeze", place, constant([-1])), steps)
     return graph.op("Gather", graph.op("Reshape", tensor, constant([-1])), place)
-
-
-def attach_weights(model: ir.Model, job: Job, weights: Mapping[str, Tensor]) -> ir.Model | None:
-    """Give a graph that was exported without its weights those of the model: views, read when they are written.
-
-    The exporter itself holds several copies of all of them. A weight that is only used transposed is stored so; one
-    that several names share is stored once. None where the exporter would make weights of its own: batch norms after
-    convolutions become part of these.
-    """
-    graph, own = model.graph, {spec.name for spec in job.specs}
-    norms = [node.inputs[0] for node in graph if node.op_type == "BatchNormalization"]
-    if any(value.producer().op_type.startswith("Conv") for value in norms if value.producer()):
-        return None
-    first: dict[tuple[Any, ...], ir.Value] = {}
-    for value in [value for value in graph.inputs if value.name not in own]:
-        tensor = weights.get(str(value.name))
-        if tensor is None:
-            return None
-        tensor = tensor.detach()
-        value.const_value = streamed_class()(tensor, value.name)
-        graph.inputs.remove(value)
-        address = tensor.address() if isinstance(tensor, stored_class()) else (tensor.data_ptr(), *tensor.stride())
-        place = (address, tensor.shape, tensor.dtype)
-        if tensor.numel() and place in first:
-            ir.convenience.replace_all_uses_with(value, first[place])
-            continue
-        first[place] = value
-        graph.initializers.add(value)
-    for value in itertools.chain.from_iterable([split_weight(graph, whole) for whole in first.values()]):
-        if not store_transposed(graph, value) and model.opset_imports[""] >= GEMM_OPSET:
-            multiply_as_stored(value)
-    return model
-
-
-@functools.cache
-def streamed_class() -> Any:
-    """The class of the weights that are written a block at a time (onnx-ir is imported late)."""
-    from onnx_ir.tensor_adapters import TorchTensor
-
-    class Streamed(TorchTensor):  # type: ignore[misc]
-        """A torch tensor, of any strides and stored or not, in an ONNX graph."""
-
-        def numpy(self) -> Any:
-            return TorchTensor(in_memory(self.raw), self.name).numpy()
-
-        def tobytes(self) -> bytes:
-            return b"".join(byte_blocks(self.raw))
-
-        def tofile(self, file: Any) -> None:
-            for block in byte_blocks(self.raw):
-                file.write(block)
-                LOG.advance(len(block))
-
-    return Streamed
-
-
-def split_weight(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
-    """The weight `value` itself, or one for each of its rows where nodes only pick single ones: a layer's experts.
-
-    ONNX Runtime would copy each row when it is picked.
-    """
-    picks = []
-    for node in value.consumers():
-        index = node.inputs[1] if node.op_type == "Gather" and node.inputs[0] is value else None
-        row = ir.convenience.get_const_tensor(index) if index is not None else None
-        if row is None or row.shape.rank() or node.attributes.get_int("axis", 0):
-            return [value]
-        picks.append((node, int(row.numpy())))
-    raw, found = value.const_value.raw, {}
-    for node, row in picks:
-        if row not in found:
-            name = f"{value.name}.{row}"
-            shape = ir.Shape(raw.shape[1:])
-            part = ir.Value(name=name, shape=shape, type=value.type, const_value=streamed_class()(raw[row], name))
-            found[row] = part
-            graph.initializers.add(part)
-        ir.convenience.replace_all_uses_with(node.outputs[0], found[row])
-        node.graph.remove(node, safe=True)
-    if found:
-        del graph.initializers[value.name]
-    return list(found.values()) or [value]
-
-
-def store_transposed(graph: ir.Graph, value: ir.Value) -> bool:
-    """Store the weight `value` as its Transpose nodes want it, where they are all that use it and agree."""
-    nodes = list(value.consumers())
-    orders = {tuple(node.attributes.get_ints("perm", ())) if node.op_type == "Transpose" else None for node in nodes}
-    tensor: Any = value.const_value
-    if len(orders) != 1 or not (order := orders.pop()) or tensor.nbytes >= GEMM_BYTES:
-        return False
-    turned = tensor.raw.permute(order)
-    name = value.name
-    del graph.initializers[name]
-    new = ir.Value(name=name, shape=ir.Shape(turned.shape), type=value.type, const_value=streamed_class()(turned, name))
-    graph.initializers.add(new)
-    for node in nodes:
-        ir.convenience.replace_all_uses_with(node.outputs[0], new)
-        node.graph.remove(node, safe=True)
-    return True
-
-
-def multiply_as_stored(value: ir.Value) -> None:
-    """Let products with the transposed weight `value` be Gemm nodes, which take it as it is: no second copy of it.
-
-    MatMul(x, Transpose(w)) is Reshape(Gemm(Reshape(x, [-1, k]), w, transB=1), [*x.shape[:-1], n]).
-    """
-    for transpose in list(value.consumers()):
-        users = list(transpose.outputs[0].consumers())
-        turned = transpose.op_type == "Transpose" and list(transpose.attributes.get_ints("perm", ())) == [1, 0]
-        if not turned or not all(user.op_type == "MatMul" and user.inputs[1] is transpose.outputs[0] for user in users):
-            continue
-        columns, rows = value.const_value.shape.numpy()
-        for user in users:
-            add = functools.partial(node_before, user)
-            sizes = [add("Constant", [], value=ir.tensor(numbers)) for numbers in ([-1, rows], [0], [-1], [columns])]
-            flat, start, end, last = sizes
-            x = user.inputs[0]
-            product = add("Gemm", [add("Reshape", [x, flat]), value], transB=1)
-            leading = add("Slice", [add("Shape", [x]), start, end, start])
-            result = add("Reshape", [product, add("Concat", [leading, last], axis=0)])
-            result.shape, result.type = user.outputs[0].shape, user.outputs[0].type
-            ir.convenience.replace_all_uses_with(user.outputs[0], result, replace_graph_outputs=True)
-            user.graph.remove(user, safe=True)
-        transpose.graph.remove(transpose, safe=True)
-
-
-def node_before(place: ir.Node, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
-    """The output of a new node before `place`."""
-    node = ir.node(operator, inputs, attributes)
-    place.graph.insert_before(place, node)
-    return node.outputs[0]
-
-
-def export_dynamo(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
-    """Export through torch.export; a ScriptModule is turned into an exported program first."""
-    if isinstance(flat.inner, torch.jit.ScriptModule):
-        from torch._export.converter import TS2EPConverter
-
-        flat = flat_module(
-            TS2EPConverter(flat.inner, tuple(job.traced)).convert().module(), [spec.name for spec in job.specs]
-        )
-    shapes = tuple(dict.fromkeys(spec.axes, torch.export.Dim.AUTO) for spec in job.specs)
-    with stored_weights_as(flat, in_memory):
-        program = torch.onnx.export(
-            flat,
-            tuple(job.traced),
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=(shapes,),
-            input_names=[spec.name for spec in job.specs],
-            output_names=job.outputs,
-            verbose=False,
-        )
-    return program.model
 
 
 @contextlib.contextmanager
@@ -7825,2298 +10211,6 @@ def without_complex() -> Iterator[None]:
     functions = {"polar": Complex.polar, "view_as_complex": Complex.from_pairs, "view_as_real": Complex.pairs}
     with patched(torch, **functions):
         yield
-
-
-EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
-
-
-def plan_attempts(exporter: str, opset: int | None) -> list[Attempt]:
-    """What to try, the fast exporter first; without an `opset`, the default one and the lowest of the wide exporter."""
-    attempts = [Attempt("torchscript", opset or DEFAULT_OPSET), Attempt("dynamo", opset or DYNAMO_MIN_OPSET)]
-    return [
-        attempt
-        for attempt in attempts
-        if exporter in ("auto", attempt.exporter)
-        and (attempt.exporter != "dynamo" or attempt.opset >= DYNAMO_MIN_OPSET)
-    ]
-
-
-def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, str]:
-    """One exporter's model, and a note on what it may have fixed; raises AttemptError with what stood in the way."""
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
-    whole = job
-    if job.step is not None:
-        module, specs, traced, outputs = job.step
-        job = job._replace(model=module, specs=specs, traced=traced, outputs=outputs, cases=[], step=None)
-    flat = flat_module(job.model, [spec.name for spec in job.specs])
-    if not isinstance(job.model, torch.fx.GraphModule):  # an exported program has one mode only
-        flat.eval()
-    try:
-        with (
-            torch.no_grad(),
-            warnings.catch_warnings(record=True) as caught,
-            without_complex(),
-            without_kept_state(flat),
-        ):
-            model = EXPORTERS[attempt.exporter](flat, job, attempt.opset, folder)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise AttemptError(first_line(error)) from error
-    except Exception as error:  # the exporters raise whatever went wrong inside them
-        if NO_MEMORY.search(str(error)):
-            raise MemoryError(str(error)) from error
-        if LOG.verbose:
-            traceback.print_exc(file=LOG.stream)
-        needs = re.search(r"(?:added in version|try opset version) (\d+)", str(error))
-        raise AttemptError(explain_failure(error, flat, job.traced), needs=int(needs[1]) if needs else None) from error
-    for warning in caught:
-        warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
-    if model.opset_imports.get("") != attempt.opset:
-        raise AttemptError(f"it wrote opset {model.opset_imports.get('')} instead")
-    if whole.step is not None:
-        repeat_for_tokens(model, job, whole)
-    return model, tracing_notes(caught)
-
-
-def repeat_for_tokens(model: ir.Model, single: Job, whole: Job) -> None:
-    """Turn the graph of one token in place into that of a text, a Loop around it; raises AttemptError.
-
-    The cache goes from turn to turn, what is said of each token is stacked up, and the weights stay outside.
-    """
-    from onnx_ir.tape import Tape
-
-    graph = model.graph
-    restore_inputs(graph, single)
-    if len(graph.outputs) != len(single.outputs):
-        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(single.outputs)}")
-    inputs = {value.name: ir.Value(name=value.name, type=value.type) for value in graph.inputs}
-    answers = dict(zip(single.outputs, graph.outputs, strict=True))
-    nodes = list(graph)
-    graph.outputs.clear()
-    graph.remove(nodes)
-    outer, first, last = Tape(), Tape(), Tape()  # around the loop, and at both ends of a turn
-
-    def numbers(tape: Tape, *values: int) -> ir.Value:
-        return tape.op("Constant", [], {"value": ir.tensor(values)})
-
-    def size(name: str, axis: int) -> ir.Value:
-        return outer.op("Gather", [outer.op("Shape", [inputs[name]]), numbers(outer, axis)], {"axis": 0})
-
-    turn = ir.Value(name="loop/turn", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
-    going = ir.Value(name="loop/going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
-    place = first.op("Reshape", [turn, numbers(first, 1)])
-    batch, length = size("input_ids", 0), size("input_ids", 1)
-    kept, begun, given = [], [], {spec.name for spec in whole.specs}
-    for spec, value in zip(single.specs, graph.inputs, strict=True):
-        if spec.name.startswith("past_"):
-            own = ir.Value(name=f"loop/{spec.name}", type=value.type)
-            kept.append(own)
-            begun.append(inputs[spec.name] if spec.name in given else empty_cache(spec, batch, outer))
-        elif TOTAL in spec.axes.values():
-            behind = outer.op("Sub", [size(spec.name, 1), length])
-            end = first.op("Add", [first.op("Add", [behind, place]), numbers(first, 1)])
-            own = first.op("Slice", [inputs[spec.name], numbers(first, 0), end, numbers(first, 1)])
-        else:
-            own = first.op("Gather", [inputs[spec.name], place], {"axis": 1})
-        ir.convenience.replace_all_uses_with(value, own)
-    states = [name for name in single.outputs if name.startswith("present")]
-    told = [name for name in single.outputs if name not in states]
-    zero = last.op("Constant", [], {"value": ir.tensor(0)})
-    ends = [
-        last.op("Identity", [going]),
-        *(answers[name] for name in states),
-        *(last.op("Gather", [answers[name], zero], {"axis": 1}) for name in told),
-    ]
-    for node in nodes:  # of a single token and a past that now grows
-        for value in node.outputs:
-            value.shape = None
-    body = ir.Graph([turn, going, *kept], ends, nodes=[*first.nodes, *nodes, *last.nodes], name="token")
-    trips = outer.op("Squeeze", [length])
-    left = outer.op_multi_out("Loop", [trips, None, *begun], {"body": body}, num_outputs=len(ends) - 1)
-    results = dict(zip([*states, *told], left, strict=True))
-    results |= {name: outer.op("Transpose", [results[name]], {"perm": (1, 0, 2)}) for name in told}
-    for name, value in results.items():
-        value.type = answers[name].type
-    name_nodes([*outer.nodes, *first.nodes, *last.nodes])
-    graph.inputs[:] = [inputs[spec.name] for spec in whole.specs]
-    graph.extend(outer.nodes)
-    graph.outputs.extend(results[name] for name in whole.outputs)
-
-
-def name_nodes(nodes: Iterable[ir.Node]) -> None:
-    """Give nodes around a loop, and what comes out of them, names that no others have."""
-    for number, node in enumerate(nodes):
-        node.name = f"loop/{node.op_type}_{number}"
-        for index, value in enumerate(node.outputs):
-            value.name = f"{node.name}/{index}"
-
-
-def empty_cache(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Value:
-    """The cache before the first token: no keys and values, and states of zeros, for `batch` (1) rows."""
-    sizes = [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:]
-    shape = tape.op("Concat", [batch, tape.op("Constant", [], {"value": ir.tensor(sizes)})], {"axis": 0})
-    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, numpy_dtype(spec)))})
-
-
-def tracing_notes(caught: Iterable[warnings.WarningMessage]) -> str:
-    """A note on the model's own source lines where a tensor became a Python value, which tracing then fixed."""
-    library = str(Path(torch.__file__).parent)
-    lines = [
-        f"{Path(warning.filename).name}({warning.lineno})"
-        for warning in caught
-        if issubclass(warning.category, torch.jit.TracerWarning) and not warning.filename.startswith(library)
-    ]
-    lines = list(dict.fromkeys(line for line in lines if not line.startswith(Path(__file__).name)))
-    return f"; tracing fixed what is decided by values at {', '.join(lines[:3])}" if lines else ""
-
-
-def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> str:
-    """The first line of an exporter's error, with the module and source line of the operator it names."""
-    cause = error
-    while cause.__cause__ is not None and type(error).__module__.startswith("torch.onnx._internal.exporter"):
-        cause = cause.__cause__
-        error = cause if isinstance(cause, Exception) else error
-    text = first_line(error)
-    operator = re.search(r"(?:'|of |operator |kind:)((?:aten|prim|torchvision|\w+)::\w+)", str(error))
-    if operator is None:
-        return text
-    with contextlib.suppress(Exception):  # the location is a courtesy
-        graph = torch.jit.trace(flat, tuple(inputs), check_trace=False, strict=False).inlined_graph
-        node = next(iter(graph.findAllNodes(operator[1], recurse=True)))
-        lines = re.findall(r"(\S+\.py\(\d+\): \w+)", node.sourceRange())
-        line = next((line for line in lines if "/torch/" not in line), lines[0] if lines else "")
-        scope = node.scopeName().rpartition("/")[2].removeprefix("__module.inner").lstrip(".")
-        where = ", ".join(part for part in (f"module {scope}" if scope else "", os.path.basename(line)) if part)  # noqa: PTH119
-        return f"{text} ({where})" if where else text
-    return text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# finish: both exporters' graphs end with the same names, axes and metadata, and without traces of this machine
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.Model:
-    """Give `model` the product's names, axes and metadata in place; raises AttemptError where inputs went missing."""
-    from onnx_ir.passes import common
-
-    common.ClearMetadataAndDocStringPass()(model)
-    common.IdentityEliminationPass()(model)
-    graph = model.graph
-    restore_branch_outputs(graph)
-    common.RemoveUnusedNodesPass()(model)
-    restore_inputs(graph, job)
-    if len(graph.outputs) != len(job.outputs):
-        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(job.outputs)}")
-    strip_wrapper_names(graph)
-    for value, name in zip(graph.outputs, job.outputs, strict=True):
-        value.name = name
-    for spec, value in zip(job.specs, graph.inputs, strict=True):
-        value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
-    for index, value in enumerate(graph.outputs):
-        value.shape = ir.Shape(output_axes(job, index, value))
-    graph.name = "model"
-    model.ir_version = min(
-        10, max(8, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", model.opset_imports[""])]))
-    )
-    model.producer_name, model.producer_version = "pt2onnx", __version__
-    model.metadata_props.clear()
-    model.metadata_props.update(metadata)
-    return model
-
-
-def restore_branch_outputs(graph: ir.Graph) -> None:
-    """Let every output of a branch come from a node of that branch: onnx-ir 0.2 also takes the Identity that is it."""
-    branches = [
-        attribute.as_graph()
-        for node in graph.all_nodes()
-        for attribute in node.attributes.values()
-        if attribute.type == ir.AttributeType.GRAPH
-    ]
-    for branch in branches:
-        for index, value in enumerate(branch.outputs):
-            producer = value.producer()
-            if producer is None or producer.graph is not branch:
-                node = ir.node("Identity", [value], outputs=[ir.Value(name=f"{value.name}/branch", type=value.type)])
-                branch.append(node)
-                branch.outputs[index] = node.outputs[0]
-
-
-def restore_inputs(graph: ir.Graph, job: Job) -> None:
-    """Order the graph's inputs as the model's, and put back those that an exporter dropped.
-
-    A dropped input is harmless only if no output depends on it; verification with other values decides that.
-    """
-    found = {value.name: value for value in graph.inputs}
-    if not set(found) <= {spec.name for spec in job.specs}:
-        if len(graph.inputs) != len(job.specs):
-            raise AttemptError(f"its graph has the inputs {', '.join(map(str, found))}")
-        found = {spec.name: value for spec, value in zip(job.specs, graph.inputs, strict=True)}
-    for spec in job.specs:
-        if spec.name not in found:
-            LOG.warn(f"input {spec.name} has no influence on the outputs; it stays in the graph, unused")
-            dtype = str(spec.dtype).removeprefix("torch.").upper()
-            types = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}
-            found[spec.name] = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType[types.get(dtype, dtype)]))
-    graph.inputs[:] = [found[spec.name] for spec in job.specs]
-    for spec in job.specs:
-        found[spec.name].name = spec.name
-
-
-def strip_wrapper_names(graph: ir.Graph) -> None:
-    """Give weights and nodes the names that they have in the model, without the wrapper's `inner`."""
-    taken = {value.name for value in graph.initializers.values()} | {value.name for value in graph.inputs}
-    for value in list(graph.initializers.values()):
-        name = str(value.name).removeprefix("inner.")
-        if name not in taken:
-            value.name = name
-    for node in graph.all_nodes():
-        if node.name:
-            node.name = node.name.replace("/inner/", "/", 1)
-
-
-def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str]:
-    """Names of an output's axes: those of the inputs' that they follow, or a name of their own where they vary."""
-    name = job.outputs[index]
-    shapes = [case.outputs[name].shape for case in job.cases]
-    symbols: dict[str, list[int]] = {}
-    for spec in job.specs:
-        for axis, symbol in spec.axes.items():
-            symbols[symbol] = [case.inputs[spec.name].shape[axis] for case in job.cases]
-    if {PAST, SEQUENCE} <= symbols.keys():  # a cache grows by what is new
-        symbols[TOTAL] = [sum(sizes) for sizes in zip(symbols[PAST], symbols[SEQUENCE], strict=True)]
-    result: list[int | str] = []
-    for axis, sizes in enumerate(zip(*shapes, strict=True) if len({len(shape) for shape in shapes}) == 1 else ()):
-        inferred = value.shape[axis] if value.shape is not None and len(value.shape) == len(shapes[0]) else None
-        follows = next((symbol for symbol, seen in symbols.items() if list(sizes) == seen), None)
-        fixed = len(set(sizes)) == 1 and (isinstance(inferred, int) or not symbols)
-        result.append(follows or (sizes[0] if fixed and sizes[0] else f"{name}_dim_{axis}"))
-    return result
-
-
-def merge_decoders(first: Path, following: Path) -> ir.Model:
-    """One graph out of a decoder without and one with a past: an If on `use_cache_branch`, each weight stored once.
-
-    The branch with a past hands the encoder's keys and values on as they came.
-    """
-    models = [ir.load(path) for path in (first, following)]
-    inputs: dict[str, ir.Value] = {}
-    for value in itertools.chain.from_iterable(model.graph.inputs for model in models):
-        inputs.setdefault(str(value.name), ir.Value(name=value.name, shape=value.shape, type=value.type))
-    inputs[CACHE_FLAG] = ir.Value(name=CACHE_FLAG, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
-    outputs = [ir.Value(name=value.name, type=value.type) for value in models[0].graph.outputs]
-    weights: dict[Any, ir.Value] = {}
-    names = [str(value.name) for value in outputs]
-    branches = [branch_of(model.graph, inputs, weights, names) for model in models]
-    for prefix, branch in zip(("first/", "next/"), branches, strict=True):  # the names of a model are unique
-        for node in branch.all_nodes():
-            node.name = f"{prefix}{node.name}"
-            for value in node.outputs:
-                value.name = f"{prefix}{value.name}"
-    choice = {"then_branch": branches[1], "else_branch": branches[0]}
-    node = ir.node("If", [inputs[CACHE_FLAG]], choice, outputs=outputs)
-    graph = ir.Graph(
-        list(inputs.values()),
-        outputs,
-        nodes=[node],
-        initializers=list(weights.values()),
-        opset_imports=models[0].graph.opset_imports,
-        name="model",
-    )
-    return ir.Model(graph, ir_version=models[0].ir_version)
-
-
-def branch_of(
-    graph: ir.Graph, inputs: Mapping[str, ir.Value], weights: dict[Any, ir.Value], names: Sequence[str]
-) -> ir.Graph:
-    """The nodes of `graph` as a branch that reads `inputs` and `weights`, to which its own are added, outside of it."""
-    for value in graph.inputs:
-        ir.convenience.replace_all_uses_with(value, inputs[str(value.name)])
-    taken = {value.name for value in weights.values()}
-    for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
-        if key not in weights:
-            name = f"{value.name}.2" if value.name in taken else value.name
-            weights[key] = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
-        ir.convenience.replace_all_uses_with(value, weights[key])
-    found = {str(value.name): value for value in graph.outputs}
-    nodes = list(graph)
-    graph.outputs.clear()
-    graph.remove(nodes)
-    for name in names:
-        if name not in found:
-            given = inputs[past_name(name)]
-            nodes.append(ir.node("Identity", [given], outputs=[ir.Value(name=name, type=given.type)]))
-            found[name] = nodes[-1].outputs[0]
-    return ir.Graph([], [found[name] for name in names], nodes=nodes, name="branch")
-
-
-def write_graph(model: ir.Model, path: Path) -> Path:
-    """Serialise to `path`, with the weights in `path`.data where one file cannot hold them; synced to the disk.
-
-    Returns a file with the same graph to check and run: of a large single file its twin, whose weights lie outside, in
-    `path`, so that nobody needs to have all of them in memory. Raises ConversionError (RESOURCES) for want of space.
-    """
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    check_space(path.parent, size)
-    light = path
-    with LOG.copying(f"write: {path.name}", size):
-        if size > SINGLE_FILE_LIMIT:
-            ir.save(model, path, external_data=f"{path.name}.data")
-        else:
-            light = write_single_file(model, path)
-        for file in path.parent.glob(f"{path.name}*"):
-            with file.open("rb+") as stream:  # a full disk may only show when the data is really written
-                os.fsync(stream.fileno())
-    return light
-
-
-def same_content(file: Path, other: Path) -> bool:
-    """Whether `other` is there and has the same bytes."""
-    return other.exists() and filecmp.cmp(file, other, shallow=False)
-
-
-def check_room(model: nn.Module, run: Run, copies: int = 1) -> None:
-    """Before the work begins: is there space for all weights? Raises ConversionError (RESOURCES)."""
-    check_space(run.staging.parent, copies * weight_bytes(model))
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raise ConversionError (RESOURCES) where `needed` bytes do not fit on the disk of `folder`."""
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        sizes = f"{size_text(needed)} are needed and {size_text(free)} are free on the disk of {place}"
-        raise ConversionError(ExitStatus.RESOURCES, f"cannot write: {sizes}; free some space, or choose another -o")
-
-
-def write_single_file(model: ir.Model, path: Path) -> Path:
-    """Serialise `model` with its large weights written straight from where they lie; they are taken out of `model`.
-
-    The serialiser would copy them twice first. A protobuf message is its fields one after the other, so the weights can
-    follow the rest of the graph (https://protobuf.dev/programming-guides/encoding; numbers of the fields: onnx.proto).
-    Returns the twin (see write_graph), or `path` where it is small.
-    """
-    large = [value for value in model.graph.initializers.values() if value.const_value.nbytes >= STORED_BYTES]
-    for value in large:
-        del model.graph.initializers[value.name]
-    proto = ir.to_proto(model)
-    graph = proto.graph.SerializeToString(deterministic=True)
-    proto.ClearField("graph")
-    rest = proto.SerializeToString(deterministic=True)
-    size, width, placed = len(graph) + sum(value.const_value.nbytes for value in large), 0, []
-    while width < len(varint(size)):  # where the weights lie, and with it `size`, depends on how wide `size` is written
-        width = len(varint(size))
-        place = len(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size, width) + graph)
-        placed = place_weights(large, place)
-        end = placed[-1].start + placed[-1].tensor.nbytes if placed else place
-        size = len(graph) + end - place
-    with path.open("wb") as file:
-        file.write(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size, width) + graph)
-        for weight in placed:
-            file.write(weight.head)
-            weight.tensor.tofile(file)
-    if sum(weight.tensor.nbytes for weight in placed) < STREAM_FROM:
-        return path
-    proto.graph.ParseFromString(graph)
-    return write_twin(proto, placed, path)
-
-
-class PlacedWeight(NamedTuple):
-    """An initializer in a file: its fields other than the data, what stands before these, and where they begin."""
-
-    fields: Mapping[str, Any]
-    tensor: ir.TensorProtocol
-    head: bytes
-    start: int
-
-
-def place_weights(values: Iterable[ir.Value], place: int) -> list[PlacedWeight]:
-    """Initializers one after the other, from `place` of the file on, the data of each aligned."""
-    placed = []
-    for value in values:
-        tensor: Any = value.const_value
-        fields = {"name": value.name, "dims": tensor.shape.numpy(), "data_type": tensor.dtype.value}
-        head = aligned_head(fields, tensor.nbytes, place)
-        placed.append(PlacedWeight(fields, tensor, head, place + len(head)))
-        place += len(head) + tensor.nbytes
-    return placed
-
-
-def write_twin(proto: onnx.ModelProto, placed: Iterable[PlacedWeight], path: Path) -> Path:
-    """Write `proto`, which lacks the weights, beside `path` with references to where they lie in that file."""
-    for weight in placed:
-        outside = proto.graph.initializer.add(**weight.fields, data_location=onnx.TensorProto.EXTERNAL)
-        for key, value in (("location", path.name), ("offset", weight.start), ("length", weight.tensor.nbytes)):
-            outside.external_data.add(key=key, value=str(value))
-    light = path.with_name(f".{path.name}.twin")
-    light.write_bytes(proto.SerializeToString(deterministic=True))
-    return light
-
-
-def aligned_head(fields: Mapping[str, Any], length: int, place: int) -> bytes:
-    """What stands before the `length` bytes of an initializer at `place` of the file, so that they begin aligned.
-
-    Runtimes may then use them where they lie. A doc_string of spaces fills the gap.
-    """
-    for spaces in range(2 * ALIGNMENT):
-        head = onnx.TensorProto(**fields, doc_string=" " * spaces).SerializeToString()
-        head += message_head(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, length)
-        head = message_head(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + length) + head
-        if (place + len(head)) % ALIGNMENT == 0:
-            break
-    return head
-
-
-def message_head(number: int, length: int, width: int = 1) -> bytes:
-    """The key of a protobuf field that holds `length` bytes, a number written in `width` bytes or more."""
-    return varint(number << 3 | 2) + varint(length, width)  # 2: bytes, preceded by their number
-
-
-def varint(number: int, width: int = 1) -> bytes:
-    """A number as protobuf writes it: 7 bits a byte, the lowest first, the top bit set on all but the last.
-
-    It has `width` bytes or more; zeros at its end do not count.
-    """
-    low, rest = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + varint(rest, width - 1) if rest or width > 1 else bytes([low])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# verify: the checker, then ONNX Runtime against PyTorch's answers
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Relative and absolute tolerance by dtype, the absolute one scaled by the output's largest value: float32 keeps about 7
-# digits and a deep network loses 2 of them to another order of summation (ResNet-50: 5e-5 of values around 3).
-TOLERANCES = {"float64": (1e-7, 1e-8), "float32": (1e-4, 2e-5), "float16": (2e-2, 1e-2), "bfloat16": (5e-2, 3e-2)}
-KERNEL_ERROR = 1e-6  # ONNX Runtime's float32 sigmoid, exp and erf are polynomials with an absolute error of a few 1e-7
-SLIGHT = 100  # times the allowed difference: what another algorithm or quantisation costs, and no wrong graph
-SCORE_TIE = 1e-3  # scores that rounding may swap
-SAME = 1e-3  # of the largest value: two programs' answers for one detection
-PERTURBATION = 1e-5  # of each value: what layers of float32 add up to between two right programs
-MAX_ROW = 256  # numbers in a row that is compared to find its partner: boxes, labels and keypoints, not masks
-LEAN_FROM = 512 << 20  # bytes of a file of weights that ONNX Runtime is not to make copies of
-SWEEP_SECONDS = 0.005  # in which a machine reads some dozens of megabytes
-SWEPT_BYTES = 128 << 20  # of mapped weights that may be resident
-ROUNDING_LIMIT = 0.05
-ROUNDING_MARGIN = 4  # a sum in another order may err in the other direction, and as far again in the largest element
-ROUNDING_STEPS = 8  # of the largest value's last digit: what is left of values that cancel in a sum
-
-
-class Difference(NamedTuple):
-    """How far an output is from PyTorch's, and what is wrong with that ("" for nothing)."""
-
-    case: str
-    output: str
-    largest: float
-    allowed: float
-    problem: str = ""
-
-
-def compare(case: Case, name: str, actual: Any, job: Job, options: Options) -> Difference:
-    """Compare one output with PyTorch's. NaN and Inf never pass; integers and booleans must be equal."""
-    expected = case.outputs[name]
-    if actual.shape != expected.shape:
-        shapes = f"{shape_text(actual.shape)} for {case.label}, PyTorch's has {shape_text(expected.shape)}"
-        return Difference(case.label, name, math.inf, 0.0, f"output {name!r} has the shape {shapes}")
-    if expected.size == 0:
-        return Difference(case.label, name, 0.0, 0.0)
-    if expected.dtype.kind not in "fc":
-        wrong = int(np.count_nonzero(actual != expected))
-        problem = f"output {name!r} differs from PyTorch's in {wrong} of {expected.size} places for {case.label}"
-        return Difference(case.label, name, float(wrong), 0.0, problem if wrong else "")
-    relative, absolute = TOLERANCES[str(float_dtype(job.model)).removeprefix("torch.")]
-    scale = float(np.abs(expected).max())
-    rtol = relative if options.rtol is None else options.rtol
-    atol = max(absolute * scale, min(KERNEL_ERROR, scale / 100)) if options.atol is None else options.atol
-    difference = np.nan_to_num(np.abs(actual.astype(np.float64) - expected.astype(np.float64)), nan=math.inf)
-    largest, allowed = float(difference.max()), float(atol + rtol * scale)
-    bounds = atol + rtol * np.abs(expected.astype(np.float64))
-    with np.errstate(invalid="ignore"):
-        good = bool(np.isfinite(actual).all() and (difference <= bounds).all())
-        worst = np.nanargmax(difference - bounds)
-    there = f"{difference.flat[worst]:.3g} for {case.label} (allowed: {bounds.flat[worst]:.3g})"
-    problem = f"output {name!r} differs from PyTorch's by {there}"
-    return Difference(case.label, name, largest, allowed, "" if good else problem)
-
-
-def judge(case: Case, results: Arrays, job: Job, options: Options) -> list[Difference]:
-    """Compare every output, after detections of equal score were put in PyTorch's order."""
-    results = align_detections(case.outputs, results)
-    return [compare(case, name, results[name], job, options) for name in case.outputs]
-
-
-def detection_scores(outputs: Arrays) -> str | None:
-    """The output by which a detector orders its rows: falling scores, beside outputs with as many rows."""
-    for name, value in outputs.items():
-        if value.ndim == 1 and value.dtype.kind == "f" and (np.diff(value) <= 0).all():
-            others = [other for key, other in outputs.items() if key != name and other.shape[:1] == value.shape]
-            if len(others) > 1:
-                return name
-    return None
-
-
-def align_detections(expected: Arrays, actual: Arrays) -> Arrays:
-    """`actual` with its rows in the order of `expected`, as far as only rows of nearly the same score change places.
-
-    Detectors sort by score, and rounding decides between two that are nearly equal.
-    """
-    scores = detection_scores(expected)
-    if scores is None or any(actual[name].shape != expected[name].shape for name in expected):
-        return actual
-    if not (np.abs(actual[scores] - expected[scores]) <= SCORE_TIE).all():  # not even the scores fall in the same way
-        return actual
-    rows = [name for name in expected if expected[name].shape[:1] == expected[scores].shape]
-    small = [name for name in rows if expected[name][0:1].size <= MAX_ROW]
-    order, free = [], set(range(len(expected[scores])))
-    for index, score in enumerate(expected[scores]):
-        near = sorted(j for j in free if abs(actual[scores][j] - score) <= SCORE_TIE)
-        costs = [sum(float(np.abs(actual[n][j] - expected[n][index] * 1.0).max()) for n in small) for j in near]
-        best = near[int(np.argmin(costs))] if near else min(free)
-        order.append(best)
-        free.discard(best)
-    return {name: value[order] if name in rows else value for name, value in actual.items()}
-
-
-def check_graph(path: Path, opset: int) -> None:
-    """onnx.checker with shape inference, by path so that any size is accepted; raises AttemptError."""
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:  # ValidationError, InferenceError, RuntimeError by version
-        lacks = re.search(r"No Op registered for (\w+)|\(op_type:(\w+),.* has unsupported type", str(error))
-        needs = first_opset(lacks[1] or lacks[2], opset) if lacks else None
-        raise AttemptError(f"onnx.checker: {first_line(error)}", exported=True, needs=needs) from error
-
-
-def first_opset(operator: str, beyond: int) -> int | None:
-    """The first opset above `beyond` that has `operator`, by the schemas of onnx."""
-    schemas = onnx.defs.get_all_schemas_with_history()
-    versions = [schema.since_version for schema in schemas if schema.name == operator and not schema.domain]
-    return min((version for version in versions if version > beyond), default=None)
-
-
-def open_session(path: Path, device: str) -> Any:
-    """An ONNX Runtime session, on the GPU where asked for and possible; raises AttemptError.
-
-    Large weights outside of the graph are used where they lie in the mapped file, without packed or fused copies; small
-    models run as they will for their users.
-    """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4
-    providers = ["CPUExecutionProvider"]
-    if device == "cuda":
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
-        else:
-            LOG.info("verify: this ONNX Runtime has no CUDA provider, so it runs on the CPU")
-    weights = [file for file in weight_files(path) if file.stat().st_size >= LEAN_FROM]
-    if weights and len(providers) == 1:
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        settings.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
-        return LeanSession(session, weights) if weights else session
-    except Exception as error:
-        raise AttemptError(f"ONNX Runtime cannot load it: {first_line(error)}", exported=True) from error
-
-
-def weight_files(path: Path) -> set[Path]:
-    """The files that a graph's weights lie in, other than its own."""
-    graph = onnx.load(path, load_external_data=False).graph
-    entries = itertools.chain.from_iterable(tensor.external_data for tensor in graph.initializer)
-    return {path.with_name(entry.value) for entry in entries if entry.key == "location"}
-
-
-class LeanSession:
-    """A session that lets go of the pages of mapped `weights` while it runs, before they add up to much."""
-
-    def __init__(self, session: Any, weights: Iterable[Path]) -> None:
-        self.get_outputs, self.session = session.get_outputs, session
-        found = (mapped_ranges(file) for file in weights)
-        self.ranges = list(itertools.chain.from_iterable(found))  # the session maps them once, when it is made
-
-    def run(self, names: Sequence[str] | None, inputs: Arrays) -> list[Any]:
-        """As InferenceSession.run."""
-        done, most = threading.Event(), mapped_bytes() + SWEPT_BYTES
-
-        def sweep() -> None:
-            while not done.wait(SWEEP_SECONDS):
-                if mapped_bytes() > most:
-                    self.let_go()
-
-        sweeper = threading.Thread(target=sweep)
-        sweeper.start()
-        try:
-            return list(self.session.run(names, inputs))
-        finally:
-            done.set()
-            sweeper.join()
-            self.let_go()
-
-    def let_go(self) -> None:
-        """Give back the memory that the weights take."""
-        for first, last in self.ranges:
-            drop_pages(first, last)
-
-
-def mapped_bytes() -> int:
-    """The resident memory that mapped files take (proc_pid_statm(5)); 0 on other systems than Linux."""
-    with contextlib.suppress(FileNotFoundError):
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[2]) * PAGE_BYTES
-    return 0
-
-
-def mapped_ranges(file: Path) -> list[tuple[int, int]]:
-    """Where in memory a file is mapped (proc_pid_maps(5)); nothing on other systems than Linux."""
-    with contextlib.suppress(FileNotFoundError):
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-        return [
-            tuple(int(number, 16) for number in line.split()[0].split("-"))
-            for line in lines
-            if line.endswith(f" {file.resolve()}")
-        ]
-    return []
-
-
-def verify(path: Path, job: Job, options: Options) -> list[Difference]:
-    """Every output at every case's sizes against PyTorch; raises AttemptError with what is wrong."""
-    session = open_session(path, options.device)
-    names = [output.name for output in session.get_outputs()]
-    differences: list[Difference] = []
-    for case in job.cases:
-        try:
-            results = mask_padding(dict(zip(names, session.run(None, case.inputs), strict=True)), case.inputs)
-        except Exception as error:
-            reason = f"ONNX Runtime fails for {case.label}: {first_line(error)}"
-            raise AttemptError(reason, exported=True, case=case) from error
-        found = judge(case, results, job, options)
-        if any(item.problem for item in found) and options.atol is None and options.rtol is None:
-            found = compare_in_float64(case, results, found, job, options)
-        bad = [item for item in found if item.problem]
-        if bad:
-            worst = max(bad, key=lambda item: item.largest - item.allowed)
-            slight = all(item.largest <= SLIGHT * item.allowed for item in bad)
-            raise AttemptError(worst.problem, exported=True, slight=worst.largest if slight else None, case=case)
-        differences += found
-    if job.further_checks:
-        differences += job.further_checks(session, job, options)
-    if not differences:
-        raise AttemptError("PyTorch's own answers are too unstable to compare with", exported=True)
-    return differences
-
-
-def mask_padding(outputs: Arrays, inputs: Arrays) -> Arrays:
-    """A decoder's outputs without what belongs to padded tokens; those of other models as they are.
-
-    Such a token looks at nothing: how the scores of all that is masked round in half precision decides its answer.
-    """
-    mask = inputs.get("attention_mask")
-    if mask is None or not any(name.startswith("past_") for name in inputs):
-        return outputs
-    tensors = {name: torch.from_numpy(array) for name, array in outputs.items()}
-    return {name: tensor.numpy() for name, tensor in without_padding(tensors, torch.from_numpy(mask)).items()}
-
-
-def compare_in_float64(
-    case: Case, results: Arrays, found: list[Difference], job: Job, options: Options
-) -> list[Difference]:
-    """What is left of `found` when PyTorch's own float64 answer is asked: what rounding explains is no fault.
-
-    Badly scaled models amplify rounding, and sums that cancel leave little else, so that two correct programs differ.
-    """
-    exact = double_outputs(case, job, options)
-    if exact is None:
-        return found
-    as_sets = compare_detections(case, results, exact.outputs, job, options)
-    if as_sets is not None:
-        return as_sets
-    dtype = float_dtype(job.model)
-    kind = str(dtype).removeprefix("torch.")
-    result, excused = [], []
-    for item in found:
-        if not item.problem:
-            result.append(item)
-            continue
-        noise, allowed = rounding_error(case.outputs[item.output], exact.outputs[item.output], exact.largest, dtype)
-        if item.largest <= allowed:
-            excused.append((item.largest / allowed, noise, item))
-        result.append(item._replace(problem="", allowed=allowed) if item.largest <= allowed else item)
-    if excused:
-        _, noise, worst = max(excused)
-        others = f", and so in {len(excused) - 1} more outputs" if len(excused) > 1 else ""
-        LOG.warn(
-            f"the model amplifies rounding: PyTorch's {kind} {worst.output} is {noise:.2g} from its own float64, "
-            f"ONNX Runtime's is {worst.largest:.2g} from PyTorch's{others}"
-        )
-    return result
-
-
-def compare_detections(
-    case: Case, results: Arrays, exact: Arrays, job: Job, options: Options
-) -> list[Difference] | None:
-    """Compare a detector's rows as sets; None for other models, and where more differs than rounding can explain.
-
-    How many rows rounding decides is measured: those without a partner in PyTorch's float64 answer (`exact`), or in its
-    answer to inputs that are PERTURBATION away. ONNX Runtime may leave twice as many without one, or one in a hundred,
-    such as the last that a limit keeps. An input where rounding decides more than half proves nothing: an empty list.
-    """
-    scores = detection_scores(case.outputs)
-    if scores is None:
-        return None
-    rows = [name for name, value in case.outputs.items() if value.shape[:1] == case.outputs[scores].shape]
-    if any(results[name].shape[1:] != case.outputs[name].shape[1:] for name in rows):
-        return None
-    count = len(case.outputs[scores])
-    unsteady = max(
-        unmatched(matching_rows(case.outputs, other, rows)) for other in (exact, perturbed_outputs(case, job, options))
-    )
-    if unsteady > count / 2:
-        LOG.warn(f"rounding decides {unsteady} of {count} detections for {case.label}: that input is left out")
-        return []
-    pairs = matching_rows(case.outputs, results, rows)
-    apart = unmatched(pairs)
-    if apart > max(2 * unsteady, count // 100):
-        return None
-    if apart:
-        LOG.warn(f"rounding decides {apart} of {count} detections for {case.label}: the others agree")
-    matched = [(i, int(row.argmax())) for i, row in enumerate(pairs) if row.any()]
-    found = [compare(case, name, results[name], job, options) for name in case.outputs if name not in rows]
-    for name in rows:
-        expected, actual = case.outputs[name], results[name]
-        largest = max((float(abs(expected[i] * 1.0 - actual[j]).max(initial=0)) for i, j in matched), default=0.0)
-        found.append(Difference(case.label, name, largest, largest))
-    return found
-
-
-def matching_rows(expected: Arrays, actual: Arrays, rows: Sequence[str]) -> Any:
-    """Which detections of two answers are the same (a matrix): integers equal, the rest within SAME of the largest.
-
-    Large rows, such as masks, may differ by SAME of their sum: an edge that moves by a hair changes a few values much.
-    """
-    same = np.ones((len(expected[rows[0]]), len(actual[rows[0]])), dtype=bool)
-    for name in sorted(rows, key=lambda name: expected[name][:1].size):
-        one, other = expected[name] * 1.0, actual[name] * 1.0
-        allowed = SAME * np.abs(one).max(initial=0) if expected[name].dtype.kind == "f" else 0
-        if one.ndim == 1:
-            same &= np.abs(one[:, None] - other) <= allowed
-            continue
-        for i, j in np.argwhere(same):
-            gap = np.abs(one[i] - other[j])
-            large = gap.size > MAX_ROW
-            same[i, j] = gap.sum() <= SAME * np.abs(one[i]).sum() if large else gap.max(initial=0) <= allowed
-    return same
-
-
-def unmatched(pairs: Any) -> int:
-    """How many detections of one of two answers have no partner in the other."""
-    return int(max((~pairs.any(1)).sum(), (~pairs.any(0)).sum()))
-
-
-def perturbed_outputs(case: Case, job: Job, options: Options) -> Arrays:
-    """PyTorch's answer to inputs that differ from the case's by what kernels differ by."""
-    random = np.random.default_rng(0)
-    inputs = [case.inputs[spec.name] for spec in job.specs]
-    stirred = [x * (1 + PERTURBATION * random.standard_normal(x.shape)) if x.dtype.kind == "f" else x for x in inputs]
-    tensors = [
-        torch.tensor(new.astype(old.dtype), device=options.device) for new, old in zip(stirred, inputs, strict=True)
-    ]
-    outputs = call_model(job.model, tensors, [spec.name for spec in job.specs])
-    return {name: to_numpy(tensor) for name, tensor in outputs.items()}
-
-
-def rounding_error(single: Any, double: Any, largest: float, dtype: torch.dtype) -> tuple[float, float]:
-    """What lies between PyTorch's answers in `dtype` and in float64, and what may lie between two right programs' then.
-
-    Nothing (0) where PyTorch's own answer is mostly noise, unless that is as little as a sum leaves of values as large
-    as `largest` when they cancel in it.
-    """
-    if single.shape != double.shape or single.dtype.kind != "f":
-        return 0.0, 0.0
-    noise, limits = float(np.abs(double - single).max()), torch.finfo(dtype)
-    left = max(ROUNDING_LIMIT * float(np.abs(double).max()), ROUNDING_STEPS * limits.eps * largest)
-    last_step = limits.smallest_normal * limits.eps  # no two numbers are nearer to each other: 6e-08 in float16
-    return noise, max(ROUNDING_MARGIN * noise, last_step) if noise < left else 0.0
-
-
-class Float64Answer(NamedTuple):
-    """PyTorch's float64 answer, and the largest value that its layers passed on."""
-
-    outputs: Arrays
-    largest: float
-
-
-def double_outputs(case: Case, job: Job, options: Options) -> Float64Answer | None:
-    """PyTorch's float64 answer for `case`; None where the model has no other dtype than its own."""
-    from torch.nn.modules.module import register_module_forward_hook
-
-    dtype = float_dtype(job.model)
-    if dtype is torch.float64:
-        return None
-    names = [spec.name for spec in job.specs]
-    inputs = [torch.tensor(case.inputs[name], device=options.device) for name in names]
-    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
-    passed = [0.0, *map(largest_value, inputs)]
-
-    def watch(module: nn.Module, _: Any, output: Any) -> None:
-        if next(module.children(), None) is None:  # larger ones may pass on masks
-            passed.extend(map(largest_value, flatten_outputs(output).values()))
-
-    own = {name: tensor.data for name, tensor in state_of(job.model)}
-    watcher = register_module_forward_hook(watch)
-    job.model.double()
-    try:
-        outputs = call_model(job.model, inputs, names)
-    except RejectedInputError:  # the model fixes a dtype somewhere
-        return None
-    finally:
-        watcher.remove()
-        job.model.to(dtype)
-        for name, tensor in state_of(job.model):  # not all need have been of that dtype
-            tensor.data = own[name]
-    arrays = mask_padding({name: to_numpy(tensor) for name, tensor in outputs.items()}, case.inputs)
-    return Float64Answer(arrays, max(passed)) if arrays.keys() == case.outputs.keys() else None
-
-
-def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers of `model` by name."""
-    return itertools.chain(model.named_parameters(), model.named_buffers())
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """The bytes of all parameters and buffers, shared ones once."""
-    return sum(tensor.nbytes for _, tensor in state_of(model))
-
-
-def largest_value(tensor: Tensor) -> float:
-    """The largest finite absolute value of a tensor of real numbers, or 0."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return 0.0
-    return float(tensor.abs().nan_to_num(0.0, 0.0).max())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# first_success the ladder, and put the result in its place
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Produced(NamedTuple):
-    """A graph in the staging folder that has passed every check."""
-
-    job: Job
-    attempt: Attempt
-    path: Path
-    light: Path  # the same graph, with the weights of `path` (see write_graph)
-    differences: list[Difference]
-
-
-def produce(job: Job, options: Options, run: Run) -> Produced:
-    """Export, finish, write, check and verify one graph: the first attempt that passes, at the opset asked for.
-
-    Raises ConversionError (EXPORT or VERIFY).
-    """
-    if options.no_verify and not job.parts:
-        LOG.warn("--no-verify: nothing proves that the exported model computes the same")
-    attempts = plan_attempts(options.exporter, options.opset)
-    if not attempts:
-        raise UsageError(
-            f"--exporter dynamo writes opset {DYNAMO_MIN_OPSET} and up; pass such an --opset, or another --exporter"
-        )
-    if job.parts:
-        attempts = [run.produced[job.parts[0]].attempt]
-    make = functools.partial(make_graph, job=job, options=options, run=run)
-    seconds = CONVERSION_RUNS * run_seconds(options, own_code=True)
-    what, advice = "converting the model at guessed sizes", "pass --input-shape, or --run-timeout"
-    with (
-        naming(options.input),
-        WALL.up(run.staging, unless=has_own_code(options)),
-        memory_bound(free_bytes(options, LATER_BYTES), what, advice),
-        time_limit(seconds) if is_archive(job.model) else contextlib.nullcontext(),
-    ):
-        produced, failures = first_success(attempts, make, higher=options.opset is None and not job.parts)
-        if produced is None:
-            raise every_attempt_failed(failures, make, job, options)
-    if options.opset is None and produced.attempt.opset != DEFAULT_OPSET and not job.parts:
-        why = "; ".join(f"{attempt}: {error}" for attempt, error in failures)
-        why = why or f"the {produced.attempt.exporter} exporter starts there"
-        LOG.warn(f"opset {produced.attempt.opset} instead of {DEFAULT_OPSET}: {why}")
-    run.produced[job.file] = produced
-    return produced
-
-
-def first_success(
-    attempts: Sequence[Attempt], make: Callable[[Attempt], Produced], *, higher: bool = True
-) -> tuple[Produced | None, list[tuple[Attempt, AttemptError]]]:
-    """The first of `attempts` that passes, and why others failed; an operator that wants a `higher` opset gets it."""
-    waiting, failures = list(attempts), []
-    while waiting:
-        attempt = waiting.pop(0)
-        try:
-            return make(attempt), failures
-        except AttemptError as error:
-            failures.append((attempt, error))
-            LOG.info(f"{attempt}: {error}")
-            if higher and error.needs is not None and error.needs > attempt.opset:
-                waiting.append(Attempt(attempt.exporter, error.needs))
-                waiting.sort(key=lambda waits: waits.opset)  # the lowest that passes
-    return None, failures
-
-
-def make_graph(attempt: Attempt, job: Job, options: Options, run: Run) -> Produced:
-    """One attempt; where tracing fixed what another case needs, once more with that case's inputs."""
-    try:
-        return make_graph_once(attempt, job, options, run)
-    except AttemptError as error:
-        if not error.note or error.case is None or error.case is job.cases[0]:  # the traced sizes themselves
-            raise
-        LOG.info(f"{attempt}: {error}; it is traced again with those inputs")
-        with contextlib.suppress(AttemptError), traced_whole_numbers(job.model):  # the first one's reason is told
-            return make_graph_once(attempt, job._replace(traced=case_tensors(error.case, job)), options, run)
-        raise
-
-
-def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> Produced:
-    """Export, finish, write, check and verify, in a folder of the graph's own; raises AttemptError."""
-    folder = run.staging / job.file.removesuffix(".onnx")
-    shutil.rmtree(folder, ignore_errors=True)
-    work = folder / "work"
-    work.mkdir(parents=True)
-    path, note = folder / job.file, ""
-    with LOG.step(f"export: {attempt}" if not job.parts else f"merge: {' and '.join(job.parts)}"):
-        if job.parts:
-            exported = merge_decoders(*(run.produced[name].light for name in job.parts))
-        else:
-            exported, note = run_exporter(attempt, job, work)
-    graph = finish_graph(exported, job, {**run.metadata, "exporter": exporter_name(attempt)})
-    light = write_graph(graph, path)
-    del exported, graph
-    shutil.rmtree(work)
-    with LOG.step("check: onnx.checker"):
-        check_graph(light, attempt.opset)
-    if options.no_verify:
-        return Produced(job, attempt, path, light, [])
-    labels = "; ".join(dict.fromkeys(case.label for case in job.cases))
-    with LOG.step(f"verify: ONNX Runtime against PyTorch at {labels}"):
-        try:
-            return Produced(job, attempt, path, light, verify(light, job, options))
-        except AttemptError as error:
-            error.note = note
-            raise
-
-
-def case_tensors(case: Case, job: Job) -> list[Tensor]:
-    """The case's inputs as the model takes them."""
-    return [
-        torch.from_numpy(case.inputs[spec.name]).to(given.device, spec.dtype)
-        for spec, given in zip(job.specs, job.traced, strict=True)
-    ]
-
-
-def exporter_name(attempt: Attempt) -> str:
-    """The exporter and its version, without the build's suffix, for the metadata."""
-    return f"{attempt.exporter} of torch {str(torch.__version__).partition('+')[0]}"
-
-
-def every_attempt_failed(
-    failures: Sequence[tuple[Attempt, AttemptError]],
-    make: Callable[[Attempt], Produced],
-    job: Job,
-    options: Options,
-) -> ConversionError:
-    """The error that says why each attempt failed and what to do; for an opset that was asked for, which one works."""
-    fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
-    advice = f"{fewer}, or replace the operator in the model"
-    slight = [error.slight for _, error in failures if error.slight]
-    if slight:  # 5 % more than the difference, so that two digits are enough
-        advice = f"pass --atol {min(slight) * 1.05:.2g} if you accept such a difference, or {advice}"
-    if options.opset is not None and not job.parts:
-        LOG.info(f"opset {options.opset} cannot express this model; looking for the lowest one that can")
-        others = [other for other in plan_attempts(options.exporter, None) if other.opset != options.opset]
-        others += [Attempt(attempt.exporter, error.needs) for attempt, error in failures if error.needs is not None]
-        found, _ = first_success(sorted(others, key=lambda other: other.opset), make)
-        works = f"opset {found.attempt.opset} works: pass --opset {found.attempt.opset}" if found else ""
-        advice = works or "no other opset works either"
-    reasons = "; ".join(f"{attempt}: {error}" for attempt, error in failures)
-    status = ExitStatus.VERIFY if any(error.exported for _, error in failures) else ExitStatus.EXPORT
-    return ConversionError(status, f"every exporter failed ({reasons}); {advice}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# put into place: all files of a model, or none
-#
-# A run works in a hidden staging folder beside its output, and at the end renames what it made. One rename is one step,
-# but several are not, and a process can be killed between any two. So a journal says beforehand what will be renamed,
-# and the files to be replaced are kept until all is done. Who comes after the worker (the supervisor, or the next run
-# where that was killed too) sees whether everything has arrived, and where it has not, puts the old files back.
-# ---------------------------------------------------------------------------------------------------------------------
-
-LOCK = "lock"  # held by the supervisor and the worker; a process id tells nothing, as every container counts its own
-JOURNAL = "moves.json"
-FINISHED_JOURNAL = "moved.json"  # its name once everything is in place
-
-
-class Place(NamedTuple):
-    """A staged file and its final name."""
-
-    file: Path
-    target: Path
-
-
-def choose_places(produced: Sequence[Produced], options: Options, run: Run) -> list[Place]:
-    """Where the staged files belong: the graphs last, for they refer to the others."""
-    beside = run.staging / "beside"
-    side_files = sorted(beside.iterdir()) if beside.exists() else []
-    files = [file for graph in produced for file in graph.path.parent.glob("[!.]*")]
-    files.sort(key=lambda file: file.suffix == ".onnx")
-    return [
-        *(Place(file, options.folder / file.name) for file in side_files),
-        *(Place(file, options.output.with_name(file.name)) for file in files),
-    ]
-
-
-def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
-    """Rename staged files to their final names, in this order; `report` is what to say of them.
-
-    Files beside the graph that are there already with the same content are left alone.
-    """
-    beside = staging / "beside"
-    moved = [place for place in places if place.file.parent != beside or not same_content(place.file, place.target)]
-    write_journal(moved, report, staging)
-    if len(moved) > 1:
-        (staging / "old").mkdir()
-        for number, place in enumerate(moved):
-            back_up(place.target, staging / "old" / str(number))
-    for place in moved:
-        place.file.replace(place.target)
-    with contextlib.suppress(OSError):  # everything is in place, whatever happens here
-        (staging / JOURNAL).replace(staging / FINISHED_JOURNAL)
-        for parent in {place.target.parent for place in moved}:
-            folder = os.open(parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-
-
-def write_journal(moved: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
-    """Note what will be moved where, told from the staging folder's parent, whose own path differs in containers."""
-    root = staging.parent.resolve()
-    moves = [
-        (os.path.relpath(place.target.parent.resolve() / place.target.name, root), file_identity(place.file))
-        for place in moved
-    ]
-    unfinished = staging / f"{JOURNAL}.new"
-    with unfinished.open("w", encoding="utf-8") as stream:
-        json.dump({"moves": moves, "report": report}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(staging / JOURNAL)
-
-
-def file_identity(path: Path) -> list[int] | None:
-    """What tells a file from another one and stays when it is renamed: size and time; None where there is no file."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def back_up(file: Path, kept: Path) -> None:
-    """Give `file`, if it is there, a second name; on a file system without hard links, only the second one."""
-    if file.is_symlink() or file.is_file():
-        try:
-            os.link(file, kept, follow_symlinks=False)
-        except OSError:
-            file.replace(kept)
-
-
-def settle(staging: Path) -> dict[str, Any] | None:
-    """The report of a run whose files are all in place; otherwise what it moved is taken back, and there is None.
-
-    Nothing is done to a file that somebody else has put there since. May be repeated after having been killed itself.
-    """
-    journal = next((file for file in (staging / FINISHED_JOURNAL, staging / JOURNAL) if file.exists()), None)
-    if journal is None:
-        return None
-    content = json.loads(journal.read_bytes())
-    root = staging.parent.resolve()
-    moves = [(root / target, mark) for target, mark in content["moves"]]
-    if journal.name == FINISHED_JOURNAL or all(file_identity(target) == mark for target, mark in moves):
-        return dict(content["report"])
-    for number, (target, mark) in enumerate(moves):
-        kept = staging / "old" / str(number)
-        if file_identity(target) not in (None, mark):
-            continue
-        if os.path.lexists(kept):
-            kept.replace(target)
-        else:
-            target.unlink(missing_ok=True)
-    return None
-
-
-def claim(staging: Path) -> int:
-    """Make the staging folder and lock it until this process and its child have ended; returns the lock's descriptor.
-
-    Between the two steps another run may take the folder for an abandoned one and remove it: then once more.
-    """
-    while True:
-        staging.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            if lock_file(lock) and os.path.samestat(os.fstat(lock), (staging / LOCK).stat()):
-                os.set_inheritable(lock, True)  # noqa: FBT003
-                return lock
-            os.close(lock)
-
-
-def lock_file(descriptor: int) -> bool:
-    """Lock a file unless another process has done so; on a file system without locks, nobody has."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Settle and remove the staging folders of runs that were killed with their supervisors: their locks are free."""
-    for staging in folder.glob(".pt2onnx.*.partial"):
-        try:
-            if staging.is_symlink() or staging.stat().st_uid != os.getuid():
-                continue  # nobody else's journal is followed
-            lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            with os.fdopen(lock):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                settle(staging)
-                shutil.rmtree(staging)
-            LOG.info(f"removed {staging.name}, which a killed run had left")
-        except (BlockingIOError, FileNotFoundError):  # its run goes on, or another run was quicker
-            continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            LOG.warn(f"{staging}, which a killed run left, cannot be removed: {first_line(error)}")
-
-
-def remove_debris(staging: Path, folders: Iterable[Path]) -> None:
-    """Remove the staging folder, and those of `folders`, which this run made, that are empty."""
-    shutil.rmtree(staging, ignore_errors=True)
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the converters: one for each kind of input
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def convert_pytorch_model(loaded: Loaded, options: Options, run: Run) -> list[Job]:
-    """The graph of a complete model: a pickled module, TorchScript or an exported program."""
-    model = loaded.content
-    if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
-    if not isinstance(model, torch.nn.Module):
-        raise UsageError(f"{options.input} holds {loaded.what}, not a model; pass --mode state_dict and --model-class")
-    with explained(ExitStatus.INPUT, f"{options.input}: its weights cannot be used", "save its state dict"):
-        store_parameters(model, options, run)
-    return [plan_loaded(model, loaded, options, run)]
-
-
-def convert_state_dict_model(loaded: Loaded, options: Options, run: Run) -> list[Job]:
-    """The graph of weights, with the class that --model-class names, or that they are recognised to belong to."""
-    weights, hints = loaded.content, loaded.around.get("hyper_parameters")
-    check_weights(weights.values(), options.input)
-    if not options.model_class:
-        options = recognised_class(weights, loaded.around, options)
-    with LOG.step(f"build: {options.model_class}"), WALL.up(unless=has_own_code(options)):
-        hints = hints if isinstance(hints, Mapping) else {}
-        weights = store_all(weights, options, run)
-        model = model_from_weights(str(options.model_class), options.model_args, weights, hints)
-    return [plan_loaded(model, loaded, options, run)]
-
-
-def check_weights(tensors: Iterable[Tensor], path: Path) -> None:
-    """Raise InputError where `tensors` have sizes only."""
-    if any(tensor.is_meta for tensor in tensors):
-        raise InputError(f"{path} holds no weights, only sizes (the meta device); save it again with its weights")
-
-
-def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], options: Options) -> Options:
-    """The same options with the class that the `weights` in the checkpoint `content` tell.
-
-    Raises UsageError unless there is exactly one.
-    """
-    recognition = choose_recorded(recognise({name: tuple(tensor.shape) for name, tensor in weights.items()}), content)
-    if len(recognition.candidates) == 1:
-        LOG.info(f"recognised: {recognition.explanation}")
-        arguments = {**recognition.arguments, **options.model_args}
-        return replace(options, model_class=recognition.candidates[0][0], model_args=arguments)
-    some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in list(weights)[:2])
-    raise UsageError(
-        f"{options.input} holds weights only ({len(weights)} tensors: {some}, ...); {recognition.explanation}; pass "
-        "--model-class with their class: a torchvision or timm name, or package.module:Class"
-    )
-
-
-def convert_huggingface_model(source: Source, options: Options, run: Run) -> list[Job]:
-    """The graphs of the model in a Hugging Face folder for its task; the files that belong beside them are staged."""
-    check_options(options)
-    trust = options.trust_remote_code
-    outer = vet_folder(source.path, trust=trust)
-    adapter = read_adapter(outer, options)
-    inner = vet_inner_folder(outer, adapter, trust=trust)
-    check_folder(inner)
-    digest = in_background(folder_digest, source.path, inner.path)
-    folder = copy_without_code(inner, run.staging / "source", trust=trust)
-    if adapter:
-        copy_without_code(outer, folder, trust=trust, only=PROCESSOR_FILES)
-    check_side_files(folder, options)
-    found = load_folder_model(outer, folder, adapter, options, run)
-    LOG.info(f"mode: huggingface; {source.path.name} holds {found.describe()} for {found.task}: {source.why}")
-    what = f"{type(found.model).__name__} cannot be called the way that {found.task} needs"
-    advice = "try another --task, or --no-cache"
-    bound = memory_bound(
-        free_bytes(options, LATER_BYTES), "running the model", "check its settings, or pass --run-timeout"
-    )
-    with (
-        LOG.step("reference: PyTorch's answers"),
-        blank_weights(found.model) if options.no_verify else contextlib.nullcontext(),  # shapes alone count then
-        without_kept_state(found.model),
-        WALL.up(run.staging, unless=has_own_code(options)),
-        time_limit(GRAPH_RUNS * run_seconds(options, own_code=False)),
-        naming(source.path),
-        explained(ExitStatus.EXPORT, what, advice),  # an unusual cache, call or configuration
-        bound,
-    ):
-        graphs = graphs_of(found, folder, options)
-        if not found.of_timm:
-            found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
-        jobs = [plan_graph(graph, options) for graph in graphs]
-    if not found.of_timm:
-        prepare_for_export(found.model)
-    if len(jobs) > 1:
-        jobs = [jobs[0], *(part._replace(written=False) for part in jobs[1:])]
-        jobs.append(merged_decoder(found.model, jobs, options, run))
-    run.metadata = {"mode": "huggingface", "task": found.task, **found.facts, "source_sha256": digest.result()}
-    stage_side_files(folder, run.staging / "beside")
-    return jobs
-
-
-def load_folder_model(
-    outer: VettedFolder, folder: Path, adapter: Adapter | None, options: Options, run: Run
-) -> FolderModel:
-    """The model in `folder`, the staged files of the vetted one, with the adapter and the sentence steps of `outer`."""
-    unusual = f"{outer.path}: config.json asks for what cannot be made"
-    wall = WALL.up(run.staging, unless=has_own_code(options))
-    with LOG.step(f"load: {outer.path}"), wall, naming(outer.path), explained(ExitStatus.INPUT, unusual, "repair it"):
-        weights = load_folder(folder, trust=options.trust_pickle)
-        if is_timm(read_json(folder / "config.json")):
-            if adapter:
-                raise InputError(f"{outer.path}: the adapter's base is a model of timm; {MERGE_IT}")
-            found = timm_model(folder, weights, options, run)
-            check_room(found.model, run)
-            return found
-        config = read_config(folder, weights, options)
-        sentences = "modules.json" in outer.files
-        task, cls = choose_task(config, options, adapter, embeds_sentences=sentences)
-        is_pair = config.is_encoder_decoder and task in GENERATION_TASKS
-        if is_pair:
-            check_pair_options(options)
-        steps: Sequence[SentenceStep] = ()
-        if task == "sentence-similarity" or (sentences and task in EMBEDDING_TASKS):
-            steps = sentence_steps(outer, trust=options.trust_pickle)
-        found = load_pretrained(folder, config, store_all(weights, options, run), task, cls, adapter, options)
-        check_room(found.model, run, copies=2 if is_pair else 1)  # the decoder: twice, then merged
-    return found._replace(steps=steps, facts=label_metadata(found.model.config))
-
-
-def check_options(options: Options) -> None:
-    """Raise UsageError for options of the other modes."""
-    if options.mode not in ("auto", "huggingface"):
-        raise UsageError(f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files")
-    if options.dtype == "bf16" and options.device == "cpu" and not options.no_verify:
-        raise UsageError(
-            "--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass --dtype fp16, or "
-            "--no-verify for a graph without proof"
-        )
-    for name in ("model_class", "checkpoint_key", "input_shape", "dynamic_axes", "model_args", "allow_class"):
-        if getattr(options, name):
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out")
-
-
-def check_pair_options(options: Options) -> None:
-    """Raise UsageError for options that an encoder and its decoder cannot have."""
-    if options.output.name != "model.onnx":
-        raise UsageError(f"-o {options.output}: this model becomes an encoder and a decoder; name a directory")
-    for flag, given in (("--static", options.static), ("--no-cache", options.no_cache)):
-        if given:
-            what = f"{flag}: this model becomes an encoder and a decoder, whose cache grows"
-            raise UsageError(f"{what}; leave {flag} out")
-
-
-def vet_inner_folder(outer: VettedFolder, adapter: Adapter | None, *, trust: bool) -> VettedFolder:
-    """The folder that has the config.json: the adapter's base's, or the first module's of sentence-transformers."""
-    if adapter and not adapter.base.samefile(outer.path):
-        outer = vet_folder(adapter.base, trust=trust)
-    if "modules.json" in outer.files and "config.json" not in outer.files:
-        with naming(outer.path):
-            name = module_folder(outer.modules()[0]) if outer.modules() else ""
-        if name and (outer.path / name).is_dir():
-            return vet_folder(outer.path / name, trust=trust)
-    return outer
-
-
-def check_folder(vetted: VettedFolder) -> None:
-    """Raise InputError for what is missing or of a wrong type, before anything heavy is imported."""
-    folder = vetted.path
-    names = sorted(entry.name for entry in folder.iterdir())
-    if "config.json" not in vetted.files:
-        raise InputError(f"{folder} holds no config.json; copy or download the whole folder")
-    with naming(folder):
-        settings = vetted.settings("config.json")
-        settings.names("architectures")
-        settings.name("model_type")
-        settings.section("id2label")
-    config = settings.content
-    if not config.get("model_type") and not is_timm(config):
-        what = "has no model_type; pass the weights' file and --model-class"
-        if "_diffusers_version" in config:
-            what = "is that of a model of diffusers; pass the model as torch.export.save writes it"
-        raise InputError(f"{folder}/config.json {what}")
-    weights = [name for name in names if SAFETENSORS_FILE.fullmatch(name)]
-    if not weights and not any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
-        foreign = [name for name in names if name.endswith(FOREIGN_FILES)]
-        there = f" (there is {', '.join(foreign[:3])}, which PyTorch does not read)" if foreign else ""
-        raise InputError(
-            f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin{there}; copy or download them"
-        )
-    if not any(name in names for name in WEIGHT_FILES):
-        raise InputError(
-            f"{folder} has weights, but neither one file of all nor the index of its shards "
-            f"({', '.join(WEIGHT_FILES)}); copy or download it too"
-        )
-    for name in weights:
-        detect_file(folder / name)  # says what it is that is none: a pointer of Git LFS, an HTML page
-        try:
-            safetensors_header(folder / name)
-        except DamagedFileError as error:  # of many shards, that one
-            raise ConversionError(error.status, f"{folder / name}: {error}") from None
-
-
-def graphs_of(found: FolderModel, folder: Path, options: Options) -> list[Graph]:
-    """The graphs that the model becomes."""
-    if found.of_timm:
-        return [timm_graph(found.model, "logits" if found.model.num_classes else "pooler_output")]
-    if found.task == "text-generation":
-        return [decoder_graph(found, cached=not options.no_cache, verified=not options.no_verify)]
-    if found.task in GENERATION_TASKS and found.model.config.is_encoder_decoder:
-        encoder = encoder_graph(found)
-        return [encoder, *decoder_graphs(found, encoder)]
-    return [single_graph(found, folder)]
-
-
-def merged_decoder(model: Any, jobs: Sequence[Job], options: Options, run: Run) -> Job:
-    """The two decoders as one graph, compared as both and by generating; raises ConversionError (VERIFY)."""
-    encoder, first, following = jobs
-    flag = InputSpec(CACHE_FLAG, (1,), torch.bool)
-    specs = list({spec.name: spec for spec in (*first.specs, *following.specs, flag)}.values())
-    cases = [widen_case(case, specs, cached=False) for case in first.cases]
-    cases += [widen_case(case, specs, cached=True) for case in following.cases]
-    check = None
-    if not options.no_verify:
-        what = "nothing can be compared, since PyTorch itself cannot generate with this model"
-        with explained(ExitStatus.VERIFY, what, "repair config.json, or pass --no-verify for graphs without proof"):
-            expected = generate_from_encoder(model, encoder)
-        check = functools.partial(check_encoder_decoder, expected, specs, run.produced)
-    parts = (first.file, following.file)
-    return first._replace(
-        specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check, parts=parts, written=True
-    )
-
-
-def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
-    """`case` with the inputs of the other branch, which it does not look at, and with the outputs that it hands on."""
-    sizes = {
-        symbol: case.inputs[spec.name].shape[axis]
-        for spec in specs
-        if spec.name in case.inputs
-        for axis, symbol in spec.axes.items()
-    }
-    inputs = {spec.name: np.zeros(spec.resized({PAST: 0, **sizes}), numpy_dtype(spec)) for spec in specs}
-    inputs |= {**case.inputs, CACHE_FLAG: np.array([cached])}
-    handed = {name.replace("past_key_values", "present", 1): array for name, array in case.inputs.items()}
-    outputs = case.outputs | {name: array for name, array in handed.items() if ".encoder." in name}
-    return Case(f"{case.label} {CACHE_FLAG}:{cached}", inputs, outputs)
-
-
-def plan_graph(graph: Graph, options: Options) -> Job:
-    """PyTorch's answers for the graph's examples at all its sizes."""
-    reference = Reference(graph.module, graph.specs, options, graph.examples)
-    cases = []
-    for seed, sizes in enumerate(graph.sizes[: 1 if options.static else None]):
-        try:
-            cases.append(reference.run(sizes, seed))
-        except RejectedInputError as error:
-            raise ConversionError(
-                ExitStatus.EXPORT, f"the model does not run at {sizes}: {error}; try another --task"
-            ) from error.__cause__
-    if not options.no_verify:
-        check_deterministic(reference, cases[0], graph.sizes[0], 0)
-        check_outputs(cases[0])
-        cases = [case._replace(outputs=mask_padding(case.outputs, case.inputs)) for case in cases]
-        for case in cases:
-            check_finite(case)
-    traced = reference.tensors(graph.sizes[0], 0)
-    if options.static:
-        graph = graph._replace(specs=[spec._replace(axes={}) for spec in graph.specs], further_checks=None)
-    specs = [spec._replace(dims=tuple(tensor.shape)) for spec, tensor in zip(graph.specs, traced, strict=True)]
-    file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
-    checks = graph.further_checks
-    return Job(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
-
-
-def label_metadata(config: Any) -> dict[str, str]:
-    """The labels of a classifier as metadata."""
-    labels = getattr(config, "id2label", None)
-    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
-        return {}
-    return {"id2label": json.dumps({str(key): label for key, label in labels.items()})} if labels else {}
-
-
-def prepare_for_export(model: Any) -> None:
-    """Let mixtures of experts and chunked attention run as exporters can follow them, after PyTorch's answers."""
-    from transformers import PreTrainedConfig
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
-    model.set_experts_implementation("pt2onnx")
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            config.onnx_export = True  # Longformer and LED look for it
-
-
-def folder_digest(*folders: Path) -> str:
-    """SHA-256 of the names and digests of the folders' own files; of the same folder twice, once."""
-    files = [
-        file
-        for folder in dict.fromkeys(folders)
-        for file in sorted(folder.iterdir())
-        if file.is_file() and not file.name.startswith(".")
-    ]
-    text = "\n".join(f"{file.name} {file_digest(file)}" for file in files)
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
-
-def side_files(folder: Path) -> list[Path]:
-    """What a user of the model needs beside the graph: configuration, tokenizer, processor, chat template."""
-    files = [entry for entry in sorted(folder.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
-    return [file for file in files if SIDE_FILES.fullmatch(file.name)]
-
-
-def check_side_files(folder: Path, options: Options) -> None:
-    """Before the work begins: would files of another model be replaced? Raises UsageError.
-
-    Those that an earlier conversion left beside its graph, which is replaced too, may be, unless weights are there.
-    """
-    targets = {file: options.folder / file.name for file in side_files(folder)}
-    others = [
-        target.name for file, target in targets.items() if os.path.lexists(target) and not same_content(file, target)
-    ]
-    if not others:
-        return
-    names = and_more(others, 3)
-    graphs = [options.output, options.output.with_name("encoder_model.onnx")]
-    if any((options.folder / name).exists() for name in WEIGHT_FILES) or not any(map(is_our_graph, graphs)):
-        what = f"{names} with other content would be replaced there"
-        raise UsageError(f"-o {options.folder}: {what}; choose another directory, or remove what is not needed")
-    LOG.warn(f"{names} of an earlier conversion in {options.folder} will be replaced")
-
-
-def is_our_graph(path: Path) -> bool:
-    """Whether `path` is a graph of an earlier conversion: a protobuf message begins with its lowest fields."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b"\x12\x07pt2onnx" in file.read(32)  # field 2, producer_name, of 7 bytes
-
-
-def stage_side_files(folder: Path, target: Path) -> None:
-    """Copy what belongs beside the graph."""
-    target.mkdir()
-    for file in side_files(folder):
-        with open_input(file) as content, (target / file.name).open("wb") as copied:
-            shutil.copyfileobj(content, copied)
-
-
-def plan_loaded(model: nn.Module, loaded: Loaded, options: Options, run: Run) -> Job:
-    """The graph of a module in memory, with PyTorch's answers; raises ConversionError where it is broken.
-
-    Its attributes may be anything: they come from a file.
-    """
-    check_weights(itertools.chain(model.parameters(), model.buffers()), options.input)
-    unusual = f"{options.input}: the attributes of the model in it are not what {type(model).__name__} needs"
-    with (
-        WALL.up(unless=has_own_code(options)),
-        naming(options.input),
-        explained(ExitStatus.INPUT, unusual, "save it again, or its state dict"),
-    ):
-        if not isinstance(model, torch.fx.GraphModule):
-            model.eval()
-        if float_dtype(model) is torch.bfloat16:
-            LOG.info("weights: bfloat16 becomes float32, which ONNX Runtime's CPU operators need")
-            model.float()
-        check_room(model, run)
-        for parameter in model.parameters():  # ScriptModule has no requires_grad_()
-            parameter.requires_grad_(False)  # noqa: FBT003
-        model.to(options.device)
-        limit = time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model)))
-        with LOG.step("reference: PyTorch's answers"), without_kept_state(model), limit:
-            known = preprocessing(model, options.model_class)
-            job = plan_module(model, loaded, known, options)
-    run.metadata |= {"task": options.task} if options.task else {}
-    run.metadata |= {"preprocessing": known.metadata()} if known.source else {}
-    return job
-
-
-def has_own_code(options: Options) -> bool:
-    """Whether the user brought code for this model, which may open what it likes: his own classes, or trusted ones."""
-    own_class = options.model_class and ":" in options.model_class
-    named = own_class and not belongs(options.model_class.partition(":")[0], ("torchvision", "timm"))
-    return bool(options.trust_pickle or options.trust_remote_code or options.allow_class or named)
-
-
-def unwrap_checkpoint(loaded: Loaded, options: Options) -> Loaded:
-    """The model or the weights inside a checkpoint; raises ConversionError where that is not clear."""
-    with naming(options.input):
-        found = find_weights(loaded.content, options.checkpoint_key)
-        if isinstance(found.content, Mapping):
-            return loaded._replace(content=found.content, around=loaded.content)
-        check_module_graph(found.content)
-    what = f"a checkpoint with a model in its entry {found.key!r} ({qualified_name(type(found.content))})"
-    return Loaded(found.content, what, around=loaded.content)
-
-
-def choose_mode(source: Source, loaded: Loaded, options: Options) -> str:
-    """The mode that takes what was loaded, told with the reason; raises ConversionError where --mode contradicts it."""
-    natural = "state_dict" if isinstance(loaded.content, Mapping) else "pytorch"
-    if options.mode not in ("auto", natural):
-        raise UsageError(f"--mode {options.mode}: {source.path} holds {loaded.what}; pass --mode {natural}, or none")
-    if natural == "pytorch" and (options.model_class or (options.checkpoint_key and not loaded.around)):
-        unused = "--model-class" if options.model_class else "--checkpoint-key"
-        raise UsageError(f"{unused} is for weights, but {source.path} holds {loaded.what}: leave it out")
-    LOG.info(f"mode: {natural}; {source.path.name} holds {loaded.what}: {source.why}")
-    return natural
-
-
-def source_digest(source: Source) -> str:
-    """SHA-256 of the input, as hexadecimal digits; of an index of shards, that of the index's and the shards' digests.
-
-    Raises ConversionError for an archive whose records do not have their checksums, which torch does not look at.
-    """
-    if source.kind is Kind.SHARDED_WEIGHTS:
-        shards = [source.path.parent / name for name in sorted(shard_files(source.path))]
-        digests = [source_digest(detect_file(shard)) for shard in shards]
-        return hashlib.sha256("\n".join([file_digest(source.path), *digests]).encode()).hexdigest()
-    if source.kind in (Kind.CHECKPOINT, Kind.TORCHSCRIPT, Kind.EXPORTED_PROGRAM):
-        check_records(source.path)
-    return file_digest(source.path)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file of the input."""
-    with open_input(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_records(path: Path) -> None:
-    """Compare the stored records of an archive with their CRC-32; raises InputError.
-
-    A zero means that none was computed (torch.serialization.set_crc32_options).
-    """
-    try:
-        with open_input(path) as file, zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                if entry.CRC and entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size:
-                    with archive.open(entry) as record:
-                        while record.read(1 << 20):
-                            pass
-    except Exception as error:  # zipfile raises a dozen kinds: offsets before the file, flags of encryption
-        message = f"{path} is damaged ({first_line(error)}); copy or download it again"
-        raise InputError(message) from None
-
-
-def convert(source: Source, options: Options, run: Run) -> dict[str, Any]:
-    """Convert `source` as `options` say; returns the report that --json prints. Raises ConversionError.
-
-    What fails with weights that stay in their file, in a model that does with them what only tensors in memory allow,
-    is tried once more with all of them in memory.
-    """
-    start = time.monotonic()
-    try:
-        convert_once(source, options, run)
-    except ConversionError as error:
-        lasting = error.status in (ExitStatus.INPUT, ExitStatus.REFUSED, ExitStatus.RESOURCES)
-        if lasting or not run.streamed:
-            raise
-        LOG.info(f"{error}")
-        LOG.info("once more with all weights in memory")
-        for folder in run.staging.glob("*/"):  # the lock stays
-            shutil.rmtree(folder, ignore_errors=True)
-        run = Run(run.staging, in_memory=True)
-        convert_once(source, options, run)
-    kept = [produced for produced in run.produced.values() if produced.job.written]
-    places = choose_places(kept, options, run)
-    graphs = [describe_graph(produced, options) for produced in kept]
-    report = {
-        "status": "ok",
-        **graphs[0],
-        "files": {str(place.target): place.file.stat().st_size for place in places},
-        "steps": {kind: round(seconds, 2) for kind, seconds in LOG.seconds.items()},
-        "mode": run.metadata["mode"],
-        **({"graphs": graphs} if len(graphs) > 1 else {}),
-        "seconds": round(time.monotonic() - start, 2),
-    }
-    move_into_place(places, report, run.staging)
-    return report
-
-
-def convert_once(source: Source, options: Options, run: Run) -> None:
-    """Load `source`, plan its graphs in the mode that takes it, and produce each."""
-    if source.kind is Kind.HUGGINGFACE:
-        jobs = convert_huggingface_model(source, options, run)
-    else:
-        check_no_base(options)
-        digest = in_background(source_digest, source)  # beside the imports, which leave a core free
-        loaded = load_content(source, options)
-        mode = choose_mode(source, loaded, options)
-        run.metadata = {"source_sha256": digest.result(), "mode": mode}
-        converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
-        jobs = converters[mode](loaded, options, run)
-    for job in jobs:
-        produce(job, options, run)
-
-
-def load_content(source: Source, options: Options) -> Loaded:
-    """What the file holds: a model, or weights; of a checkpoint, what is inside."""
-    with LOG.step(f"load: {source.path}"), WALL.up(unless=options.trust_pickle):
-        loaded = load(source, trust=options.trust_pickle)
-    return unwrap_checkpoint(loaded, options) if isinstance(loaded.content, Mapping) else loaded
-
-
-def in_background(function: Callable[..., str], *arguments: Any) -> Future[str]:
-    """Call a function in a thread of its own."""
-    return ThreadPoolExecutor(1).submit(function, *arguments)
-
-
-def describe_graph(produced: Produced, options: Options) -> dict[str, Any]:
-    """One graph for the report."""
-    job = produced.job
-    return {
-        "output": str(options.output.with_name(job.file)),
-        "exporter": produced.attempt.exporter,
-        "opset": produced.attempt.opset,
-        "inputs": {spec.name: [spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)] for spec in job.specs},
-        "outputs": job.outputs,
-        "verified": [difference._asdict() for difference in produced.differences],
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# inspect: say what an input is; its weights stay on the disk, and nothing in it is executed
-# ---------------------------------------------------------------------------------------------------------------------
-
-# torch._export.serde.schema.ScalarType, from 0 on.
-SCALAR_TYPES = ("unknown", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32",
-                "complex64", "complex128", "bool", "bfloat16")  # fmt: skip
-
-
-class Census(InertUnpickler):
-    """An unpickler that notes every name and every storage, and reads on where a name is not allowed."""
-
-    def __init__(self, file: Any, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
-        self.names: dict[str, str] = {}  # every global: why it is not allowed, or ""
-        self.storages: dict[str, tuple[str, int]] = {}  # dtype and number of elements
-
-        def note_storage(record_id: tuple[Any, ...]) -> Any:
-            if record_id[:1] == ("storage",):
-                key, dtype, nbytes = parse_storage_id(record_id)
-                self.storages[key] = (str(dtype).removeprefix("torch."), nbytes // dtype.itemsize)
-            return read_storage(record_id)
-
-        super().__init__(file, size, note_storage)
-
-    def find_class(self, module: str, name: str) -> Any:
-        """As the loader's; what it would refuse is noted with the reason."""
-        full_name = f"{module}.{name}"
-        try:
-            token = super().find_class(module, name)
-            why = "not allowed" if isinstance(token, Token) and token.name in self.refused else ""
-        except ConversionError as error:
-            why = str(error)
-            self.refused[full_name] = None
-            token = Token(full_name)
-        self.names[full_name] = "" if module.partition(".")[0] == "__torch__" else why  # TorchScript's own classes
-        return token
-
-
-def inspect(source: Source, options: Options) -> dict[str, Any]:
-    """What `source` is, as --json prints it; "problem" says why it would not convert. Raises ConversionError."""
-    facts: dict[str, Any] = {"status": "ok", "path": str(source.path), "kind": source.kind.name.lower()}
-    facts["why"] = source.why
-    files = [source.path] if source.path.is_file() else [file for file in source.path.rglob("*") if file.is_file()]
-    facts["bytes"] = sum(file.stat().st_size for file in files)
-    inspectors = {
-        Kind.CHECKPOINT: inspect_checkpoint,
-        Kind.LEGACY_CHECKPOINT: inspect_checkpoint,
-        Kind.TORCHSCRIPT: inspect_torchscript,
-        Kind.EXPORTED_PROGRAM: inspect_program,
-        Kind.SAFETENSORS: inspect_safetensors,
-        Kind.SHARDED_WEIGHTS: inspect_shards,
-        Kind.HUGGINGFACE: inspect_folder,
-    }
-    unusual = f"{source.path}: what it holds is not what its classes need"
-    try:
-        with explained(ExitStatus.INPUT, unusual, "save it again, or its state dict"):
-            facts |= inspectors[source.kind](source, options)
-    except ConversionError as error:
-        facts |= {"problem": str(error), "exit_code": int(error.status)}
-    return facts
-
-
-def count_elements(pairs: Iterable[tuple[str, int]]) -> dict[str, Any]:
-    """The number of parameters, and of each dtype, of (dtype, number of elements) pairs."""
-    dtypes: dict[str, int] = {}
-    for dtype, elements in pairs:
-        dtypes[dtype] = dtypes.get(dtype, 0) + elements
-    return {"parameters": sum(dtypes.values()), "dtypes": dtypes}
-
-
-def command_for(source: Source, *extra: str) -> str:
-    """The command that converts `source`."""
-    import shlex
-
-    target = source.path.resolve().with_suffix(".onnx").name
-    if source.kind is Kind.HUGGINGFACE:
-        target = f"{source.path.resolve().name}-onnx/"
-    return shlex.join(["python", "convert.py", "-i", str(source.path), "-o", target, *extra])
-
-
-class Contents(NamedTuple):
-    """What the pickles of a checkpoint hold: the object, unless they are not opened, all their names, all storages."""
-
-    content: Any
-    names: dict[str, str]
-    storages: list[tuple[str, int]]
-    problem: dict[str, Any]  # as `inspect` reports it, where they are not opened
-
-
-def take_census(source: Source) -> Contents:
-    """Read a checkpoint, and note what it holds also where it may not be opened."""
-    readers: list[Census] = []
-
-    def census(file: Any, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> Census:
-        readers.append(Census(file, size, read_storage))
-        return readers[-1]
-
-    content, problem = None, {}
-    try:
-        content = read_checkpoint(source, census)
-    except ConversionError as error:
-        problem = {"problem": f"{source.path}: {error}", "exit_code": int(error.status)}
-    names = {name: why for reader in readers for name, why in reader.names.items()}
-    storages = {key: storage for reader in readers for key, storage in reader.storages.items()}
-    return Contents(content, names, list(storages.values()), problem)
-
-
-def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
-    """A complete model or a checkpoint: its globals, and what they make."""
-    content, names, storages, problem = take_census(source)
-    facts = {**problem, "globals": names, **count_elements(storages)}
-    if isinstance(content, nn.Module):
-        return facts | inspect_module(source, content)
-    if isinstance(content, Mapping):
-        return facts | inspect_weights(source, content, options)
-    rebuilders = REBUILDERS.keys() | VALUE_CLASSES | {name for name in names if name.endswith("Storage")}
-    root = next((name for name in names if name not in rebuilders), None)
-    return facts | {"what": "a pickle that is not opened", "class": root}
-
-
-def inspect_module(source: Source, model: nn.Module) -> dict[str, Any]:
-    """A complete model: its class, and the inputs that it was made for."""
-    known = preprocessing(model, None)
-    guess = next(input_guesses(model, Loaded(model, ""), known))
-    shapes = " ".join(map(str, guess.shapes))
-    return {
-        "what": "a complete model",
-        "class": qualified_name(type(model)),
-        "inputs": f"{shapes}, told by {guess.reason}",
-        "mode": "pytorch",
-        "command": command_for(source),
-    }
-
-
-def inspect_weights(source: Source, content: Mapping[Any, Any], options: Options) -> dict[str, Any]:
-    """A state dict, bare or in a checkpoint."""
-    found = find_weights(content, options.checkpoint_key)
-    if not isinstance(found.content, Mapping):
-        return inspect_module(source, found.content) | {"what": f"a checkpoint with a model in its entry {found.key!r}"}
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.content.items()}
-    dtypes = ((str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in found.content.values())
-    where = f"weights in the entry {found.key!r} of a checkpoint" if found.key else "weights without a model"
-    return {"what": where, **count_elements(dtypes), **inspect_shapes(source, shapes, content, options)}
-
-
-def inspect_shapes(
-    source: Source, shapes: Mapping[str, tuple[int, ...]], content: Mapping[Any, Any], options: Options
-) -> dict[str, Any]:
-    """Weights of which only names and shapes are known: whose they are."""
-    recognition = choose_recorded(recognise(shapes), content)
-    known = len(recognition.candidates) == 1
-    key = ["--checkpoint-key", options.checkpoint_key] if options.checkpoint_key else []
-    return {
-        "tensors": len(shapes),
-        "architecture": recognition.explanation,
-        "candidates": recognition.candidates,
-        "mode": "state_dict",
-        "command": command_for(source, *key, *([] if known else ["--model-class", "CLASS"])),
-    }
-
-
-class WeightFacts(NamedTuple):
-    """What --inspect finds in a file of weights."""
-
-    shapes: dict[str, tuple[int, ...]]
-    elements: list[tuple[str, int]]  # dtype and number
-    facts: dict[str, Any]  # a pickle's names, and what is wrong with it
-
-
-def inspect_weight_file(source: Source) -> WeightFacts:
-    """The tensors of a safetensors file, from its header alone, or of a state dict; raises DamagedFileError."""
-    if source.kind is Kind.SAFETENSORS:
-        header = safetensors_header(source.path)
-        elements = [(entry["dtype"], math.prod(entry["shape"])) for entry in header.values()]
-        return WeightFacts({name: tuple(entry["shape"]) for name, entry in header.items()}, elements, {})
-    if source.kind not in (Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
-        raise DamagedFileError(f"{source.path.name} does not hold weights")
-    content, names, storages, problem = take_census(source)
-    tensors = state_dict_of(content) or {}
-    elements = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors.values()]
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return WeightFacts(shapes, elements or storages, {"globals": names, **problem})
-
-
-def join_weight_files(files: Iterable[WeightFacts]) -> WeightFacts:
-    """What several files hold together; of their problems the first one."""
-    shapes, elements, facts, names = {}, [], {}, {}
-    for file in files:
-        shapes |= file.shapes
-        elements += file.elements
-        names |= file.facts.get("globals", {})
-        facts = {**file.facts, **facts}
-    return WeightFacts(shapes, elements, facts | ({"globals": names} if names else {}))
-
-
-def inspect_safetensors(source: Source, options: Options) -> dict[str, Any]:
-    """A safetensors file: from its header alone."""
-    return describe_weights(source, inspect_weight_file(source), options)
-
-
-def inspect_shards(source: Source, options: Options) -> dict[str, Any]:
-    """An index of files of weights, each read by the rules of its own kind."""
-    files = []
-    for name, wanted in shard_files(source.path).items():
-        file = inspect_weight_file(detect_file(source.path.parent / name))
-        if "problem" not in file.facts:
-            check_shard(name, wanted, file.shapes)
-        files.append(file)
-    return describe_weights(source, join_weight_files(files), options)
-
-
-def describe_weights(source: Source, file: WeightFacts, options: Options) -> dict[str, Any]:
-    """Tensors that lie in one file or in several: how many there are, and whose."""
-    facts = {"what": "weights without a model", **file.facts, **count_elements(file.elements)}
-    return facts | inspect_shapes(source, file.shapes, {}, options)
-
-
-def inspect_torchscript(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001  (one signature)
-    """A TorchScript archive: from its pickles' names and its code, which is read and not run."""
-    vet_torchscript(source.path)
-    reader, _ = open_archive(source.path)
-    program = read_record(reader, "data.pkl")
-    census = Census(io.BytesIO(program), len(program), lambda record_id: record_id)
-    with contextlib.suppress(ConversionError):  # its classes are not ours to build
-        census.load()
-    root = next((name for name in census.names if name.startswith("__torch__.")), "")
-    examples = traced_inputs(source.path)
-    return {
-        "what": "TorchScript",
-        "class": root.removeprefix("__torch__."),
-        "globals": census.names,
-        **count_elements(census.storages.values()),
-        "inputs": " ".join(map(str, examples)) + ", recorded when it was traced" if examples else "not recorded",
-        "mode": "pytorch",
-        "command": command_for(source),
-    }
-
-
-def inspect_program(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001
-    """An exported program: from its JSON, after vetting."""
-    with zipfile.ZipFile(rewrite_exported_program(source.path)) as archive:
-        data = archive.read("model/models/model.json")
-    try:
-        inputs, stored = program_tensors(json.loads(data)["graph_module"])
-        counts = count_elements((dtype, math.prod(map(int, dims))) for _, dims, dtype in stored)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"models/model.json is damaged ({first_line(error)}); export it again") from None
-    return {
-        "what": "an exported program",
-        **counts,
-        "inputs": " ".join(f"{name}:{','.join(dims)}:{dtype}" for name, dims, dtype in inputs),
-        "mode": "pytorch",
-        "command": command_for(source),
-    }
-
-
-TensorFacts = tuple[str, tuple[str, ...], str]  # name, sizes and dtype
-
-
-def program_tensors(graph: Any) -> tuple[list[TensorFacts], list[TensorFacts]]:
-    """The inputs of an exported program, and the tensors that it has stored; raises what damaged JSON leads to."""
-    values, specs = graph["graph"]["tensor_values"], graph["signature"]["input_specs"]
-
-    def size_text(size: Any) -> str:
-        number = size.get("as_int", size.get("as_expr"))
-        if type(number) is int and 0 <= number < 2**48:
-            return str(number)
-        return re.sub(r"Symbol\('(\w+)'.*\)", r"\1", shorten(number["expr_str"], 200))
-
-    def facts(name: Any) -> TensorFacts:
-        dtype = values[name]["dtype"]
-        if type(name) is not str or type(dtype) is not int or dtype not in range(len(SCALAR_TYPES)):
-            raise ValueError(f"a tensor has the dtype {shown(dtype)}")
-        return shorten(name, 60), tuple(map(size_text, values[name]["sizes"])), SCALAR_TYPES[dtype]
-
-    inputs = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec]
-    stored = [next(iter(spec.values()))["arg"]["name"] for spec in specs if spec.keys() & {"parameter", "buffer"}]
-    return [*map(facts, inputs)], [*map(facts, stored)]
-
-
-def inspect_folder(source: Source, options: Options) -> dict[str, Any]:
-    """A Hugging Face folder: from config.json or adapter_config.json and the headers of its weights."""
-    vetted = vet_folder(source.path, trust=options.trust_remote_code)
-    names: list[str | None]
-    if "adapter_config.json" in vetted.files:
-        with naming(source.path):
-            settings = vetted.settings("adapter_config.json")
-            check_adapter(settings)
-            base = settings.name("base_model_name_or_path")
-        what, names = f"an adapter (LoRA) of {shorten(str(base), 200)}", []
-    else:
-        check_folder(vetted)
-        settings = vetted.settings("config.json")
-        what = f"a Hugging Face model ({shorten(settings.name('model_type') or 'timm', 60)})"
-        names = [*settings.names("architectures")] or [settings.name("architecture")]
-    patterns = (("*.safetensors",), ("pytorch_model*.bin", "adapter_model.bin"))
-    kinds = ([file for pattern in kind for file in sorted(source.path.glob(pattern))] for kind in patterns)
-    files = next(filter(None, kinds), [])
-    weights = join_weight_files(inspect_weight_file(detect_file(file)) for file in files)
-    return {
-        "what": what,
-        "class": shorten(", ".join(filter(None, names)), 200) or None,
-        **weights.facts,
-        **count_elements(weights.elements),
-        "mode": "huggingface",
-        "command": command_for(source),
-    }
-
-
-def report_inspection(facts: Mapping[str, Any]) -> None:
-    """The facts as lines for a person."""
-    LOG.info(f"{facts['path']}: {facts.get('what', facts['kind'])} ({facts['bytes'] / 1e6:.1f} MB); {facts['why']}")
-    if "parameters" in facts:
-        dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["dtypes"].items())
-        LOG.info(f"parameters: {facts['parameters']:,} ({dtypes})")
-    for key in ("class", "architecture", "tensors", "inputs", "mode"):
-        if facts.get(key) is not None:
-            LOG.info(f"{key}: {facts[key]}")
-    for name, why in facts.get("globals", {}).items():
-        LOG.info(f"global {name}: {why or 'allowed'}")
-    if "problem" in facts:
-        LOG.warn(f"it would not convert (exit code {facts['exit_code']}): {facts['problem']}")
-    if "command" in facts:
-        LOG.info(f"convert it with: {facts['command']}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# main: a light process that watches the one that works
-#
-# The worker may be ended at any moment, by a signal, by the kernel for its memory, or by a crash in a library. Only
-# another process can then still speak, remove the staging folder and choose the exit code.
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Set for the worker: the run's name. A process id alone is no name: it is 1 in every container.
-WORKER_VARIABLE = "PT2ONNX_RUN"
-# The number of a descriptor: the worker writes there what it does, for the supervisor to say should it crash.
-STEP_VARIABLE = "PT2ONNX_STEP"
-CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL)
-# Steps that do what the input says, and nothing else: where they crash, it is the input that cannot be used.
-INPUT_STEPS = ("load", "build", "reference")
-# The kernel drops these for the first process of a container while nobody handles them, so entrypoint.sh blocks them
-# until there is a handler; until then they wait.
-STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-# glibc then asks for 2 MB pages for large blocks: a quarter less time for a 350 MB model, which is copied a few times.
-# It is read when a process starts, so the worker is a new program and not only a fork. (glibc manual, "Tunables")
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-
-
-def describe_success(report: Mapping[str, Any]) -> str:
-    """The last line of a run that went well."""
-    size = sum(report["files"].values()) / 1e6
-    differences = [item for graph in report.get("graphs", [report]) for item in graph["verified"]]
-    proof = "not verified"
-    if differences:
-        shapes = len({difference["case"] for difference in differences})
-        worst = max(difference["largest"] for difference in differences)
-        proof = f"verified at {shapes} shape{'s' if shapes > 1 else ''}, largest difference {worst:.2g}"
-    names = " and ".join(graph["output"] for graph in report.get("graphs", [report]))
-    return f"{names} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
-
-
-def cgroup_memory_files() -> Iterator[Path]:
-    """The files that may hold a memory limit of this process, of both versions of cgroups (cgroups(7)).
-
-    A limit of any group around the process's own counts. In a container the path may be the one that the host sees;
-    what is mounted is then the container's own group, at the end of the walk.
-    """
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers in ("", "memory"):
-            root, name = Path("/sys/fs/cgroup", controllers), "limit_in_bytes" if controllers else "max"
-            inner = root / group.strip("/")
-            yield from (folder / f"memory.{name}" for folder in (inner, *inner.parents) if folder.is_relative_to(root))
-
-
-def memory_limit() -> str:
-    """The memory that this process may use: the smallest limit of its cgroups, or all that the machine has."""
-    machine = smallest = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError):  # no Linux
-        for file in cgroup_memory_files():
-            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                smallest = min(smallest, int(file.read_text(encoding="ascii")))
-    limited = smallest < machine
-    return f"{'the container is limited to' if limited else 'this machine has'} {smallest / 1e9:.3g} GB"
-
-
-BAD_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
-            errno.EISDIR, errno.EEXIST, errno.EBUSY)  # fmt: skip
-
-
-def as_conversion_error(error: BaseException) -> ConversionError | None:
-    """The user's view of an exception: None for a bug of ours."""
-    if isinstance(error, ConversionError):
-        return error
-    if is_out_of_memory(error):
-        advice = "give it more, or pass a smaller --input-shape"
-        reason = first_line(error) if str(error) else "an allocation failed"
-        message = f"out of memory ({reason}); {memory_limit()}: {advice}"
-        return ConversionError(ExitStatus.RESOURCES, message)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        message = f"cannot write: {error.strerror}; free some space there, or choose another -o"
-        return ConversionError(ExitStatus.RESOURCES, message)
-    if isinstance(error, OSError) and error.errno in BAD_PATH:
-        message = f"cannot use {error.filename}: {error.strerror} (uid {os.getuid()}); check -i and -o"
-        return UsageError(message)
-    return None
-
-
-def report_failure(error: ConversionError, standard_output: int, *, as_json: bool) -> int:
-    """Print the [ERROR] line, and the JSON object where asked for; returns the exit code."""
-    LOG.line("ERROR", str(error))
-    if as_json:
-        report = {"status": "error", "exit_code": int(error.status), "message": fit_screen(error)}
-        print_report(report, standard_output)
-    return int(error.status)
-
-
-def print_report(report: Mapping[str, Any], standard_output: int) -> None:
-    """Write the JSON object; a reader that has gone away changes nothing about the conversion."""
-    with contextlib.suppress(OSError):
-        os.write(standard_output, (json.dumps(report) + "\n").encode())
-
-
-def work(source: Source, options: Options, run: Run) -> int:
-    """The worker's life: convert or inspect, and return the exit code.
-
-    What was converted is reported by the supervisor, which alone knows in the end what lies in the output folder.
-    """
-    standard_output = LOG.silence_third_parties(verbose=options.verbose)
-    try:
-        if source.kind is Kind.HUB_ID:
-            advice = "or check -i, if a path was meant"
-            source = download(str(source.path), options.revision, options, otherwise=advice)
-            options = replace(options, input=source.path)
-        if not options.inspect:
-            convert(source, options, run)
-            return ExitStatus.OK
-        with WALL.up(unless=options.trust_pickle):
-            facts = inspect(source, options)
-    except Exception as error:  # the one place where errors become exit codes
-        known = as_conversion_error(error)
-        if known is None or options.verbose:
-            traceback.print_exc(file=LOG.stream)
-        bug = f"a bug in pt2onnx {__version__} ({first_line(error)}); please report it with the traceback above"
-        return report_failure(known or ConversionError(ExitStatus.BUG, bug), standard_output, as_json=options.json)
-    report_inspection(facts)
-    if options.json:
-        print_report(facts, standard_output)
-    return ExitStatus.OK
-
-
-def become_worker(arguments: Sequence[str], run: str, step: int, supervisor: int) -> NoReturn:
-    """Replace this process, a child of `supervisor`, by one that runs the same command as a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    if sys.platform == "linux":
-        c_library().prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the supervisor
-    if os.getppid() != supervisor:  # it died before that
-        os._exit(ExitStatus.BUG)
-    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
-    environment = {**os.environ, WORKER_VARIABLE: run, STEP_VARIABLE: str(step), "GLIBC_TUNABLES": tunables}
-    os.execve(sys.executable, [sys.executable, "-P", __file__, *arguments], environment)  # noqa: S606
-
-
-def run_worker(arguments: Sequence[str], run: str) -> tuple[int, str]:
-    """Run the worker in a child process. Returns its exit code, or -N where signal N ended it or told us to end it.
-
-    And the name of the step that it began last.
-
-    STOP_SIGNALS are blocked before and after, so that nothing is left half done: they wait until there is a worker to
-    end, and change nothing any more once it has ended.
-    """
-    received: list[int] = []
-    supervisor = os.getpid()
-    step = os.memfd_create("step", 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a parent ignores it, there would be nobody to wait for
-    worker = os.fork()
-    if worker == 0:
-        become_worker(arguments, run, step, supervisor)
-
-    def stop(number: int, _: object) -> None:
-        received.append(number)
-        os.kill(worker, signal.SIGKILL)
-
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # not reaped yet: its id is nobody else's, so `stop` is safe
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
-    code = -received[0] if received and code == -signal.SIGKILL else code
-    return code, os.pread(step, STEP_BYTES, 0).decode(errors="replace").strip()
-
-
-def worker_error(number: int, step: str, options: Options) -> ConversionError:
-    """What it means that signal `number` ended the worker, in `step`, before anything was written."""
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    if number in STOP_SIGNALS:
-        return ConversionError(128 + number, f"interrupted by {name}: nothing was written; run it again")
-    killed = f"killed, most likely for using too much memory; {memory_limit()}: give it more"
-    changed = f"{options.input} changed while it was read; convert it once it is whole"
-    limit = f"{options.run_timeout:g} s" if options.run_timeout else "a model of its size should"
-    patience = f"if it is only slow, pass --run-timeout {10 * (options.run_timeout or 6):g}"
-    endless = f"{options.input}: opening it or running the model took longer than {limit}; {patience}"
-    crashed = f"a library crashed ({name}) in the step {step!r}; run again with --verbose, and try another --exporter"
-    if number in CRASHES and (options.inspect or step.partition(":")[0] in INPUT_STEPS):
-        broken = f"{options.input}: a library crashed ({name}) on what it holds ({step or 'inspect'})"
-        return InputError(f"{broken}; save the model again, or its state dict")
-    known: dict[int, ConversionError] = {
-        signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
-        signal.SIGBUS: InputError(changed),  # what a mapped file does that has lost its end
-        signal.SIGALRM: InputError(endless),  # time_limit
-    }
-    return known.get(number) or ConversionError(ExitStatus.BUG, crashed)
-
-
-def staging_folder(options: Options, name: str) -> Path:
-    """Where a run works: beside the target, so that the last step is a rename, and in one folder to remove."""
-    return options.output.parent / f".pt2onnx.{name}.partial"
-
-
-def supervise(arguments: Sequence[str], options: Options, name: str) -> int:
-    """Run the worker; whatever ends it, leave no debris, say what is true and return the exit code."""
-    if options.inspect:
-        return conclude(*run_worker(arguments, name), None, options)
-    staging = staging_folder(options, name)
-    made = [folder for folder in staging.absolute().parents if not folder.exists()]
-    try:
-        claim(staging)
-        remove_abandoned(staging.parent)
-        code, step = run_worker(arguments, name)
-    except OSError:
-        remove_debris(staging, made)
-        raise
-    try:
-        report = settle(staging)
-    except (OSError, ValueError) as error:
-        what = f"{options.output} may be half replaced ({first_line(error)}): the older files are in {staging}/old"
-        error = ConversionError(ExitStatus.RESOURCES, f"{what}, and the next run puts them back")
-        return report_failure(error, 1, as_json=options.json)
-    remove_debris(staging, made)
-    return conclude(code, step, report, options)
-
-
-def conclude(code: int, step: str, report: Mapping[str, Any] | None, options: Options) -> int:
-    """Say what the worker did not: that its files are in place, or which signal ended it; returns the exit code."""
-    if report is not None:  # whatever happened afterwards
-        LOG.line("SUCCESS", describe_success(report))
-        if options.json:
-            print_report(report, 1)
-        return ExitStatus.OK
-    if code < 0:
-        return report_failure(worker_error(-code, step, options), 1, as_json=options.json)
-    if code == ExitStatus.OK and not options.inspect:
-        what = f"{options.output.parent} was removed while the model was converted; run it again"
-        return report_failure(UsageError(what), 1, as_json=options.json)
-    return code
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, detect and convert; returns the exit code."""
-    for descriptor in range(3):  # a closed one would be taken by the next file that is opened
-        with contextlib.suppress(OSError):
-            os.fstat(descriptor)
-            continue
-        os.open(os.devnull, os.O_RDWR)
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    name, step = os.environ.pop(WORKER_VARIABLE, None), os.environ.pop(STEP_VARIABLE, None)
-    if name is None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until there is a worker to end
-    as_json = "--json" in arguments
-    try:
-        options = parse_arguments(arguments)
-        USER_CLASSES.clear()
-        USER_CLASSES.update(options.allow_class)
-        INPUT_ROOTS.clear()
-        source = detect(options.input)
-        if name is None:
-            return supervise(arguments, options, f"{os.getpid()}.{os.urandom(4).hex()}")
-    except (ConversionError, OSError) as error:
-        known = as_conversion_error(error)
-        if known is None:
-            raise
-        return report_failure(known, 1, as_json=as_json)
-    LOG.current = int(step) if step else None
-    # Tearing down torch takes a second and frees what the kernel frees anyway.
-    os._exit(work(source, options, Run(staging_folder(options, name))))
 
 
 if __name__ == "__main__":
