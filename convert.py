@@ -189,6 +189,12 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+def full_names(table: str) -> frozenset[str]:
+    """The names of a table whose lines say `package.module: name other.name`, each with its package before it."""
+    lines = [line.partition(":") for line in table.strip().splitlines()]
+    return frozenset(f"{module.strip()}.{name}" for module, _, names in lines for name in names.split())
+
+
 def printable(text: object) -> str:
     """`text` on one line with control characters escaped: names come from files that nobody has vetted."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
@@ -3830,32 +3836,22 @@ def state_dict_of(value: object) -> dict[str, Tensor] | None:
 
 GRAPH_TARGET = re.compile(r"torch\.ops\.(aten|prims|torchvision|quantized|higher_order)\.(\w+)(\.\w+)?")
 # Operators with functions inside; those that call compiled code (aoti_call_delegate, call_torchbind) are missing.
-HIGHER_ORDER = frozenset(
-    name
-    for names in (
-        "cond while_loop map_impl scan associative_scan wrap_with_set_grad_enabled wrap_with_autocast invoke_subgraph",
-        "out_dtype flex_attention strict_mode hints_wrapper auto_functionalized auto_functionalized_v2",
-        "tag_activation_checkpoint wrap_activation_checkpoint",
-    )
-    for name in names.split()
+HIGHER_ORDER = word_set(
+    """cond while_loop map_impl scan associative_scan wrap_with_set_grad_enabled wrap_with_autocast invoke_subgraph
+    out_dtype flex_attention strict_mode hints_wrapper auto_functionalized auto_functionalized_v2
+    tag_activation_checkpoint wrap_activation_checkpoint"""
 )
-PYTHON_TARGETS = frozenset(
-    f"{module}.{name}"
-    for module, names in (
-        ("_operator", "add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge and_ or_ xor not_ getitem"),
-        ("math", "ceil floor trunc sqrt"),
-        ("torch", "sym_int sym_float sym_not sym_max sym_min sym_ite sym_sqrt _sym_sqrt _check"),
-    )
-    for name in names.split()
+PYTHON_TARGETS = full_names(
+    """
+    _operator: add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge and_ or_ xor not_ getitem
+    math: ceil floor trunc sqrt
+    torch: sym_int sym_float sym_not sym_max sym_min sym_ite sym_sqrt _sym_sqrt _check
+    """
 )
-SYMBOLIC_CALLS = frozenset(
-    name
-    for names in (
-        "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Lt Le Gt Ge And Or Not Piecewise FloorDiv",
-        "ModularIndexing CleanDiv CeilDiv PythonMod CeilToInt FloorToInt TruncToInt IntTrueDiv FloatTrueDiv",
-        "PowByNatural FloatPow ToFloat Where Identity Relational",
-    )
-    for name in names.split()
+SYMBOLIC_CALLS = word_set(
+    """Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Lt Le Gt Ge And Or Not Piecewise FloorDiv
+    ModularIndexing CleanDiv CeilDiv PythonMod CeilToInt FloorToInt TruncToInt IntTrueDiv FloatTrueDiv PowByNatural
+    FloatPow ToFloat Where Identity Relational"""
 )
 SYMBOL = re.compile(r"[a-z]{1,3}\d{1,5}|int_oo|oo|zoo|nan|-?\d{1,20}")
 MAX_POWER = 64  # the product of all exponents of an expression: 9**9**9 takes for ever
@@ -4072,39 +4068,23 @@ def load_exported_program(source: Source, *, trust: bool) -> Loaded:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Modules whose nn.Module subclasses, enums, named tuples and dataclasses a pickle may hold.
-CLASS_MODULES = (
-    "torch.nn.modules",
-    "torch.ao.nn.quantized.modules.functional_modules",
-    "torch.ao.quantization.stubs",
-    "torchvision.models",
-    "torchvision.ops",
-    "timm.models",
-    "timm.layers",
-    "transformers.models",
-    "transformers.activations",
-    "transformers.backbone_utils",
-    "transformers.configuration_utils",
-    "transformers.decision.configuration_utils",
-    "transformers.generation.configuration_utils",
-    "transformers.modeling_layers",
-    "transformers.modeling_utils",
-    "transformers.pytorch_utils",
-    "transformers.time_series_utils",
-    "ultralytics.nn.modules",
-    "ultralytics.nn.tasks",
+CLASS_MODULES = tuple(
+    full_names(
+        """
+        torch: nn.modules ao.nn.quantized.modules.functional_modules ao.quantization.stubs
+        torchvision: models ops
+        timm: models layers
+        transformers: models activations backbone_utils configuration_utils decision.configuration_utils
+        transformers: generation.configuration_utils modeling_layers modeling_utils pytorch_utils time_series_utils
+        ultralytics: nn.modules nn.tasks
+        """
+    )
 )
 ENUM_MODULES = ("torchvision.transforms.functional",)
 # Never, not even with --allow-class. Lazy modules run their initialisation at the first call, and their state is a
 # class swap; auto classes build whatever a name says; the others of ultralytics download and install at their import.
-DENIED_MODULES = (
-    "torch.nn.modules.lazy",
-    "torch.fx",
-    "torch.jit",
-    "transformers.models.auto",
-    "ultralytics.nn.autobackend",
-    "ultralytics.nn.backends",
-    "ultralytics.nn.text_model",
-)
+DENIED_MODULES = ("torch.nn.modules.lazy", "torch.fx", "torch.jit", "transformers.models.auto",
+                  "ultralytics.nn.autobackend", "ultralytics.nn.backends", "ultralytics.nn.text_model")  # fmt: skip
 # The files of transformers.models.NAME that hold models and their configurations; tokenizers, processors and
 # converters import much more, and no model has them.
 TRANSFORMERS_FILE = re.compile(
@@ -4114,73 +4094,63 @@ TRANSFORMERS_FILE = re.compile(
 # What modules are called in older files.
 RENAMED_MODULES = {"timm.models.layers": "timm.layers", "ultralytics.yolo": "ultralytics"}
 # Plain data: objects whose attributes the models read.
-DATA_CLASSES = frozenset(
-    f"{module}.{name}"
-    for module, names in (
-        ("torchvision.models.detection._utils", "BalancedPositiveNegativeSampler BoxCoder BoxLinearCoder Matcher"),
-        ("torchvision.models.detection._utils", "SSDMatcher"),
-        ("torchvision.ops.poolers", "LevelMapper"),
-        ("timm.models._features", "FeatureInfo"),
-        ("timm.models._pretrained", "PretrainedCfg DefaultCfg"),
-        ("transformers.integrations.heterogeneity.configuration_utils", "_HeterogeneitySpec"),
-        ("transformers.models.omdet_turbo.modeling_omdet_turbo", "OmDetTurboLRUCache"),
-        ("ultralytics.utils", "IterableSimpleNamespace"),
-        ("types", "SimpleNamespace"),
-        ("argparse", "Namespace"),
-    )
-    for name in names.split()
+DATA_CLASSES = full_names(
+    """
+    torchvision.models.detection._utils: BalancedPositiveNegativeSampler BoxCoder BoxLinearCoder Matcher SSDMatcher
+    torchvision.ops.poolers: LevelMapper
+    timm.models: _features.FeatureInfo _pretrained.PretrainedCfg _pretrained.DefaultCfg
+    transformers.integrations.heterogeneity.configuration_utils: _HeterogeneitySpec
+    transformers.models.omdet_turbo.modeling_omdet_turbo: OmDetTurboLRUCache
+    ultralytics.utils: IterableSimpleNamespace
+    types: SimpleNamespace
+    argparse: Namespace
+    """
 )
 # Bases of transformers' configurations: data, although not all are dataclasses.
-CONFIG_CLASSES = frozenset(
-    {
-        "transformers.configuration_utils.PreTrainedConfig",
-        "transformers.generation.configuration_utils.GenerationConfig",
-    }
+CONFIG_CLASSES = full_names(
+    "transformers: configuration_utils.PreTrainedConfig generation.configuration_utils.GenerationConfig"
 )
 # Attention and expert back ends that a configuration may ask for. Other names reach transformers' loader of kernels;
 # those that need a GPU compute the same as "eager".
 BACK_ENDS = {None: None, "eager": "eager", "sdpa": "sdpa", "batched_mm": "batched_mm", "grouped_mm": "grouped_mm",
              "flash_attention_2": "eager", "flash_attention_3": "eager", "flex_attention": "eager"}  # fmt: skip
 # Dictionaries with another name.
-DICT_CLASSES = frozenset(
-    {
-        "collections.OrderedDict",
-        "lightning.fabric.utilities.data.AttributeDict",
-        "lightning_fabric.utilities.data.AttributeDict",
-        "pytorch_lightning.utilities.parsing.AttributeDict",
-    }
+DICT_CLASSES = full_names(
+    """
+    collections: OrderedDict
+    lightning.fabric.utilities.data: AttributeDict
+    lightning_fabric.utilities.data: AttributeDict
+    pytorch_lightning.utilities.parsing: AttributeDict
+    """
 )
 RECONSTRUCTOR = "copyreg._reconstructor"  # protocol 0 and 1's way of making an object
 # Classes that a pickle names but never instantiates.
 VALUE_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"})
 # Pure functions that models keep as attributes; we store them and never call them while loading.
-FUNCTIONS = frozenset(
-    f"{module}.{name}"
-    for module, names in (
-        ("torch.nn.functional", "relu relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh"),
-        ("torch.nn.functional", "sigmoid tanh softplus softsign logsigmoid softmax log_softmax glu normalize pad"),
-        ("torch.nn.functional", "layer_norm interpolate max_pool2d avg_pool2d adaptive_avg_pool2d dropout linear"),
-        ("torch.nn.functional", "adaptive_max_pool2d scaled_dot_product_attention"),
-        ("torch._C._nn", "gelu silu mish elu leaky_relu hardswish hardsigmoid hardtanh relu6 softplus linear"),
-        ("torch._C._nn", "log_sigmoid avg_pool2d scaled_dot_product_attention"),
-        ("torch._C._fft", "fft_fftn fft_fft fft_rfft"),
-        ("torch", "relu tanh sigmoid sin cos selu exp abs square softmax erf"),
-        ("timm.layers.activations", "gelu swish mish sigmoid tanh hard_sigmoid hard_swish quick_gelu gelu_tanh"),
-        ("torchvision.ops.boxes", "box_iou generalized_box_iou"),
-        ("torchvision.models.optical_flow.raft", "_pass_through_h"),
-        ("transformers.modeling_rope_utils", "_compute_linear_scaling_rope_parameters"),
-        ("transformers.modeling_rope_utils", "_compute_dynamic_ntk_parameters _compute_yarn_parameters"),
-        ("transformers.modeling_rope_utils", "_compute_longrope_parameters _compute_llama3_parameters"),
-        ("transformers.modeling_rope_utils", "_compute_proportional_rope_parameters"),
-        ("transformers.models.d_fine.modeling_d_fine", "multi_scale_deformable_attention_v2"),
-        ("transformers.models.deimv2.modeling_deimv2", "multi_scale_deformable_attention_v2"),
-        ("transformers.models.rt_detr_v2.modeling_rt_detr_v2", "multi_scale_deformable_attention_v2"),
-        ("transformers.models.xlstm.modeling_xlstm", "mlstm_chunkwise_native_autograd mlstm_recurrent_step_native"),
-        ("transformers.models.xlstm.modeling_xlstm", "mlstm_recurrent_sequence_native wrap_chunkwise_pad_zeros"),
-        ("transformers.models.xlstm.modeling_xlstm", "wrap_chunkwise_arbitrary_sequence_length"),
-        ("transformers.models.ibert.quant_modules", "SymmetricQuantFunction"),  # an autograd function: its apply
-    )
-    for name in names.split()
+FUNCTIONS = full_names(
+    """
+    torch.nn.functional: relu relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh sigmoid tanh
+    torch.nn.functional: softplus softsign logsigmoid softmax log_softmax glu normalize pad layer_norm interpolate
+    torch.nn.functional: max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d dropout linear
+    torch.nn.functional: scaled_dot_product_attention
+    torch._C._nn: gelu silu mish elu leaky_relu hardswish hardsigmoid hardtanh relu6 softplus linear log_sigmoid
+    torch._C._nn: avg_pool2d scaled_dot_product_attention
+    torch._C._fft: fft_fftn fft_fft fft_rfft
+    torch: relu tanh sigmoid sin cos selu exp abs square softmax erf
+    timm.layers.activations: gelu swish mish sigmoid tanh hard_sigmoid hard_swish quick_gelu gelu_tanh
+    torchvision.ops.boxes: box_iou generalized_box_iou
+    torchvision.models.optical_flow.raft: _pass_through_h
+    transformers.modeling_rope_utils: _compute_linear_scaling_rope_parameters _compute_dynamic_ntk_parameters
+    transformers.modeling_rope_utils: _compute_yarn_parameters _compute_longrope_parameters _compute_llama3_parameters
+    transformers.modeling_rope_utils: _compute_proportional_rope_parameters
+    transformers.models.d_fine.modeling_d_fine: multi_scale_deformable_attention_v2
+    transformers.models.deimv2.modeling_deimv2: multi_scale_deformable_attention_v2
+    transformers.models.rt_detr_v2.modeling_rt_detr_v2: multi_scale_deformable_attention_v2
+    transformers.models.xlstm.modeling_xlstm: mlstm_chunkwise_native_autograd mlstm_recurrent_step_native
+    transformers.models.xlstm.modeling_xlstm: mlstm_recurrent_sequence_native wrap_chunkwise_pad_zeros
+    transformers.models.xlstm.modeling_xlstm: wrap_chunkwise_arbitrary_sequence_length
+    transformers.models.ibert.quant_modules: SymmetricQuantFunction
+    """  # the last one is an autograd function: its apply
 )
 # Methods of their own class that models keep as attributes, bound to a module or static.
 KEPT_METHODS = re.compile(r"_?forward\w*|_gelu_python")
@@ -4189,47 +4159,34 @@ KEPT_STATIC_METHODS = re.compile(r"compute_\w+|num_patches")
 # or opens files (searched in torch 2.14.1, torchvision 0.29.1 and timm 1.0.31).
 VALUE_MODULES = ("torch.nn.modules", "torchvision.ops", "timm.layers", "timm.models.nextvit")
 # Library implementations of __setstate__ that were read: they only fill in attributes of older versions.
-AUDITED_SETSTATE = frozenset(
-    f"torch.nn.modules.{name}"
-    for name in (
-        "module.Module", "activation.LogSoftmax", "activation.MultiheadAttention", "activation.Softmax",
-        "activation.Softmin", "conv._ConvNd", "pooling.AvgPool3d", "rnn.RNNBase",
-        "transformer.TransformerDecoderLayer", "transformer.TransformerEncoderLayer", "upsampling.Upsample",
-    )
-) | {"timm.layers.ml_decoder.TransformerDecoderLayerOptimal", "ultralytics.nn.modules.block.AAttn"}  # fmt: skip
+AUDITED_SETSTATE = full_names(
+    """
+    torch.nn.modules: module.Module activation.LogSoftmax activation.MultiheadAttention activation.Softmax
+    torch.nn.modules: activation.Softmin conv._ConvNd pooling.AvgPool3d rnn.RNNBase upsampling.Upsample
+    torch.nn.modules: transformer.TransformerDecoderLayer transformer.TransformerEncoderLayer
+    timm.layers.ml_decoder: TransformerDecoderLayerOptimal
+    ultralytics.nn.modules.block: AAttn
+    """
+)
 # Hooks whose code is torch's own and that the forward pass needs.
-HOOK_CLASSES = frozenset({"torch.nn.utils.weight_norm.WeightNorm", "torch.nn.utils.spectral_norm.SpectralNorm"})
+HOOK_CLASSES = full_names("torch.nn.utils: weight_norm.WeightNorm spectral_norm.SpectralNorm")
 # Objects that only load_state_dict() or training would use, and wrappers around the module that is wanted.
-IGNORED_MODULES = (
-    "omegaconf",
-    "typing",
-    "torch.torch_version",
-    "torch.optim",
-    "torch.amp.grad_scaler",
-    "torch.cuda.amp.grad_scaler",
-    "ultralytics.utils.loss",
-    "ultralytics.utils.tal",
-    "torch._dynamo",
+IGNORED_MODULES = ("omegaconf", "typing", "torch.torch_version", "torch.optim", "torch.amp.grad_scaler",
+                   "torch._dynamo", "torch.cuda.amp.grad_scaler", "ultralytics.utils.loss", "ultralytics.utils.tal")  # fmt: skip
+IGNORED_CLASSES = full_names(
+    """
+    contextlib: nullcontext
+    torch: _TorchCompileInductorWrapper distributed.algorithms.join._JoinConfig
+    torch.nn: modules.module._WrappedHook parallel.distributed._BucketCapacityConfig
+    torch.nn.utils.spectral_norm: SpectralNormStateDictHook SpectralNormLoadStateDictPreHook
+    """
 )
-IGNORED_CLASSES = frozenset(
-    {
-        "contextlib.nullcontext",
-        "torch._TorchCompileInductorWrapper",
-        "torch.nn.modules.module._WrappedHook",
-        "torch.nn.parallel.distributed._BucketCapacityConfig",
-        "torch.distributed.algorithms.join._JoinConfig",
-        "torch.nn.utils.spectral_norm.SpectralNormStateDictHook",
-        "torch.nn.utils.spectral_norm.SpectralNormLoadStateDictPreHook",
-    }
-)
-WRAPPER_CLASSES = frozenset(
-    {
-        "torch.nn.parallel.data_parallel.DataParallel",
-        "torch.nn.parallel.distributed.DistributedDataParallel",
-        "torch.optim.swa_utils.AveragedModel",
-        "timm.utils.model_ema.ModelEmaV2",
-        "timm.utils.model_ema.ModelEmaV3",
-    }
+WRAPPER_CLASSES = full_names(
+    """
+    torch: nn.parallel.data_parallel.DataParallel nn.parallel.distributed.DistributedDataParallel
+    torch: optim.swa_utils.AveragedModel
+    timm.utils.model_ema: ModelEmaV2 ModelEmaV3
+    """
 )
 LOADING_HOOKS = frozenset(
     {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
