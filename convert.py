@@ -915,10 +915,10 @@ def make_graph(attempt: Attempt, job: Job, options: Options, run: Run) -> Produc
 def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> Produced:
     """Export, finish, write, check and verify, in a folder of the graph's own; raises AttemptError."""
     folder = run.staging / job.file.removesuffix(".onnx")
-    shutil.rmtree(folder, ignore_errors=True)
-    work = folder / "work"
-    work.mkdir(parents=True)
-    path, note = folder / job.file, ""
+    path, work, note = folder / job.file, folder / "work", ""
+    with WALL.up(unless="it is our own folder"):  # rmtree names files relative to open folders
+        shutil.rmtree(folder, ignore_errors=True)
+        work.mkdir(parents=True)
     with LOG.step(f"export: {attempt}" if not job.parts else f"merge: {' and '.join(job.parts)}"):
         if job.parts:
             exported = merge_decoders(*(run.produced[name].light for name in job.parts))
@@ -927,7 +927,8 @@ def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> P
     graph = finish_graph(exported, job, {**run.metadata, "exporter": exporter_name(attempt)})
     light = write_graph(graph, path)
     del exported, graph
-    shutil.rmtree(work)
+    with WALL.up(unless="it is our own folder"):
+        shutil.rmtree(work)
     with LOG.step("check: onnx.checker"):
         check_graph(light, attempt.opset)
     if options.no_verify:
@@ -9414,7 +9415,7 @@ def admit(path: Path) -> None:
     """Let the file `path`, or every file in that folder, be opened as the input, or as a part of it."""
     root = path.resolve()
     INPUT_ROOTS.update({root, root.parent.parent / "blobs"} if is_snapshot(root) else {root})
-    for file in [file for file in SEEN_FILES if file == root or root in file.parents]:
+    for file in [file for file in (*SEEN_FILES,) if file == root or root in file.parents]:  # threads add to it
         del SEEN_FILES[file]
 
 

@@ -97,7 +97,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def convert(folder: Path, endpoint: str, name: str, *options: str, **variables: str) -> Result:
     """Convert a model on the hub at `endpoint` to folder/out, with a cache of its own and without a token."""
-    others = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_"))}
+    ours = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_")
+    others = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     environment = {**others, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), **variables}
     return run_cli("-i", name, "-o", str(folder / "out"), *options, env=environment, cwd=folder)
 
