@@ -4173,7 +4173,8 @@ AUDITED_SETSTATE = full_names(
 HOOK_CLASSES = full_names("torch.nn.utils: weight_norm.WeightNorm spectral_norm.SpectralNorm")
 # Objects that only load_state_dict() or training would use, and wrappers around the module that is wanted.
 IGNORED_MODULES = ("omegaconf", "typing", "torch.torch_version", "torch.optim", "torch.amp.grad_scaler",
-                   "torch._dynamo", "torch.cuda.amp.grad_scaler", "ultralytics.utils.loss", "ultralytics.utils.tal")  # fmt: skip
+                   "torch._dynamo", "torch.cuda.amp.grad_scaler", "ultralytics.utils.loss",
+                   "ultralytics.utils.tal")  # fmt: skip
 IGNORED_CLASSES = full_names(
     """
     contextlib: nullcontext
@@ -9775,7 +9776,8 @@ def import_library(module: str, *, named: bool = False) -> Any:
         if package in ("torchvision", "timm", "ultralytics"):
             import_torchvision()
         if package == "ultralytics":
-            import_ultralytics()
+            with WALL.up(unless="it is an installed package that makes a folder for its settings"):
+                import_ultralytics()
         if package == "transformers":
             os.environ["HF_HUB_OFFLINE"] = "1"  # what a pickle refers to is installed or not: never the network
         loaded = importlib.import_module(module)
