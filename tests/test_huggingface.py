@@ -1,6 +1,6 @@
 """Hugging Face folders through the command line, judged by ONNX Runtime against transformers' own answers.
 
-The judge is huggingface_sweep.check: inputs of its own at three shapes, with padding, and text generated through the
+The judge is judge.py: inputs of its own at three shapes, with padding, and text generated through the
 graph's cache against model.generate. The sweep itself runs over every tiny model; here are those of different kinds.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
-import huggingface_sweep
+import judge
 import numpy as np
 import onnx
 import onnxruntime
@@ -64,7 +64,7 @@ def convert(folder: Path, *options: str, code: int = 0) -> str:
 
 def check(name: str, folder: Path) -> None:
     """The sweep's verdict on folder/out."""
-    row = huggingface_sweep.check(name, folder)
+    row = judge.check(name, folder)
     assert row["status"] == "ok", row
 
 

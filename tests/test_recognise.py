@@ -10,14 +10,14 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-import make_architectures
 import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
 from conftest import CONVERT, check_error, lines, onnx_outputs, run_cli
-from make_architectures import Described, describe, members, random_weights
+from generators import architectures
+from generators.architectures import Described, describe, members, random_weights
 from torch import nn
 
 import convert
@@ -48,7 +48,7 @@ def only(recognition: Recognition) -> str:
 
 @cache
 def indexed() -> dict[str, Described]:
-    """The data file's entries by member, in the form of make_architectures."""
+    """The data file's entries by member, in the form of generators/architectures.py."""
     known = read_architectures()
     found = {}
     for layout in known.layouts:
@@ -67,7 +67,7 @@ def test_the_data_file_is_of_the_pinned_versions() -> None:
 
     versions = json.loads(lzma.decompress(convert.ARCHITECTURES.read_bytes()))["versions"]
     required = dict(re.findall(r"^(\w+)==(\S+)$", CONVERT.with_name("requirements.txt").read_text(), re.MULTILINE))
-    assert versions == {name: required[name] for name in ("timm", "torchvision")} == make_architectures.VERSIONS
+    assert versions == {name: required[name] for name in ("timm", "torchvision")} == architectures.VERSIONS
 
 
 def test_the_data_file_has_every_model() -> None:
