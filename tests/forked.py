@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import resource
+import shutil
 import signal
 import site
 import sys
@@ -195,3 +196,15 @@ def flaws(outcome: Outcome, codes: Sequence[int]) -> list[str]:
     if any(len(line) > 6000 for line in lines):  # a path alone may have 4096 characters
         found.append("an endless line")
     return found
+
+
+def convert_folder(folder: Path, *options: str, code: int = 0) -> str:
+    """Convert folder/in to folder/out; returns what was said. An error is one clean line, and leaves nothing behind."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    outcome = convert_in_child(folder / "in", folder, *options, seconds=60)
+    assert outcome.code == code, outcome.err
+    if code:
+        assert not flaws(outcome, [code])
+        left = (folder / "out").iterdir() if (folder / "out").exists() else ()
+        assert not [path for path in left if not path.name.endswith(".partial")]  # which the supervisor removes
+    return outcome.err

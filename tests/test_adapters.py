@@ -15,11 +15,10 @@ from typing import Any
 import forked
 import judge
 import pytest
-import test_huggingface
 import tiny_models
 import torch
 import transformers
-from conftest import check_error, lines, run_cli
+from helpers import check_error, lines, run_cli
 from safetensors.torch import save_file
 from torch import nn
 
@@ -32,7 +31,7 @@ Settings = dict[str, Any]
 
 def convert(folder: Path, *options: str, code: int = 0) -> str:
     """Convert folder/in, an adapter, with the base in folder/base; returns what was told."""
-    return test_huggingface.convert(folder, "--base", str(folder / "base"), *options, code=code)
+    return forked.convert_folder(folder, "--base", str(folder / "base"), *options, code=code)
 
 
 def save_adapter(folder: Path, tensors: Tensors, **settings: Any) -> None:
@@ -305,12 +304,12 @@ def test_the_base_is_named(tmp_path: Path) -> None:
         "meta-llama/X": "pass --base meta-llama/X to download it, or --base FOLDER",
     }.items():
         save_adapter(tmp_path / "in", parts, base_model_name_or_path=name)
-        told = test_huggingface.convert(tmp_path, code=3)
+        told = forked.convert_folder(tmp_path, code=3)
         assert advice in told
         assert len(told) < 1000
     save_adapter(tmp_path / "in", parts, base_model_name_or_path=None)
-    assert "names no base model: pass --base FOLDER" in test_huggingface.convert(tmp_path, code=3)
-    assert "there is no such folder" in test_huggingface.convert(tmp_path, "--base", "../other", code=2)
+    assert "names no base model: pass --base FOLDER" in forked.convert_folder(tmp_path, code=3)
+    assert "there is no such folder" in forked.convert_folder(tmp_path, "--base", "../other", code=2)
 
 
 def test_a_base_inside(tmp_path: Path) -> None:
@@ -318,11 +317,11 @@ def test_a_base_inside(tmp_path: Path) -> None:
     tiny_models.make("bert", tmp_path / "in" / "base")
     parts = make_parts(tiny_models.build("bert"), "query")
     save_adapter(tmp_path / "in", parts, base_model_name_or_path="base")
-    test_huggingface.convert(tmp_path)
+    forked.convert_folder(tmp_path)
     check_graphs(adapted(tiny_models.build("bert"), parts), tmp_path)
     (tmp_path / "in" / "base").rename(tmp_path / "base")
     (tmp_path / "in" / "base").symlink_to("../base")
-    assert "base is a link that leads out of the folder" in test_huggingface.convert(tmp_path, code=4)
+    assert "base is a link that leads out of the folder" in forked.convert_folder(tmp_path, code=4)
 
 
 def test_a_base_of_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
+from helpers import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
 from safetensors.torch import save_file
 from torch import nn
 
@@ -151,6 +151,14 @@ def convert_checkpoint(folder: Path, source: Path, *options: str) -> Result:
     return run_cli(*arguments, env=environment)
 
 
+def check_answers(net: nn.Module, graph: Path) -> None:
+    """ONNX Runtime answers as PyTorch."""
+    sample = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    with torch.no_grad():
+        expected = net(torch.from_numpy(sample)).numpy()
+    np.testing.assert_allclose(onnx_outputs(graph, {"input": sample})["output"], expected, atol=1e-6)
+
+
 def test_lightning_through_the_command(folder: Path, net: nn.Module, tmp_path: Path) -> None:
     """What is taken, what is left and what the hyper-parameters tell is said; ONNX Runtime answers as PyTorch."""
     torch.save(lightning(net), tmp_path / "last.ckpt")
@@ -160,10 +168,7 @@ def test_lightning_through_the_command(folder: Path, net: nn.Module, tmp_path: P
     assert "from the entry 'state_dict'" in told
     assert "'model.' is taken off the names; 1 tensors of other parts are left out (loss.weight)" in told
     assert "hyper_parameters tell width=5" in told
-    sample = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
-    with torch.no_grad():
-        expected = net(torch.from_numpy(sample)).numpy()
-    np.testing.assert_allclose(onnx_outputs(tmp_path / "m.onnx", {"input": sample})["output"], expected, atol=1e-6)
+    check_answers(net, tmp_path / "m.onnx")
 
 
 def test_the_choice_and_another_one(folder: Path, net: nn.Module, tmp_path: Path) -> None:
@@ -172,6 +177,10 @@ def test_the_choice_and_another_one(folder: Path, net: nn.Module, tmp_path: Path
     torch.save({"model": other(net), "ema": net.state_dict()}, tmp_path / "two.pt")
     result = convert_checkpoint(folder, tmp_path / "two.pt", *arguments)
     assert any("from the entry 'ema'" in line and "also has model" in line for line in lines(result, "INFO"))
+    check_answers(net, tmp_path / "m.onnx")
+    assert convert_checkpoint(folder, tmp_path / "two.pt", *arguments, "--checkpoint-key", "model").code == 0
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_answers(net, tmp_path / "m.onnx")
     torch.save({"a": other(net), "b": net.state_dict()}, tmp_path / "ab.pt")
     check_error(convert_checkpoint(folder, tmp_path / "ab.pt", *arguments), 2, "several models (a, b)")
     assert convert_checkpoint(folder, tmp_path / "ab.pt", *arguments, "--checkpoint-key", "b").code == 0
@@ -183,10 +192,7 @@ def test_the_choice_and_another_one(folder: Path, net: nn.Module, tmp_path: Path
         "several times; pass --checkpoint-key: left, right",
     )
     assert convert_checkpoint(folder, tmp_path / "parts.pt", *arguments, "--checkpoint-key", "right").code == 0
-    sample = np.ones((2, 6), np.float32)
-    with torch.no_grad():
-        expected = net(torch.from_numpy(sample)).numpy()
-    np.testing.assert_allclose(onnx_outputs(tmp_path / "m.onnx", {"input": sample})["output"], expected, atol=1e-6)
+    check_answers(net, tmp_path / "m.onnx")
 
 
 def test_a_module_inside_is_a_model(tmp_path: Path) -> None:

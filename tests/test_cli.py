@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CONVERT, check_error, lines, run_cli
+from helpers import CONVERT, check_error, lines, run_cli
 
 README = CONVERT.with_name("README.md").read_text(encoding="utf-8")
 SECONDS = 0.3  # for an answer that needs no model, ...

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 import torchvision
-from conftest import Result, axes, check_error, lines, onnx_outputs, run_cli
+from helpers import Result, axes, check_error, lines, onnx_outputs, run_cli
 from torch import nn
 
 # Classes of a user's own package, put on PYTHONPATH.
@@ -162,12 +162,11 @@ def test_torchvision_and_timm_pickles(tmp_path: Path) -> None:
         same(model, tmp_path / "m.onnx", (1, 3, size, size), (3, 3, size, size))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
-def test_state_dict_of_seven_classes(prefix: str, tmp_path: Path) -> None:
+def test_state_dict_of_seven_classes(tmp_path: Path) -> None:
     """The output size is told by the weights; wrappers' prefixes come off; nested checkpoints are found."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=7).eval()
-    weights = {prefix + key: value for key, value in model.state_dict().items()}
+    weights = {f"module._orig_mod.{key}": value for key, value in model.state_dict().items()}
     torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, "state_dict": weights}, tmp_path / "checkpoint.pth")
     result = convert(tmp_path / "checkpoint.pth", tmp_path / "m.onnx", "--model-class", "resnet18")
     assert "their shapes tell num_classes=7" in result.err
@@ -208,27 +207,6 @@ def test_segmentation_with_an_auxiliary_head(tmp_path: Path) -> None:
         expected = model(given)["out"].numpy()
     actual = onnx_outputs(tmp_path / "m.onnx", {"input": given.numpy()})["out"]
     np.testing.assert_allclose(actual, expected, atol=1e-4 * float(np.abs(expected).max()), rtol=1e-3)
-
-
-def test_checkpoint_with_several_candidates(models: Path, tmp_path: Path) -> None:
-    """The averaged weights are taken and the choice is said; --checkpoint-key takes others; safetensors works too."""
-    flat = torch.load(models / "flat.pt", weights_only=False)
-    other = {key: value + 1 for key, value in flat.state_dict().items()}
-    linear = ("--model-class", "torch.nn:Sequential")
-    torch.save({"model": other, "ema": {"module": flat.state_dict(), "decay": 0.9}}, tmp_path / "two.pth")
-    assert run_cli("-i", str(tmp_path / "two.pth"), "-o", str(tmp_path / "m.onnx"), *linear).code == 2
-    torch.save({"model": {"weight": torch.ones(3, 4)}, "ema": {"weight": torch.zeros(3, 4) + 2}}, tmp_path / "two.pth")
-    options = (
-        "--model-class",
-        "torch.nn:Linear",
-        "--model-args",
-        '{"in_features": 4, "out_features": 3, "bias": false}',
-    )
-    result = convert(tmp_path / "two.pth", tmp_path / "m.onnx", *options)
-    assert "from the entry 'ema' of the checkpoint; it also has model" in result.err
-    assert onnx_outputs(tmp_path / "m.onnx", {"input": np.ones((1, 4), np.float32)})["output"].max() == 8
-    convert(tmp_path / "two.pth", tmp_path / "m.onnx", *options, "--checkpoint-key", "model")
-    assert onnx_outputs(tmp_path / "m.onnx", {"input": np.ones((1, 4), np.float32)})["output"].max() == 4
 
 
 def test_own_class_with_nested_outputs(package: dict[str, str], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import yaml
-from conftest import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
+from helpers import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
 
 import convert
 

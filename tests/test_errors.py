@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CONVERT, Result, check_error, run_cli
+from helpers import CONVERT, Result, check_error, run_cli
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import axes, check_error, lines, onnx_outputs, run_cli
+from helpers import axes, check_error, lines, onnx_outputs, run_cli
 from torch import nn
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import CONVERT, check_error, lines, run_cli
+from helpers import CONVERT, check_error, lines, run_cli
 from safetensors.torch import save_file
 from torch import nn
 

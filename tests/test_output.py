@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny_models
-from conftest import axes, check_error, lines, onnx_outputs, run_cli
+from helpers import axes, check_error, lines, onnx_outputs, run_cli
 
 import convert as product
 

@@ -20,8 +20,8 @@ import timm
 import torch
 import torchvision
 import transformers
-from conftest import CONVERT, check_error, run_cli
-from corpus import MARKER, Reduced, archive, program, saved, touch
+from corpus import MARKER, Reduced, archive, program, saved, text, touch
+from helpers import CONVERT, check_error, run_cli
 from test_loading import COMMAND, GLOBAL
 from torch import nn
 from torch.nn import functional
@@ -100,11 +100,6 @@ def made(name: str, state: dict[str, Any]) -> bytes:
     module, _, cls = name.rpartition(".")
     attributes = pickle.dumps(state, protocol=2)[2:-1]
     return archive(program(f"c{module}\n{cls}\n".encode(), b")\x81", attributes, b"b"))
-
-
-def text(value: str) -> bytes:
-    """BINUNICODE."""
-    return b"X" + len(value).to_bytes(4, "little") + value.encode()
 
 
 def call_global(name: str, *arguments: bytes) -> bytes:

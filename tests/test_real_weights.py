@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import onnx_outputs, run_cli
+from helpers import onnx_outputs, run_cli
 
 DATA = Path(__file__).parent / "data"
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
+from helpers import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
 from onnx import numpy_helper
 from torch import nn
 
