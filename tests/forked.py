@@ -13,11 +13,13 @@ import sys
 import sysconfig
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from helpers import Result
 
 import convert as product
 
@@ -58,6 +60,53 @@ def in_child(action: Callable[[], int], folder: Path, seconds: float = 10) -> Ou
         err.seek(0)
         text = err.read().decode(errors="backslashreplace")
         return Outcome(code, text, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+
+
+def run_forked(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None, umask: int = -1) -> Result:
+    """What helpers.run_cli does, but supervisor and worker are forks of this process, which has its imports done."""
+
+    def become_worker(arguments: Sequence[str], run: str, _: int) -> None:
+        os.environ[product.WORKER_VARIABLE] = run
+        os._exit(product.main(arguments))
+
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+                product.LOG.stream, product.become_worker = sys.stderr, become_worker
+                enter(cwd, env, umask)
+                code = int(product.main(arguments))
+            except SystemExit as end:  # of argparse
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code, _ = wait(child, time.monotonic() + 300)
+        out.seek(0)
+        err.seek(0)
+        return Result(code, out.read().decode(), err.read().decode())
+
+
+def enter(folder: Path | None, environment: dict[str, str] | None, umask: int) -> None:
+    """Give this process a working directory, environment variables and a umask, as a new one would have them."""
+    if folder:
+        os.chdir(folder)
+    if umask >= 0:
+        os.umask(umask)
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+        for value in vars(product).values():  # such as the folders of libraries
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def wait(child: int, deadline: float) -> tuple[int, resource.struct_rusage]:

@@ -13,7 +13,8 @@ import onnx
 import pytest
 import torch
 import torchvision
-from helpers import Result, axes, check_error, lines, onnx_outputs, run_cli
+from forked import run_forked
+from helpers import Result, axes, check_error, lines, onnx_outputs
 from torch import nn
 
 # Classes of a user's own package, put on PYTHONPATH.
@@ -73,7 +74,7 @@ def own_class(name: str, **arguments: Any) -> nn.Module:
 
 def convert(source: Path, target: Path, *options: str, **settings: Any) -> Result:
     """Convert and expect success."""
-    result = run_cli("-i", str(source), "-o", str(target), *options, **settings)
+    result = run_forked("-i", str(source), "-o", str(target), *options, **settings)
     assert result.code == 0, result.err
     return result
 
@@ -240,7 +241,7 @@ def test_two_inputs_by_name(package: dict[str, str], tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "w.pth")
     source, target = tmp_path / "w.pth", tmp_path / "m.onnx"
     options = ("--model-class", "own.nets:TwoInputs")
-    failed = run_cli("-i", str(source), "-o", str(target), *options, env=package)
+    failed = run_forked("-i", str(source), "-o", str(target), *options, env=package)
     check_error(failed, 2, "takes 2 inputs (pixels, ids); pass --input-shape pixels:1,... ids:1,...")
     shapes = ("--input-shape", "ids:1,5:int64", "pixels:1,6", "--dynamic-axes", "ids:1=tokens")
     convert(source, target, *options, *shapes, env=package)
@@ -277,7 +278,7 @@ def test_an_operator_that_needs_a_higher_opset(package: dict[str, str], tmp_path
     torch.save(model.state_dict(), tmp_path / "w.pth")
     options = ("--model-class", "own.nets:Sampler", "--input-shape", "1,3,8,8")
     source, target = tmp_path / "w.pth", tmp_path / "m.onnx"
-    failed = run_cli("-i", str(source), "-o", str(target), *options, "--opset", "14", env=package)
+    failed = run_forked("-i", str(source), "-o", str(target), *options, "--opset", "14", env=package)
     assert failed.code == 5
     assert "grid_sampler" in lines(failed, "ERROR")[0]
     assert "opset 16 works: pass --opset 16" in lines(failed, "ERROR")[0]
@@ -292,7 +293,7 @@ def test_an_operator_that_needs_a_higher_opset(package: dict[str, str], tmp_path
 
 def test_dynamo_never_writes_another_opset(models: Path, tmp_path: Path) -> None:
     """Asked for 14 it would silently write 18."""
-    result = run_cli(
+    result = run_forked(
         "-i", str(models / "flat.pt"), "-o", str(tmp_path / "m.onnx"), "--exporter", "dynamo", "--opset", "14"
     )
     check_error(result, 2, "--exporter dynamo writes opset 18 and up")
