@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from helpers import Result
+from helpers import Result, stay_in_process
 
 import convert as product
 
@@ -64,11 +64,6 @@ def in_child(action: Callable[[], int], folder: Path, seconds: float = 10) -> Ou
 
 def run_forked(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None, umask: int = -1) -> Result:
     """What helpers.run_cli does, but supervisor and worker are forks of this process, which has its imports done."""
-
-    def become_worker(arguments: Sequence[str], run: str, _: int) -> None:
-        os.environ[product.WORKER_VARIABLE] = run
-        os._exit(product.main(arguments))
-
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
@@ -77,7 +72,8 @@ def run_forked(*arguments: str, cwd: Path | None = None, env: dict[str, str] | N
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
-                product.LOG.stream, product.become_worker = sys.stderr, become_worker
+                product.LOG.stream = sys.stderr
+                stay_in_process(product)
                 enter(cwd, env, umask)
                 code = int(product.main(arguments))
             except SystemExit as end:  # of argparse

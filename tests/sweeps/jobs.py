@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+from helpers import stay_in_process
 
 FORK = multiprocessing.get_context("fork")
 LIMIT = 1800  # seconds for one step of one model
@@ -32,12 +33,7 @@ def load_product(folder: Path) -> Any:
     onnxruntime.SessionOptions = OneThread
     sys.path.insert(0, str(folder))
     product: Any = importlib.import_module("convert")
-
-    def become_worker(arguments: list[str], run: str, _: int) -> None:
-        os.environ[product.WORKER_VARIABLE] = run
-        os._exit(product.main(arguments))
-
-    product.become_worker = become_worker
+    stay_in_process(product)
     return product
 
 
