@@ -3,12 +3,14 @@
 import hashlib
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import judge
 import numpy as np
 import onnx
@@ -17,7 +19,6 @@ import tiny_models
 import torch
 import torchvision
 import transformers
-from forked import convert_folder
 from helpers import CONVERT, check_error, onnx_outputs, run_cli
 from onnx import numpy_helper
 from safetensors.torch import save_file
@@ -138,17 +139,25 @@ def weights_of(folder: Path) -> dict[str, list[str]]:
     }
 
 
+def convert(folder: Path, *options: str) -> str:
+    """Convert folder/in to folder/out in a forked child; returns what was said."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    outcome = forked.convert_in_child(folder / "in", folder, *options, seconds=60)
+    assert outcome.code == 0, outcome.err
+    return outcome.err
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The streamed graph gives transformers' answers, and its weights are the ordinary path's byte for byte."""
     monkeypatch.setattr(product, "STREAM_FROM", 0)
     monkeypatch.setattr(product, "STORED_BYTES", 0)
     tiny_models.make(name, tmp_path / "in", dtype="bfloat16")
-    assert "are loaded" not in convert_folder(tmp_path)  # the weights' values, while tracing
+    assert "are loaded" not in convert(tmp_path)  # the weights' values, while tracing
     row = judge.check(name, tmp_path)
     assert row["status"] == "ok", row
     streamed = weights_of(tmp_path / "out")
-    convert_folder(tmp_path, "--no-stream")
+    convert(tmp_path, "--no-stream")
     assert streamed == weights_of(tmp_path / "out")
     assert sum(map(len, streamed.values())) > 10
 
@@ -159,13 +168,13 @@ def test_state_dicts(name: str, suffix: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = torchvision.models.get_model(name).eval()
     (save_file if suffix == "safetensors" else torch.save)(model.state_dict(), tmp_path / "in")
-    convert_folder(tmp_path, "--model-class", name)
+    convert(tmp_path, "--model-class", name)
     streamed = weights_of(tmp_path / "out")
     image = torch.rand(2, 3, 224, 224)
     found = onnx_outputs(tmp_path / "out" / "model.onnx", {"input": image.numpy()})["output"]
     with torch.no_grad():
         np.testing.assert_allclose(found, model(image).numpy(), rtol=1e-3, atol=1e-4)
-    convert_folder(tmp_path, "--model-class", name, "--no-stream")
+    convert(tmp_path, "--model-class", name, "--no-stream")
     assert streamed == weights_of(tmp_path / "out")
 
 
@@ -175,13 +184,13 @@ def test_complete_models(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = torchvision.models.alexnet().eval().to(dtype)
     torch.save(model, tmp_path / "in")
-    assert "once more" not in convert_folder(tmp_path, "--static")
+    assert "once more" not in convert(tmp_path, "--static")
     streamed = weights_of(tmp_path / "out")
     image = torch.rand(1, 3, 224, 224)
     found = onnx_outputs(tmp_path / "out" / "model.onnx", {"input": image.numpy()})["output"]
     with torch.no_grad():
         np.testing.assert_allclose(found, model.float()(image).numpy(), rtol=1e-3, atol=1e-4)
-    convert_folder(tmp_path, "--static", "--no-stream")
+    convert(tmp_path, "--static", "--no-stream")
     assert streamed == weights_of(tmp_path / "out")
 
 
