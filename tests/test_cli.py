@@ -212,6 +212,17 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in map(slug, headings), f"{page}: {target}#{anchor}"
 
 
+def test_messages_that_are_explained_exist() -> None:
+    """What guides/errors.md quotes is in the product's text."""
+    guide = (CONVERT.parent / "tests" / "guides" / "errors.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]*)` \|", guide, re.MULTILINE)
+    assert len(quoted) > 20
+    text = CONVERT.read_text(encoding="utf-8")
+    for message in quoted:
+        parts = [part.strip(" ,") for part in re.split(r"\.\.\.|\bN\b", message)]
+        assert all(part in text for part in parts), message
+
+
 def test_readme_has_exactly_two_commands_for_a_fresh_machine() -> None:
     """One converts a model that is in the repository, the other runs the tests; the same ones in both languages."""
     commands = re.findall(r"^python3\.11 -m venv .*$", ENGLISH, re.MULTILINE)
