@@ -21,6 +21,7 @@ import torch
 import torchvision
 import transformers
 from corpus import MARKER, Reduced, archive, program, saved, text, touch
+from forked import run_forked
 from helpers import CONVERT, check_error, run_cli
 from test_loading import COMMAND, GLOBAL
 from torch import nn
@@ -324,9 +325,11 @@ def test_weights_of_the_meta_device_end_in_one_line(tmp_path: Path) -> None:
     model = nn.Linear(2, 2, device="meta")
     (tmp_path / "meta.pt").write_bytes(saved(model))
     (tmp_path / "meta.pth").write_bytes(saved(model.state_dict()))
-    check_error(run_cli("-i", "meta.pt", "-o", "m.onnx", cwd=tmp_path), 3, "meta.pt holds no weights")
+    check_error(run_forked("-i", "meta.pt", "-o", "m.onnx", cwd=tmp_path), 3, "meta.pt holds no weights")
     class_of_it = ("--model-class", "torch.nn:Linear")
-    check_error(run_cli("-i", "meta.pth", "-o", "m.onnx", *class_of_it, cwd=tmp_path), 3, "meta.pth holds no weights")
+    check_error(
+        run_forked("-i", "meta.pth", "-o", "m.onnx", *class_of_it, cwd=tmp_path), 3, "meta.pth holds no weights"
+    )
 
 
 def test_allowed_class_runs_nothing_of_its_own(
