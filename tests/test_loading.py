@@ -247,29 +247,6 @@ def test_duplicate_records_and_bombs(quick_loader: Callable[[Path], Any], tmp_pa
     assert caught.value.status == 3
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_what_opens_is_bit_equal(legacy: bool, quick_loader: Callable[[Path], Any], tmp_path: Path) -> None:  # noqa: FBT001
-    """Real complete models, with hooks, partials and enums in them, come out with every tensor as it was."""
-    import timm
-
-    weighted = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(4, 4)), nn.LSTM(4, 3))
-    for model in (
-        torchvision.models.resnet18(),
-        torchvision.models.swin_t(),
-        torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None),
-        timm.create_model("efficientnet_lite0"),
-        timm.create_model("vit_tiny_patch16_224"),
-        weighted,
-    ):
-        path = tmp_path / "model.pt"
-        torch.save(model, path, _use_new_zipfile_serialization=not legacy)
-        opened = quick_loader(path)
-        assert type(opened) is type(model)
-        expected, actual = model.state_dict(), opened.state_dict()
-        assert expected.keys() == actual.keys()
-        assert all(torch.equal(expected[key], actual[key]) for key in expected)
-
-
 def test_an_empty_tensor_anywhere(tmp_path: Path) -> None:
     """A safetensors file may have tensors without elements, and others, at places that fit no number of theirs."""
     import corpus

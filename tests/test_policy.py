@@ -473,6 +473,9 @@ SAVES: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Size, torch.dtype], 
     **{f"protocol-{number}": (perceptron, ROW, {"pickle_protocol": number}) for number in (2, 3, 4, 5)},
     "protocol-4-legacy": (torchvision.models.squeezenet1_1, IMAGE, {**LEGACY, "pickle_protocol": 4}),
     "partials": (lambda: torchvision.models.swin_t(num_classes=5), IMAGE, ZIP),
+    "detector": (
+        lambda: torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None),
+        IMAGE, LEGACY),
     "enum-and-partial": (lambda: nn.Sequential(nn.Linear(6, 4), marked()), ROW, ZIP),
     "timm-efficientnet": (lambda: timm.create_model("efficientnet_lite0"), IMAGE, ZIP),
     "timm-vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64), IMAGE, LEGACY),
@@ -519,6 +522,9 @@ def test_saves_compute_the_same_bits(name: str, tmp_path: Path) -> None:
     assert expected
     opened = load(tmp_path / "model.pt")
     assert not isinstance(opened, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    tensors = {key.replace("module.", ""): tensor for key, tensor in model.state_dict().items() if key != "n_averaged"}
+    assert tensors.keys() == opened.state_dict().keys()
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in opened.state_dict().items())
     actual = answers(opened, *given)
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     if torch.distributed.is_initialized():
