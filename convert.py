@@ -2812,7 +2812,7 @@ def check_folder(vetted: VettedFolder) -> None:
 #
 # Takes names and shapes, gives a class and its arguments. ARCHITECTURES lists the tensors of every model of
 # torchvision and timm, with the number of classes (C) and of input channels (I) left open, and which models of one
-# layout compute the same; tests/make_architectures.py writes it.
+# layout compute the same; tests/generators/architectures.py writes it.
 # ---------------------------------------------------------------------------------------------------------------------
 
 SIZE = re.compile(r"(\d*)([CI])([+-]\d+)?")  # 4C+4: four times the number of classes, and four

@@ -6,17 +6,20 @@ import functools
 import itertools
 import os
 import resource
+import shutil
 import signal
 import site
 import sys
 import sysconfig
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from helpers import Result, stay_in_process
 
 import convert as product
 
@@ -57,6 +60,49 @@ def in_child(action: Callable[[], int], folder: Path, seconds: float = 10) -> Ou
         err.seek(0)
         text = err.read().decode(errors="backslashreplace")
         return Outcome(code, text, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+
+
+def run_forked(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None, umask: int = -1) -> Result:
+    """What helpers.run_cli does, but supervisor and worker are forks of this process, which has its imports done."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+                product.LOG.stream = sys.stderr
+                stay_in_process(product)
+                enter(cwd, env, umask)
+                code = int(product.main(arguments))
+            except SystemExit as end:  # of argparse
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code, _ = wait(child, time.monotonic() + 300)
+        out.seek(0)
+        err.seek(0)
+        return Result(code, out.read().decode(), err.read().decode())
+
+
+def enter(folder: Path | None, environment: dict[str, str] | None, umask: int) -> None:
+    """Give this process a working directory, environment variables and a umask, as a new one would have them."""
+    if folder:
+        os.chdir(folder)
+    if umask >= 0:
+        os.umask(umask)
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+        for value in vars(product).values():  # such as the folders of libraries
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def wait(child: int, deadline: float) -> tuple[int, resource.struct_rusage]:
@@ -196,3 +242,15 @@ def flaws(outcome: Outcome, codes: Sequence[int]) -> list[str]:
     if any(len(line) > 6000 for line in lines):  # a path alone may have 4096 characters
         found.append("an endless line")
     return found
+
+
+def convert_folder(folder: Path, *options: str, code: int = 0) -> str:
+    """Convert folder/in to folder/out; returns what was said. An error is one clean line, and leaves nothing behind."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    outcome = convert_in_child(folder / "in", folder, *options, seconds=60)
+    assert outcome.code == code, outcome.err
+    if code:
+        assert not flaws(outcome, [code])
+        left = (folder / "out").iterdir() if (folder / "out").exists() else ()
+        assert not [path for path in left if not path.name.endswith(".partial")]  # which the supervisor removes
+    return outcome.err

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import forked
-import huggingface_sweep
+import judge
 import pytest
-import test_huggingface
 import tiny_models
 import torch
 import transformers
-from conftest import check_error, lines, run_cli
+from helpers import check_error, lines, run_cli
 from safetensors.torch import save_file
 from torch import nn
 
@@ -32,7 +31,7 @@ Settings = dict[str, Any]
 
 def convert(folder: Path, *options: str, code: int = 0) -> str:
     """Convert folder/in, an adapter, with the base in folder/base; returns what was told."""
-    return test_huggingface.convert(folder, "--base", str(folder / "base"), *options, code=code)
+    return forked.convert_folder(folder, "--base", str(folder / "base"), *options, code=code)
 
 
 def save_adapter(folder: Path, tensors: Tensors, **settings: Any) -> None:
@@ -88,16 +87,16 @@ def adapted(model: nn.Module, parts: Tensors, scale: Callable[[str], float] = la
     return model
 
 
-def judge(model: Any, folder: Path, base: Any = None) -> None:
+def check_graphs(model: Any, folder: Path, base: Any = None) -> None:
     """The graphs in folder/out answer as `model` does, and not as its `base`."""
-    sessions = [huggingface_sweep.open_session(path) for path in sorted((folder / "out").glob("*.onnx"), reverse=True)]
-    check = huggingface_sweep.check_pair if len(sessions) > 1 else huggingface_sweep.check_calls
+    sessions = [judge.open_session(path) for path in sorted((folder / "out").glob("*.onnx"), reverse=True)]
+    check = judge.check_pair if len(sessions) > 1 else judge.check_calls
     if len(sessions) == 1 and "logits" in {value.name for value in sessions[0].get_outputs()} and model.can_generate():
-        check = huggingface_sweep.check_decoder
-    assert check(model, *sessions)["worst"] < huggingface_sweep.TOLERANCE
+        check = judge.check_decoder
+    assert check(model, *sessions)["worst"] < judge.TOLERANCE
     if base is not None:
-        with contextlib.suppress(huggingface_sweep.Unlike):  # other tokens
-            assert check(base, *sessions)["worst"] > 10 * huggingface_sweep.TOLERANCE
+        with contextlib.suppress(judge.Unlike):  # other tokens
+            assert check(base, *sessions)["worst"] > 10 * judge.TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_the_definition(tmp_path: Path, name: str, layers: str) -> None:
     parts = make_parts(tiny_models.build(name), layers)
     save_adapter(tmp_path / "in", parts)
     assert f"merged into {len(parts) // 2} layers" in convert(tmp_path)
-    judge(adapted(tiny_models.build(name), parts), tmp_path, tiny_models.build(name))
+    check_graphs(adapted(tiny_models.build(name), parts), tmp_path, tiny_models.build(name))
 
 
 @pytest.mark.parametrize("rooted", [False, True], ids=["over the rank", "over its root"])
@@ -135,7 +134,7 @@ def test_ranks_and_scales(tmp_path: Path, rooted: bool) -> None:  # noqa: FBT001
     parts = make_parts(tiny_models.build("llama"), "q_proj down_proj", rank)
     save_adapter(tmp_path / "in", parts, use_rslora=rooted, rank_pattern=ranks, alpha_pattern=alphas)
     convert(tmp_path)
-    judge(adapted(tiny_models.build("llama"), parts, scale), tmp_path)
+    check_graphs(adapted(tiny_models.build("llama"), parts, scale), tmp_path)
 
 
 def make_with_peft(folder: Path, model: Any, settings: Settings) -> Any:
@@ -179,7 +178,7 @@ def test_as_peft_computes(tmp_path: Path, name: str, settings: Settings) -> None
     tiny_models.make(name, tmp_path / "base")
     model = make_with_peft(tmp_path, tiny_models.build(name), settings)
     convert(tmp_path)
-    judge(model, tmp_path, tiny_models.build(name))
+    check_graphs(model, tmp_path, tiny_models.build(name))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +197,7 @@ def test_a_head_of_its_own(tmp_path: Path, base: str, head: str, task: str, labe
     settings = {"target_modules": ["q_proj" if base == "llama" else "query"], "task_type": task}
     model = make_with_peft(tmp_path, model, settings)
     convert(tmp_path)
-    judge(model, tmp_path)
+    check_graphs(model, tmp_path)
     read = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert (read.architectures, read.num_labels) == ([type(model).__name__], labels)
 
@@ -219,7 +218,7 @@ def test_added_tokens(tmp_path: Path, name: str, settings: Settings) -> None:
     model.resize_token_embeddings(tiny_models.VOCABULARY + 11)
     model = make_with_peft(tmp_path, model, settings)
     convert(tmp_path)
-    judge(model, tmp_path)
+    check_graphs(model, tmp_path)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").vocab_size == tiny_models.VOCABULARY + 11
 
 
@@ -242,7 +241,7 @@ def test_large_bases_stay_in_their_files(tmp_path: Path, monkeypatch: pytest.Mon
     save_adapter(tmp_path / "in", {name: part.bfloat16() for name, part in parts.items()})
     told = convert(tmp_path)
     assert "once more" not in told
-    judge(adapted(base, {name: part.bfloat16().float() for name, part in parts.items()}), tmp_path)
+    check_graphs(adapted(base, {name: part.bfloat16().float() for name, part in parts.items()}), tmp_path)
 
 
 def test_pickled_and_absolute(tmp_path: Path) -> None:
@@ -255,7 +254,7 @@ def test_pickled_and_absolute(tmp_path: Path) -> None:
     torch.save(parts, tmp_path / "in" / "adapter_model.bin")
     assert "pass the --task" in convert(tmp_path, code=3)
     convert(tmp_path, "--task", "feature-extraction")
-    judge(adapted(model, parts), tmp_path)
+    check_graphs(adapted(model, parts), tmp_path)
 
 
 def test_files_beside_it(tmp_path: Path) -> None:
@@ -286,7 +285,7 @@ def test_a_base_in_the_cache(tmp_path: Path) -> None:
     result = run_cli(*where, "--base", "some/base", env=environment)
     assert result.code == 0, result.err
     assert "adapter: its base model is some/base" in lines(result, "INFO")
-    judge(adapted(tiny_models.build("bert"), parts), tmp_path)
+    check_graphs(adapted(tiny_models.build("bert"), parts), tmp_path)
     check_error(run_cli(*where, "--base", "some/other", env=environment), 3, "some/other", "or pass --base FOLDER")
 
 
@@ -305,12 +304,12 @@ def test_the_base_is_named(tmp_path: Path) -> None:
         "meta-llama/X": "pass --base meta-llama/X to download it, or --base FOLDER",
     }.items():
         save_adapter(tmp_path / "in", parts, base_model_name_or_path=name)
-        told = test_huggingface.convert(tmp_path, code=3)
+        told = forked.convert_folder(tmp_path, code=3)
         assert advice in told
         assert len(told) < 1000
     save_adapter(tmp_path / "in", parts, base_model_name_or_path=None)
-    assert "names no base model: pass --base FOLDER" in test_huggingface.convert(tmp_path, code=3)
-    assert "there is no such folder" in test_huggingface.convert(tmp_path, "--base", "../other", code=2)
+    assert "names no base model: pass --base FOLDER" in forked.convert_folder(tmp_path, code=3)
+    assert "there is no such folder" in forked.convert_folder(tmp_path, "--base", "../other", code=2)
 
 
 def test_a_base_inside(tmp_path: Path) -> None:
@@ -318,11 +317,11 @@ def test_a_base_inside(tmp_path: Path) -> None:
     tiny_models.make("bert", tmp_path / "in" / "base")
     parts = make_parts(tiny_models.build("bert"), "query")
     save_adapter(tmp_path / "in", parts, base_model_name_or_path="base")
-    test_huggingface.convert(tmp_path)
-    judge(adapted(tiny_models.build("bert"), parts), tmp_path)
+    forked.convert_folder(tmp_path)
+    check_graphs(adapted(tiny_models.build("bert"), parts), tmp_path)
     (tmp_path / "in" / "base").rename(tmp_path / "base")
     (tmp_path / "in" / "base").symlink_to("../base")
-    assert "base is a link that leads out of the folder" in test_huggingface.convert(tmp_path, code=4)
+    assert "base is a link that leads out of the folder" in forked.convert_folder(tmp_path, code=4)
 
 
 def test_a_base_of_nothing(tmp_path: Path) -> None:

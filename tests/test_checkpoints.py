@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
+from forked import run_forked
+from helpers import CONVERT, Result, check_error, lines, onnx_outputs
 from safetensors.torch import save_file
 from torch import nn
 
@@ -148,7 +149,15 @@ def convert_checkpoint(folder: Path, source: Path, *options: str) -> Result:
     """Through the command, with the class on PYTHONPATH."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     arguments = ("-i", str(source), "-o", str(source.with_name("m.onnx")), "--model-class", CLASS, *options)
-    return run_cli(*arguments, env=environment)
+    return run_forked(*arguments, env=environment)
+
+
+def check_answers(net: nn.Module, graph: Path) -> None:
+    """ONNX Runtime answers as PyTorch."""
+    sample = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    with torch.no_grad():
+        expected = net(torch.from_numpy(sample)).numpy()
+    np.testing.assert_allclose(onnx_outputs(graph, {"input": sample})["output"], expected, atol=1e-6)
 
 
 def test_lightning_through_the_command(folder: Path, net: nn.Module, tmp_path: Path) -> None:
@@ -160,10 +169,7 @@ def test_lightning_through_the_command(folder: Path, net: nn.Module, tmp_path: P
     assert "from the entry 'state_dict'" in told
     assert "'model.' is taken off the names; 1 tensors of other parts are left out (loss.weight)" in told
     assert "hyper_parameters tell width=5" in told
-    sample = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
-    with torch.no_grad():
-        expected = net(torch.from_numpy(sample)).numpy()
-    np.testing.assert_allclose(onnx_outputs(tmp_path / "m.onnx", {"input": sample})["output"], expected, atol=1e-6)
+    check_answers(net, tmp_path / "m.onnx")
 
 
 def test_the_choice_and_another_one(folder: Path, net: nn.Module, tmp_path: Path) -> None:
@@ -172,6 +178,10 @@ def test_the_choice_and_another_one(folder: Path, net: nn.Module, tmp_path: Path
     torch.save({"model": other(net), "ema": net.state_dict()}, tmp_path / "two.pt")
     result = convert_checkpoint(folder, tmp_path / "two.pt", *arguments)
     assert any("from the entry 'ema'" in line and "also has model" in line for line in lines(result, "INFO"))
+    check_answers(net, tmp_path / "m.onnx")
+    assert convert_checkpoint(folder, tmp_path / "two.pt", *arguments, "--checkpoint-key", "model").code == 0
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_answers(net, tmp_path / "m.onnx")
     torch.save({"a": other(net), "b": net.state_dict()}, tmp_path / "ab.pt")
     check_error(convert_checkpoint(folder, tmp_path / "ab.pt", *arguments), 2, "several models (a, b)")
     assert convert_checkpoint(folder, tmp_path / "ab.pt", *arguments, "--checkpoint-key", "b").code == 0
@@ -183,10 +193,7 @@ def test_the_choice_and_another_one(folder: Path, net: nn.Module, tmp_path: Path
         "several times; pass --checkpoint-key: left, right",
     )
     assert convert_checkpoint(folder, tmp_path / "parts.pt", *arguments, "--checkpoint-key", "right").code == 0
-    sample = np.ones((2, 6), np.float32)
-    with torch.no_grad():
-        expected = net(torch.from_numpy(sample)).numpy()
-    np.testing.assert_allclose(onnx_outputs(tmp_path / "m.onnx", {"input": sample})["output"], expected, atol=1e-6)
+    check_answers(net, tmp_path / "m.onnx")
 
 
 def test_a_module_inside_is_a_model(tmp_path: Path) -> None:
@@ -195,7 +202,7 @@ def test_a_module_inside_is_a_model(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "model": nn.Linear(4, 9), "ema": layer}, tmp_path / "best.pt")
     base = ("-i", str(tmp_path / "best.pt"), "-o", str(tmp_path / "m.onnx"))
     for arguments in (base, (*base, "--mode", "pytorch"), (*base, "--checkpoint-key", "ema")):
-        result = run_cli(*arguments)
+        result = run_forked(*arguments)
         assert result.code == 0, result.err
         told = [line for line in lines(result, "INFO") if line.startswith("mode:")]
         what = "best.pt holds a checkpoint with a model in its entry 'ema' (torch.nn.modules.linear.Linear)"
@@ -204,7 +211,7 @@ def test_a_module_inside_is_a_model(tmp_path: Path) -> None:
     expected = layer(torch.from_numpy(sample)).detach().numpy()
     np.testing.assert_allclose(onnx_outputs(tmp_path / "m.onnx", {"input": sample})["output"], expected, atol=1e-6)
     check_error(
-        run_cli(*base, "--model-class", "resnet18"), 2, "--model-class is for weights", "a checkpoint with a model"
+        run_forked(*base, "--model-class", "resnet18"), 2, "--model-class is for weights", "a checkpoint with a model"
     )
 
 
@@ -274,7 +281,7 @@ def test_directories_of_other_programs(names: tuple[str, ...], words: str, tmp_p
     """Each is recognised, and the line says how to make a file of it."""
     for name in names:
         (tmp_path / name).write_bytes(b"x")
-    check_error(run_cli("-i", str(tmp_path), "-o", str(tmp_path / "m.onnx")), 3, words)
+    check_error(run_forked("-i", str(tmp_path), "-o", str(tmp_path / "m.onnx")), 3, words)
 
 
 def test_the_advice_on_distributed_checkpoints_works(folder: Path, net: nn.Module, tmp_path: Path) -> None:
@@ -282,7 +289,7 @@ def test_the_advice_on_distributed_checkpoints_works(folder: Path, net: nn.Modul
     import torch.distributed.checkpoint as dcp
 
     dcp.save({"model": net.state_dict()}, checkpoint_id=str(tmp_path / "dcp"))
-    check_error(run_cli("-i", str(tmp_path / "dcp"), "-o", str(tmp_path / "m.onnx")), 3, "dcp_to_torch")
+    check_error(run_forked("-i", str(tmp_path / "dcp"), "-o", str(tmp_path / "m.onnx")), 3, "dcp_to_torch")
     tool = [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
     subprocess.run([*tool, str(tmp_path / "dcp"), str(tmp_path / "weights.pth")], check=True, capture_output=True)
     assert convert_checkpoint(folder, tmp_path / "weights.pth", "--model-args", json.dumps(WIDTH)).code == 0
@@ -300,13 +307,13 @@ def test_a_wrong_checksum_is_noticed(net: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(data)
     torch.load(tmp_path / "a.pt")
     command = ("-o", str(tmp_path / "m.onnx"), "--model-class", "torch.nn:Identity")
-    check_error(run_cli("-i", str(tmp_path / "a.pt"), *command), 3, "a.pt is damaged", "Bad CRC-32", "data/0")
+    check_error(run_forked("-i", str(tmp_path / "a.pt"), *command), 3, "a.pt is damaged", "Bad CRC-32", "data/0")
     torch.serialization.set_crc32_options(compute_crc32=False)
     try:
         torch.save(nn.Linear(3, 2), tmp_path / "b.pt")
     finally:
         torch.serialization.set_crc32_options(compute_crc32=True)
-    assert run_cli("-i", str(tmp_path / "b.pt"), "-o", str(tmp_path / "m.onnx")).code == 0
+    assert run_forked("-i", str(tmp_path / "b.pt"), "-o", str(tmp_path / "m.onnx")).code == 0
 
 
 def test_optimizer_states_stay_on_the_disk(tmp_path: Path) -> None:

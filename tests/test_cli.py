@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CONVERT, check_error, lines, run_cli
+from helpers import CONVERT, check_error, lines, run_cli
 
-README = CONVERT.with_name("README.md").read_text(encoding="utf-8")
+ENGLISH, _, CHINESE = CONVERT.with_name("README.md").read_text(encoding="utf-8").partition("# PT2ONNX 中文说明\n")
+CJK = re.compile("[\u4e00-\u9fff]")
 SECONDS = 0.3  # for an answer that needs no model, ...
 SLOWER = 1.5  # ... or on a slow machine so many times what Python needs to read the file
 READING = "import argparse, sys, zipfile; compile(open(sys.argv[1], encoding='utf-8').read(), 'x', 'exec')"
@@ -166,23 +167,66 @@ def test_a_terminal_sees_progress_and_no_third_party_line(models: Path, tmp_path
     assert "Warning" not in done.stdout
 
 
-def test_readme_has_every_option_and_exit_code() -> None:
-    """Each option of --help is a row of the README's table, each exit code too, with both languages in it."""
+@pytest.mark.parametrize("half", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_readme_has_every_option_and_exit_code(half: str) -> None:
+    """Each option of --help is a row of the table in both halves of the README, and so is each exit code."""
     text = run_cli("--help").out
-    rows = [line for line in README.splitlines() if line.startswith("| `-")]
+    rows = [line.split("|") for line in half.splitlines() if line.startswith("| `-")]
     options = set(re.findall(r"--[a-z-]+", text.partition("options:")[2].partition("exit codes:")[0]))
-    assert options == set(re.findall(r"--[a-z-]+", " ".join(row.split("|")[1] for row in rows)))
+    assert options == set(re.findall(r"--[a-z-]+", " ".join(row[1] for row in rows)))
+    words = CJK if half is CHINESE else re.compile("[A-Za-z]{3}")
     for row in rows:
-        assert re.search("[\u4e00-\u9fff]", row), row
-        assert re.search("[A-Za-z]{3}", row.split("|")[3]), row
-    codes = re.findall(r"^  (\d+(?:/\d+)?) ", text, re.MULTILINE)
-    for code in codes:
-        assert re.search(rf"^\| {code.replace('/', ', ')} \|.*[\u4e00-\u9fff]", README, re.MULTILINE), code
+        assert words.search(row[3]), row
+    for code in re.findall(r"^  (\d+(?:/\d+)?) ", text, re.MULTILINE):
+        (row,) = re.findall(rf"^\| {code.replace('/', ', ')} \|(.*)\|(.*)\|$", half, re.MULTILINE)
+        assert all(words.search(cell) for cell in row if cell.strip()), code
+
+
+def test_readme_is_whole_in_both_languages() -> None:
+    """Neither half mixes languages, and both have the same sections, commands, links and first columns of tables."""
+    assert not CJK.search(ENGLISH.replace("[中文说明](#pt2onnx-中文说明)", ""))
+    found = []
+    for half in (ENGLISH, CHINESE):
+        blocks = re.findall(r"^```sh\n(.*?)^```", half, re.MULTILINE | re.DOTALL)
+        commands = [line for block in blocks for line in block.splitlines() if not line.startswith("# ")]
+        names = re.findall(r"^\| (`-.*?|\d.*?) \|", half, re.MULTILINE)
+        files = sorted(re.findall(r"\]\(([^)#]+)", half))
+        found.append((len(re.findall("^## ", half, re.MULTILINE)), commands, names, files))
+        assert all(CJK.search(line) for line in half.splitlines() if line.startswith("## ")) == (half is CHINESE)
+    assert found[0] == found[1]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_lead_somewhere() -> None:
+    """In the README and what it leads to: every file is there, and has the section."""
+    pages = [CONVERT.with_name("README.md"), *CONVERT.parent.glob("tests/*/*.md")]
+    for page in pages:
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            file = page.parent / target if target else page
+            assert file.is_file(), f"{page}: {target}"
+            headings = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in map(slug, headings), f"{page}: {target}#{anchor}"
+
+
+def test_messages_that_are_explained_exist() -> None:
+    """What guides/errors.md quotes is in the product's text."""
+    guide = (CONVERT.parent / "tests" / "guides" / "errors.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]*)` \|", guide, re.MULTILINE)
+    assert len(quoted) > 20
+    text = CONVERT.read_text(encoding="utf-8")
+    for message in quoted:
+        parts = [part.strip(" ,") for part in re.split(r"\.\.\.|\bN\b", message)]
+        assert all(part in text for part in parts), message
 
 
 def test_readme_has_exactly_two_commands_for_a_fresh_machine() -> None:
-    """One converts a model that is in the repository, the other runs the tests."""
-    commands = re.findall(r"^python3\.11 -m venv .*$", README, re.MULTILINE)
+    """One converts a model that is in the repository, the other runs the tests; the same ones in both languages."""
+    commands = re.findall(r"^python3\.11 -m venv .*$", ENGLISH, re.MULTILINE)
+    assert commands == re.findall(r"^python3\.11 -m venv .*$", CHINESE, re.MULTILINE)
     assert len(commands) == 2
     assert "convert.py -i tests/data/digits.pt" in commands[0]
     assert commands[1].endswith("-m pytest -n 2")

@@ -20,7 +20,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from conftest import run_cli
+from helpers import run_cli
 from test_real_weights import SENTENCES, fetch, packages  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.clients

@@ -13,7 +13,8 @@ import onnx
 import pytest
 import torch
 import torchvision
-from conftest import Result, axes, check_error, lines, onnx_outputs, run_cli
+from forked import run_forked
+from helpers import Result, axes, check_error, lines, onnx_outputs
 from torch import nn
 
 # Classes of a user's own package, put on PYTHONPATH.
@@ -73,7 +74,7 @@ def own_class(name: str, **arguments: Any) -> nn.Module:
 
 def convert(source: Path, target: Path, *options: str, **settings: Any) -> Result:
     """Convert and expect success."""
-    result = run_cli("-i", str(source), "-o", str(target), *options, **settings)
+    result = run_forked("-i", str(source), "-o", str(target), *options, **settings)
     assert result.code == 0, result.err
     return result
 
@@ -162,12 +163,11 @@ def test_torchvision_and_timm_pickles(tmp_path: Path) -> None:
         same(model, tmp_path / "m.onnx", (1, 3, size, size), (3, 3, size, size))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
-def test_state_dict_of_seven_classes(prefix: str, tmp_path: Path) -> None:
+def test_state_dict_of_seven_classes(tmp_path: Path) -> None:
     """The output size is told by the weights; wrappers' prefixes come off; nested checkpoints are found."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=7).eval()
-    weights = {prefix + key: value for key, value in model.state_dict().items()}
+    weights = {f"module._orig_mod.{key}": value for key, value in model.state_dict().items()}
     torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, "state_dict": weights}, tmp_path / "checkpoint.pth")
     result = convert(tmp_path / "checkpoint.pth", tmp_path / "m.onnx", "--model-class", "resnet18")
     assert "their shapes tell num_classes=7" in result.err
@@ -210,27 +210,6 @@ def test_segmentation_with_an_auxiliary_head(tmp_path: Path) -> None:
     np.testing.assert_allclose(actual, expected, atol=1e-4 * float(np.abs(expected).max()), rtol=1e-3)
 
 
-def test_checkpoint_with_several_candidates(models: Path, tmp_path: Path) -> None:
-    """The averaged weights are taken and the choice is said; --checkpoint-key takes others; safetensors works too."""
-    flat = torch.load(models / "flat.pt", weights_only=False)
-    other = {key: value + 1 for key, value in flat.state_dict().items()}
-    linear = ("--model-class", "torch.nn:Sequential")
-    torch.save({"model": other, "ema": {"module": flat.state_dict(), "decay": 0.9}}, tmp_path / "two.pth")
-    assert run_cli("-i", str(tmp_path / "two.pth"), "-o", str(tmp_path / "m.onnx"), *linear).code == 2
-    torch.save({"model": {"weight": torch.ones(3, 4)}, "ema": {"weight": torch.zeros(3, 4) + 2}}, tmp_path / "two.pth")
-    options = (
-        "--model-class",
-        "torch.nn:Linear",
-        "--model-args",
-        '{"in_features": 4, "out_features": 3, "bias": false}',
-    )
-    result = convert(tmp_path / "two.pth", tmp_path / "m.onnx", *options)
-    assert "from the entry 'ema' of the checkpoint; it also has model" in result.err
-    assert onnx_outputs(tmp_path / "m.onnx", {"input": np.ones((1, 4), np.float32)})["output"].max() == 8
-    convert(tmp_path / "two.pth", tmp_path / "m.onnx", *options, "--checkpoint-key", "model")
-    assert onnx_outputs(tmp_path / "m.onnx", {"input": np.ones((1, 4), np.float32)})["output"].max() == 4
-
-
 def test_own_class_with_nested_outputs(package: dict[str, str], tmp_path: Path) -> None:
     """Arguments from --model-args, safetensors weights, and stable names for every tensor of the output."""
     from safetensors.torch import save_file
@@ -262,7 +241,7 @@ def test_two_inputs_by_name(package: dict[str, str], tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "w.pth")
     source, target = tmp_path / "w.pth", tmp_path / "m.onnx"
     options = ("--model-class", "own.nets:TwoInputs")
-    failed = run_cli("-i", str(source), "-o", str(target), *options, env=package)
+    failed = run_forked("-i", str(source), "-o", str(target), *options, env=package)
     check_error(failed, 2, "takes 2 inputs (pixels, ids); pass --input-shape pixels:1,... ids:1,...")
     shapes = ("--input-shape", "ids:1,5:int64", "pixels:1,6", "--dynamic-axes", "ids:1=tokens")
     convert(source, target, *options, *shapes, env=package)
@@ -299,7 +278,7 @@ def test_an_operator_that_needs_a_higher_opset(package: dict[str, str], tmp_path
     torch.save(model.state_dict(), tmp_path / "w.pth")
     options = ("--model-class", "own.nets:Sampler", "--input-shape", "1,3,8,8")
     source, target = tmp_path / "w.pth", tmp_path / "m.onnx"
-    failed = run_cli("-i", str(source), "-o", str(target), *options, "--opset", "14", env=package)
+    failed = run_forked("-i", str(source), "-o", str(target), *options, "--opset", "14", env=package)
     assert failed.code == 5
     assert "grid_sampler" in lines(failed, "ERROR")[0]
     assert "opset 16 works: pass --opset 16" in lines(failed, "ERROR")[0]
@@ -314,7 +293,7 @@ def test_an_operator_that_needs_a_higher_opset(package: dict[str, str], tmp_path
 
 def test_dynamo_never_writes_another_opset(models: Path, tmp_path: Path) -> None:
     """Asked for 14 it would silently write 18."""
-    result = run_cli(
+    result = run_forked(
         "-i", str(models / "flat.pt"), "-o", str(tmp_path / "m.onnx"), "--exporter", "dynamo", "--opset", "14"
     )
     check_error(result, 2, "--exporter dynamo writes opset 18 and up")

@@ -1,4 +1,4 @@
-"""The image, built and run for real, and what is written about it in the README.
+"""The image, built and run for real, and what the README and guides/containers.md say about it.
 
 tests/docker_engine.sh .venv/bin/python -m pytest -m docker   (brings an engine where none runs)
 """
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import yaml
-from conftest import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
+from helpers import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
 
 import convert
 
@@ -338,7 +338,7 @@ def test_memory_that_is_refused(large: tuple[str, ...], image: str, folders: Fol
 
 
 def test_enough_memory(image: str, folders: Folders) -> None:
-    """What the README says is enough for a small model."""
+    """More than what the guide says is enough for a small model."""
     check_success(run_image(image, folders, *DIGITS, options=("-m", "1g", "--memory-swap", "1g")), folders)
 
 
@@ -434,20 +434,21 @@ def test_cuda(image: str, folders: Folders) -> None:
         assert not list(folders.target.iterdir())
 
 
-# ---- what the README says for compose and Kubernetes
+# ---- what the guide says for compose and Kubernetes
 
 
-def readme_manifest(word: str) -> str:
-    """The YAML block of the README that has `word`."""
-    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def manifest(word: str) -> str:
+    """The YAML block of the guide that has `word`."""
+    guide = (ROOT / "tests" / "guides" / "containers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
     (block,) = (block for block in blocks if word in block)
     return block
 
 
 @pytest.fixture
 def compose(tmp_path: Path) -> list[str]:
-    """`docker compose` for the README's service, with the image of these tests, in a folder of its own."""
-    text = readme_manifest("services:").replace("image: pt2onnx\n", f"image: {IMAGE}\n")
+    """`docker compose` for the guide's service, with the image of these tests, in a folder of its own."""
+    text = manifest("services:").replace("image: pt2onnx\n", f"image: {IMAGE}\n")
     (tmp_path / "compose.yaml").write_text(text)
     return [str(Path(sys.executable).with_name("docker-compose")), "-f", str(tmp_path / "compose.yaml")]
 
@@ -476,8 +477,8 @@ def test_compose_service_runs(compose: list[str], tmp_path: Path) -> None:
 
 
 def job_manifest() -> Any:
-    """The README's Kubernetes Job."""
-    return yaml.safe_load(readme_manifest("kind: Job"))
+    """The guide's Kubernetes Job."""
+    return yaml.safe_load(manifest("kind: Job"))
 
 
 def test_kubernetes_job_is_valid() -> None:

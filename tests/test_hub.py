@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tiny_models
 import transformers
-from conftest import Result, check_error, lines, onnx_outputs, run_cli
+from helpers import Result, check_error, lines, onnx_outputs, run_cli
 from test_adapters import adapted, make_parts, save_adapter
 
 COMMIT = "0" * 40

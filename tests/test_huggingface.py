@@ -1,16 +1,14 @@
 """Hugging Face folders through the command line, judged by ONNX Runtime against transformers' own answers.
 
-The judge is huggingface_sweep.check: inputs of its own at three shapes, with padding, and text generated through the
+The judge is judge.py: inputs of its own at three shapes, with padding, and text generated through the
 graph's cache against model.generate. The sweep itself runs over every tiny model; here are those of different kinds.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import forked
-import huggingface_sweep
+import judge
 import numpy as np
 import onnx
 import onnxruntime
@@ -18,6 +16,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from forked import convert_folder
+from helpers import edit_config
 
 GENERATORS = {
     "llama": "grouped-query attention, rotary embeddings",
@@ -50,21 +50,9 @@ OTHERS = {
 }
 
 
-def convert(folder: Path, *options: str, code: int = 0) -> str:
-    """Convert folder/in to folder/out; returns what was said."""
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    outcome = forked.convert_in_child(folder / "in", folder, *options, seconds=60)
-    assert outcome.code == code, outcome.err
-    if code:
-        assert not forked.flaws(outcome, [code])
-        left = (folder / "out").iterdir() if (folder / "out").exists() else ()
-        assert not [path for path in left if not path.name.endswith(".partial")]  # which the supervisor removes
-    return outcome.err
-
-
 def check(name: str, folder: Path) -> None:
     """The sweep's verdict on folder/out."""
-    row = huggingface_sweep.check(name, folder)
+    row = judge.check(name, folder)
     assert row["status"] == "ok", row
 
 
@@ -80,14 +68,14 @@ def answers(path: Path, **given: Any) -> dict[str, Any]:
 def test_each_kind(tmp_path: Path, name: str) -> None:
     """Opset 14, the folder's files beside the graph, transformers' answers at other shapes."""
     tiny_models.make(name, tmp_path / "in")
-    convert(tmp_path)
+    convert_folder(tmp_path)
     check(name, tmp_path)
 
 
 def test_beyond_the_window(tmp_path: Path) -> None:
     """Local attention is verified with a text that is longer than its window of 8, too."""
     tiny_models.make("longformer", tmp_path / "in")
-    assert "input_ids:1x11" in convert(tmp_path)
+    assert "input_ids:1x11" in convert_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +86,7 @@ def test_beyond_the_window(tmp_path: Path) -> None:
 def test_how_weights_are_stored(tmp_path: Path, way: dict[str, Any]) -> None:
     """Shards, pickles and half precision give a float32 graph of the same numbers."""
     tiny_models.make("llama", tmp_path / "in", **way)
-    convert(tmp_path)
+    convert_folder(tmp_path)
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     assert {tensor.data_type for tensor in graph.initializer} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32).eval()
@@ -118,7 +106,7 @@ def test_how_weights_are_stored(tmp_path: Path, way: dict[str, Any]) -> None:
 def test_half_precision_on_request(tmp_path: Path) -> None:
     """--dtype fp16: weights and logits are float16, near float32's."""
     tiny_models.make("bert", tmp_path / "in")
-    convert(tmp_path, "--dtype", "fp16")
+    convert_folder(tmp_path, "--dtype", "fp16")
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     large = {tensor.data_type for tensor in graph.initializer if np.prod(tensor.dims) > 64}
     assert large == {onnx.TensorProto.FLOAT16}
@@ -135,7 +123,7 @@ def test_half_precision_on_request(tmp_path: Path) -> None:
 def test_decoders_in_half_precision(tmp_path: Path) -> None:
     """--dtype fp16 of a decoder: padded tokens, for which PyTorch and ONNX Runtime round differently, stop nothing."""
     tiny_models.make("llama", tmp_path / "in")
-    convert(tmp_path, "--dtype", "fp16")
+    convert_folder(tmp_path, "--dtype", "fp16")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").eval()
     ids, mask = np.arange(3, 21).reshape(2, 9), np.ones((2, 9), np.int64)
     mask[1, :4] = 0
@@ -155,7 +143,7 @@ def test_decoders_in_half_precision(tmp_path: Path) -> None:
 def test_states_without_cache(tmp_path: Path, name: str, options: list[str]) -> None:
     """Models with states read a whole text, padded on either side, without a cache: transformers' answers."""
     tiny_models.make(name, tmp_path / "in")
-    convert(tmp_path, *options)
+    convert_folder(tmp_path, *options)
     auto = transformers.AutoModel if "--task" in options else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(tmp_path / "in").eval()
     ids, mask = np.arange(3, 36).reshape(3, 11), np.ones((3, 11), np.int64)
@@ -173,8 +161,8 @@ def test_states_without_cache(tmp_path: Path, name: str, options: list[str]) -> 
 def test_bfloat16_has_no_judge(tmp_path: Path) -> None:
     """ONNX Runtime lacks bfloat16 on the CPU: exit 2 before the work begins, and a graph on request."""
     tiny_models.make("llama", tmp_path / "in", dtype="bfloat16")
-    assert "--dtype fp16" in convert(tmp_path, "--dtype", "bf16", code=2)
-    convert(tmp_path, "--dtype", "bf16", "--no-verify")
+    assert "--dtype fp16" in convert_folder(tmp_path, "--dtype", "bf16", code=2)
+    convert_folder(tmp_path, "--dtype", "bf16", "--no-verify")
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     assert onnx.TensorProto.BFLOAT16 in {tensor.data_type for tensor in graph.initializer}
     onnx.checker.check_model(tmp_path / "out" / "model.onnx", full_check=True)
@@ -183,7 +171,7 @@ def test_bfloat16_has_no_judge(tmp_path: Path) -> None:
 def test_without_cache(tmp_path: Path) -> None:
     """--no-cache: neither past nor present."""
     tiny_models.make("llama", tmp_path / "in")
-    convert(tmp_path, "--no-cache")
+    convert_folder(tmp_path, "--no-cache")
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     assert {value.name for value in graph.input} <= {"input_ids", "attention_mask", "position_ids"}
     assert [value.name for value in graph.output] == ["logits"]
@@ -193,7 +181,7 @@ def test_without_cache(tmp_path: Path) -> None:
 def test_decoders_of_one_size(tmp_path: Path, name: str) -> None:
     """--static: the traced sizes alone, PyTorch's answer for other numbers."""
     tiny_models.make(name, tmp_path / "in")
-    convert(tmp_path, "--static")
+    convert_folder(tmp_path, "--static")
     path = tmp_path / "out" / "model.onnx"
     sizes = {value.name: value.shape for value in onnxruntime.InferenceSession(str(path)).get_inputs()}
     length, total = sizes["input_ids"][1], sizes["attention_mask"][1]
@@ -223,23 +211,23 @@ def past_of(cache: Any) -> dict[str, torch.Tensor]:
 def test_models_that_disagree_with_themselves(tmp_path: Path) -> None:
     """zamba2 with short time steps: transformers' answers for a text and for its tokens differ, and that is told."""
     tiny_models.make("zamba2", tmp_path / "in")
-    assert "transformers itself gives two answers" in convert(tmp_path, code=6)
+    assert "transformers itself gives two answers" in convert_folder(tmp_path, code=6)
 
 
 def test_encoder_decoders_have_a_cache(tmp_path: Path) -> None:
     """Options that would take it away are errors; a T5 that transformers cannot generate with is told as that."""
     tiny_models.make("t5", tmp_path / "in")
     for option in ("--static", "--no-cache"):
-        assert f"leave {option} out" in convert(tmp_path, option, code=2)
+        assert f"leave {option} out" in convert_folder(tmp_path, option, code=2)
     config = transformers.T5Config.from_pretrained(tmp_path / "in", num_layers=2, num_decoder_layers=3)
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "in")
-    assert "PyTorch itself cannot generate" in convert(tmp_path, code=6)
+    assert "PyTorch itself cannot generate" in convert_folder(tmp_path, code=6)
 
 
 def test_layout_of_transformersjs(tmp_path: Path) -> None:
     """The graph lies in onnx/, the configuration above it."""
     tiny_models.make("bert", tmp_path / "in")
-    convert(tmp_path, "--layout", "transformersjs", "-o", str(tmp_path / "out"))
+    convert_folder(tmp_path, "--layout", "transformersjs", "-o", str(tmp_path / "out"))
     assert (tmp_path / "out" / "onnx" / "model.onnx").exists()
     assert (tmp_path / "out" / "config.json").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
@@ -248,12 +236,12 @@ def test_layout_of_transformersjs(tmp_path: Path) -> None:
 def test_another_task(tmp_path: Path) -> None:
     """A task that the type cannot do lists those that it can; one that lacks trained weights names them."""
     tiny_models.make("bert", tmp_path / "in")
-    told = convert(tmp_path, "--task", "image-classification", code=2)
+    told = convert_folder(tmp_path, "--task", "image-classification", code=2)
     assert "fill-mask" in told
     assert "question-answering" in told
-    told = convert(tmp_path, "--task", "question-answering", code=3)
+    told = convert_folder(tmp_path, "--task", "question-answering", code=3)
     assert "qa_outputs" in told
-    convert(tmp_path, "--task", "feature-extraction")
+    convert_folder(tmp_path, "--task", "feature-extraction")
     assert "last_hidden_state" in [v.name for v in onnx.load(tmp_path / "out" / "model.onnx").graph.output]
 
 
@@ -261,14 +249,8 @@ def test_another_task(tmp_path: Path) -> None:
 def test_a_model_without_a_head(tmp_path: Path, name: str) -> None:
     """Its class is that of feature-extraction; a decoder gets ids of its own."""
     tiny_models.make(name, tmp_path / "in")
-    assert "task: feature-extraction" in convert(tmp_path)
+    assert "task: feature-extraction" in convert_folder(tmp_path)
     check(name, tmp_path)
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Change config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +270,7 @@ def test_bad_folders(tmp_path: Path, damage: Any, code: int, word: str) -> None:
     """One [ERROR] line that names it, and nothing written."""
     tiny_models.make("bert", tmp_path / "in")
     damage(tmp_path / "in")
-    assert word in convert(tmp_path, code=code)
+    assert word in convert_folder(tmp_path, code=code)
 
 
 def test_code_of_the_folder(tmp_path: Path) -> None:
@@ -299,7 +281,7 @@ def test_code_of_the_folder(tmp_path: Path) -> None:
     del content["model_type"]
     content["auto_map"] = {"AutoModel": "modeling_own.Model", "AutoConfig": "modeling_own.Config"}
     (tmp_path / "in" / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    told = convert(tmp_path, code=4)
+    told = convert_folder(tmp_path, code=4)
     assert "auto_map" in told
     assert "--trust-remote-code" in told
     assert not (tmp_path / "ran").exists()
@@ -311,12 +293,12 @@ def test_truncated_shard(tmp_path: Path) -> None:
     shard = max((tmp_path / "in").glob("*.safetensors"))
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
-    told = convert(tmp_path, code=3)
+    told = convert_folder(tmp_path, code=3)
     assert shard.name in told
     assert f"of {len(content)} bytes, {len(content) // 2} of which are there" in told
     shard.unlink()
-    assert shard.name in convert(tmp_path, code=3)
+    assert shard.name in convert_folder(tmp_path, code=3)
     (tmp_path / "in" / "model.safetensors.index.json").unlink()
-    told = convert(tmp_path, code=3)
+    told = convert_folder(tmp_path, code=3)
     assert "nor the index of its shards" in told
     assert "load" not in told.partition("[ERROR]")[0]

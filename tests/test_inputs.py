@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import axes, check_error, lines, onnx_outputs, run_cli
+from forked import run_forked
+from helpers import axes, check_error, lines, onnx_outputs
 from torch import nn
 
 
@@ -60,7 +61,7 @@ def test_shapes_that_the_model_tells(name: str, tmp_path: Path) -> None:
     build, shape, reason, expected = TOLD[name]
     torch.manual_seed(0)
     torch.save(build().eval(), tmp_path / "model.pt")
-    result = run_cli("-i", str(tmp_path / "model.pt"), "-o", str(tmp_path / "m.onnx"))
+    result = run_forked("-i", str(tmp_path / "model.pt"), "-o", str(tmp_path / "m.onnx"))
     assert result.code == 0, result.err
     assert f"input: {shape}, told by {reason} (--input-shape overrides)" in lines(result, "INFO")
     assert axes(tmp_path / "m.onnx")["input"] == expected
@@ -69,14 +70,14 @@ def test_shapes_that_the_model_tells(name: str, tmp_path: Path) -> None:
 def test_recorded_inputs(models: Path, tmp_path: Path) -> None:
     """A traced archive and an exported program record what they were made with."""
     for name in ("traced.pt", "dynamic.pt2"):
-        result = run_cli("-i", str(models / name), "-o", str(tmp_path / "m.onnx"))
+        result = run_forked("-i", str(models / name), "-o", str(tmp_path / "m.onnx"))
         assert "input: 2,13:float32, told by the inputs recorded in the file" in result.err
 
 
 def test_nothing_tells(tmp_path: Path) -> None:
     """A model without layers that tell, and that rejects the default: the error says what to pass."""
     torch.save(nn.Sequential(nn.Flatten(), nn.Bilinear(3, 3, 2)).eval(), tmp_path / "model.pt")
-    result = run_cli("-i", str(tmp_path / "model.pt"), "-o", str(tmp_path / "m.onnx"))
+    result = run_forked("-i", str(tmp_path / "model.pt"), "-o", str(tmp_path / "m.onnx"))
     check_error(result, 2, "pass the right --input-shape, e.g. 1,3,224,224")
 
 
@@ -84,18 +85,18 @@ def test_named_and_typed_shape(tmp_path: Path) -> None:
     """A name becomes the graph's, a dtype is used."""
     torch.save(nn.Sequential(nn.Linear(4, 2)).double().eval(), tmp_path / "model.pt")
     arguments = ("-i", str(tmp_path / "model.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape")
-    result = run_cli(*arguments, "rows:5,4:float64")
+    result = run_forked(*arguments, "rows:5,4:float64")
     assert result.code == 0, result.err
     assert axes(tmp_path / "m.onnx") == {"rows": ["batch_size", 4], "output": ["batch_size", 2]}
     assert onnx_outputs(tmp_path / "m.onnx", {"rows": np.ones((2, 4))})["output"].dtype == np.float64
-    assert "rows:1x4; rows:3x4" in run_cli(*arguments, "rows:5,4").err
+    assert "rows:1x4; rows:3x4" in run_forked(*arguments, "rows:5,4").err
 
 
 def test_free_height_and_width(models: Path, tmp_path: Path) -> None:
     """Named axes at sizes that neither the export nor the product's verification used."""
     image = torch.load(models / "image.pt", weights_only=False)
     target = tmp_path / "m.onnx"
-    result = run_cli("-i", str(models / "image.pt"), "-o", str(target), "--dynamic-axes", "input:2=rows,3")
+    result = run_forked("-i", str(models / "image.pt"), "-o", str(target), "--dynamic-axes", "input:2=rows,3")
     assert result.code == 0, result.err
     assert axes(target) == {"input": ["batch_size", 3, "rows", "width"], "output": ["batch_size", 2, "rows", "width"]}
     given = torch.randn(2, 3, 17, 41)
@@ -110,7 +111,7 @@ def test_free_time_of_audio(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv1d(1, 4, 9, stride=2), nn.ReLU(), nn.Conv1d(4, 2, 3)).eval()
     torch.save(model, tmp_path / "model.pt")
     target = tmp_path / "m.onnx"
-    result = run_cli("-i", str(tmp_path / "model.pt"), "-o", str(target), "--dynamic-axes", "2=time")
+    result = run_forked("-i", str(tmp_path / "model.pt"), "-o", str(target), "--dynamic-axes", "2=time")
     assert result.code == 0, result.err
     assert axes(target)["input"] == ["batch_size", 1, "time"]
     given = torch.randn(1, 1, 777)
@@ -121,7 +122,9 @@ def test_free_time_of_audio(tmp_path: Path) -> None:
 
 def test_static(models: Path, tmp_path: Path) -> None:
     """No free axis at all."""
-    result = run_cli("-i", str(models / "flat.pt"), "-o", str(tmp_path / "m.onnx"), "--static", "--input-shape", "4,13")
+    result = run_forked(
+        "-i", str(models / "flat.pt"), "-o", str(tmp_path / "m.onnx"), "--static", "--input-shape", "4,13"
+    )
     assert result.code == 0, result.err
     assert axes(tmp_path / "m.onnx") == {"input": [4, 13], "output": [4, 3]}
 
@@ -147,8 +150,8 @@ def test_axes_that_are_baked_are_refused(tmp_path: Path) -> None:
     """A traced archive with a baked length rejects other sizes itself: the axis cannot be freed."""
     torch.jit.save(torch.jit.trace(Baked(), torch.randn(2, 40)), str(tmp_path / "model.pt"))
     source, target = str(tmp_path / "model.pt"), str(tmp_path / "m.onnx")
-    check_error(run_cli("-i", source, "-o", target, "--dynamic-axes", "1"), 2, "no other sequence_length than 40")
-    assert run_cli("-i", source, "-o", target).code == 0
+    check_error(run_forked("-i", source, "-o", target, "--dynamic-axes", "1"), 2, "no other sequence_length than 40")
+    assert run_forked("-i", source, "-o", target).code == 0
 
 
 USER_CODE = """
@@ -175,7 +178,7 @@ def test_what_tracing_bakes_is_never_accepted(name: str, tmp_path: Path) -> None
     (tmp_path / "user.py").write_text(USER_CODE)
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pth")
     arguments = ("-i", str(tmp_path / "w.pth"), "-o", str(tmp_path / "m.onnx"), "--model-class", f"user:{name}")
-    result = run_cli(*arguments, "--input-shape", "2,40", "--dynamic-axes", "1", env={"PYTHONPATH": str(tmp_path)})
+    result = run_forked(*arguments, "--input-shape", "2,40", "--dynamic-axes", "1", env={"PYTHONPATH": str(tmp_path)})
     assert result.code == 6, result.err
     assert "torchscript, opset 14: " in lines(result, "ERROR")[0]
     assert not (tmp_path / "m.onnx").exists()

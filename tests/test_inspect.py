@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import CONVERT, check_error, lines, run_cli
+from forked import run_forked
+from helpers import CONVERT, check_error, lines
 from safetensors.torch import save_file
 from torch import nn
 
@@ -30,7 +31,7 @@ class Payload:
 
 def inspected(path: Path, *options: str, cwd: Path | None = None) -> dict[str, Any]:
     """The JSON object about a file; the same facts stand on standard error."""
-    result = run_cli("-i", str(path), "--inspect", "--json", *options, cwd=cwd)
+    result = run_forked("-i", str(path), "--inspect", "--json", *options, cwd=cwd)
     assert result.code == 0, result.err
     facts: dict[str, Any] = json.loads(result.out)
     told = "\n".join(lines(result, "INFO"))
@@ -80,7 +81,7 @@ def test_hostile_pickles(tmp_path: Path) -> None:
         assert "posix.system" in facts["problem"]
         assert "command" not in facts
         assert [file.name for file in tmp_path.iterdir()] == ["bad.pt"]
-        check_error(run_cli("-i", "bad.pt", "-o", "m.onnx", cwd=tmp_path), 4, "posix.system")
+        check_error(run_forked("-i", "bad.pt", "-o", "m.onnx", cwd=tmp_path), 4, "posix.system")
 
 
 def test_a_class_whose_package_is_missing(tmp_path: Path) -> None:
@@ -194,9 +195,9 @@ def test_folders_and_what_is_no_model(tmp_path: Path) -> None:
     assert facts["class"] == "BertForMaskedLM"
     assert facts["parameters"] == 15
     (tmp_path / "x.pt").write_text("hello")
-    check_error(run_cli("-i", str(tmp_path / "x.pt"), "--inspect"), 3, "a text file")
-    check_error(run_cli("-i", str(tmp_path / "none.pt"), "--inspect"), 3, "No such file")
-    check_error(run_cli("-i", str(tmp_path / "x.pt")), 2, "-o/--output", "--inspect")
+    check_error(run_forked("-i", str(tmp_path / "x.pt"), "--inspect"), 3, "a text file")
+    check_error(run_forked("-i", str(tmp_path / "none.pt"), "--inspect"), 3, "No such file")
+    check_error(run_forked("-i", str(tmp_path / "x.pt")), 2, "-o/--output", "--inspect")
 
 
 def test_weights_stay_on_the_disk(tmp_path: Path) -> None:

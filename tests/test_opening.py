@@ -14,7 +14,7 @@ import corpus
 import forked
 import pytest
 import torch
-from conftest import check_error, run_cli
+from helpers import check_error, run_cli
 from torch import nn
 
 import convert as product
@@ -188,11 +188,6 @@ def warm() -> None:
     import transformers  # noqa: F401
 
     corpus.good_files()
-
-
-def test_there_are_fifty() -> None:
-    """Of all kinds of input."""
-    assert len(INNOCENT) >= 50
 
 
 @pytest.mark.parametrize("name", INNOCENT)

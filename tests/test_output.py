@@ -17,7 +17,8 @@ import numpy as np
 import onnx
 import pytest
 import tiny_models
-from conftest import axes, check_error, lines, onnx_outputs, run_cli
+from forked import run_forked
+from helpers import axes, check_error, lines, onnx_outputs, run_cli
 
 import convert as product
 
@@ -30,7 +31,7 @@ def names(folder: Path) -> list[str]:
 def test_directories_are_made_and_named(models: Path, tmp_path: Path) -> None:
     """`-o DIR` means DIR/model.onnx; folders that are missing are made; the umask is obeyed."""
     target = tmp_path / "a" / "b"
-    result = run_cli("-i", str(models / "flat.pt"), "-o", f"{target}/", umask=0o027)
+    result = run_forked("-i", str(models / "flat.pt"), "-o", f"{target}/", umask=0o027)
     assert result.code == 0, result.err
     assert names(target) == ["model.onnx"]
     assert (target / "model.onnx").stat().st_mode & 0o777 == 0o640
@@ -38,7 +39,7 @@ def test_directories_are_made_and_named(models: Path, tmp_path: Path) -> None:
 
 def test_folders_that_only_lead_elsewhere(models: Path, tmp_path: Path) -> None:
     """The `a` of `a/../b` is not made."""
-    result = run_cli("-i", str(models / "flat.pt"), "-o", "a/../b", cwd=tmp_path)
+    result = run_forked("-i", str(models / "flat.pt"), "-o", "a/../b", cwd=tmp_path)
     assert result.code == 0, result.err
     assert names(tmp_path) == ["b"]
     assert names(tmp_path / "b") == ["model.onnx"]
@@ -161,12 +162,12 @@ def test_same_bytes_wherever_the_files_lie(exporter: str, models: Path, tmp_path
 def test_metadata_names_and_versions(models: Path, tmp_path: Path) -> None:
     """Producer, source hash, exporter, task; the IR version and opset; the names of inputs, outputs and axes."""
     target = tmp_path / "model.onnx"
-    result = run_cli("-i", str(models / "image.pt"), "-o", str(target), "--task", "semantic-segmentation")
+    result = run_forked("-i", str(models / "image.pt"), "-o", str(target), "--task", "semantic-segmentation")
     assert result.code == 0, result.err
     model = onnx.load(target)
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert model.producer_name == "pt2onnx"
-    assert model.producer_version == run_cli("--version").out.split()[1]
+    assert model.producer_version == run_forked("--version").out.split()[1]
     assert facts["source_sha256"] == hashlib.sha256((models / "image.pt").read_bytes()).hexdigest()
     assert facts["task"] == "semantic-segmentation"
     assert facts["exporter"] == "torchscript of torch 2.14.1"
@@ -180,11 +181,11 @@ def test_an_older_file_is_replaced_only_by_a_good_one(models: Path, tmp_path: Pa
     """A failing run leaves it as it was, a good one replaces it; neither leaves anything else behind."""
     target = tmp_path / "model.onnx"
     target.write_bytes(b"older")
-    bad = run_cli("-i", str(models / "flat.pt"), "-o", str(target), "--atol", "0", "--rtol", "0")
+    bad = run_forked("-i", str(models / "flat.pt"), "-o", str(target), "--atol", "0", "--rtol", "0")
     assert bad.code == 6, bad.err
     assert target.read_bytes() == b"older"
     assert names(tmp_path) == ["model.onnx"]
-    good = run_cli("-i", str(models / "flat.pt"), "-o", str(target))
+    good = run_forked("-i", str(models / "flat.pt"), "-o", str(target))
     assert good.code == 0
     assert onnx.load(target).producer_name == "pt2onnx"
     assert names(tmp_path) == ["model.onnx"]
@@ -207,14 +208,16 @@ def test_files_of_another_model_stay(tmp_path: Path) -> None:
     (tmp_path / "gpt2" / "model.onnx").write_bytes(graph)  # converted in place
     before = contents(tmp_path)
     for target in ("gpt2/", "other/b.onnx"):
-        result = run_cli("-i", str(tmp_path / "llama"), "-o", f"{tmp_path}/{target}")
+        result = run_forked("-i", str(tmp_path / "llama"), "-o", f"{tmp_path}/{target}")
         check_error(result, 2, "config.json", "with other content would be replaced there", "choose another directory")
         assert "load" not in result.err
         assert contents(tmp_path) == before
     config = json.loads((tmp_path / "llama" / "config.json").read_text(encoding="utf-8"))
     content = json.dumps({**config, "auto_map": {"AutoModel": "own.Model"}})  # left out of what is written
     (tmp_path / "llama" / "config.json").write_text(content, encoding="utf-8")
-    check_error(run_cli("-i", str(tmp_path / "llama"), "-o", f"{tmp_path}/llama/"), 2, "config.json with other content")
+    check_error(
+        run_forked("-i", str(tmp_path / "llama"), "-o", f"{tmp_path}/llama/"), 2, "config.json with other content"
+    )
     assert (tmp_path / "llama" / "config.json").read_text(encoding="utf-8") == content
 
 
@@ -223,13 +226,13 @@ def test_conversions_into_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     tiny_models.make("gpt2", folder)
     before = contents(folder)
-    inner = run_cli("-i", str(folder), "-o", f"{folder}/")
+    inner = run_forked("-i", str(folder), "-o", f"{folder}/")
     assert inner.code == 0, inner.err
     assert {name: file for name, file in contents(folder).items() if not name.endswith(".onnx")} == before
     warning = f"trainer_state.json of an earlier conversion in {tmp_path / 'out'} will be replaced"
     for step, words in ((1, []), (2, [warning])):
         (folder / "trainer_state.json").write_text(str(step), encoding="utf-8")
-        result = run_cli("-i", str(folder), "-o", f"{tmp_path}/out/")
+        result = run_forked("-i", str(folder), "-o", f"{tmp_path}/out/")
         assert result.code == 0, result.err
         assert lines(result, "WARN") == words
         assert (tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8") == str(step)
@@ -245,7 +248,7 @@ def test_a_snapshot_is_no_output(place: str, models: Path, tmp_path: Path) -> No
     (snapshot / "config.json").symlink_to("../../blobs/1")
     (tmp_path / "elsewhere").symlink_to(snapshot)
     before = contents(tmp_path)
-    result = run_cli("-i", str(models / "flat.pt"), "-o", f"{tmp_path}/elsewhere/{place}")
+    result = run_forked("-i", str(models / "flat.pt"), "-o", f"{tmp_path}/elsewhere/{place}")
     check_error(result, 2, "a snapshot of the hub's cache", "choose another directory")
     assert contents(tmp_path) == before
 

@@ -20,8 +20,9 @@ import timm
 import torch
 import torchvision
 import transformers
-from conftest import CONVERT, check_error, run_cli
-from corpus import MARKER, Reduced, archive, program, saved, touch
+from corpus import MARKER, Reduced, archive, program, saved, text, touch
+from forked import run_forked
+from helpers import CONVERT, check_error, run_cli
 from test_loading import COMMAND, GLOBAL
 from torch import nn
 from torch.nn import functional
@@ -100,11 +101,6 @@ def made(name: str, state: dict[str, Any]) -> bytes:
     module, _, cls = name.rpartition(".")
     attributes = pickle.dumps(state, protocol=2)[2:-1]
     return archive(program(f"c{module}\n{cls}\n".encode(), b")\x81", attributes, b"b"))
-
-
-def text(value: str) -> bytes:
-    """BINUNICODE."""
-    return b"X" + len(value).to_bytes(4, "little") + value.encode()
 
 
 def call_global(name: str, *arguments: bytes) -> bytes:
@@ -329,9 +325,11 @@ def test_weights_of_the_meta_device_end_in_one_line(tmp_path: Path) -> None:
     model = nn.Linear(2, 2, device="meta")
     (tmp_path / "meta.pt").write_bytes(saved(model))
     (tmp_path / "meta.pth").write_bytes(saved(model.state_dict()))
-    check_error(run_cli("-i", "meta.pt", "-o", "m.onnx", cwd=tmp_path), 3, "meta.pt holds no weights")
+    check_error(run_forked("-i", "meta.pt", "-o", "m.onnx", cwd=tmp_path), 3, "meta.pt holds no weights")
     class_of_it = ("--model-class", "torch.nn:Linear")
-    check_error(run_cli("-i", "meta.pth", "-o", "m.onnx", *class_of_it, cwd=tmp_path), 3, "meta.pth holds no weights")
+    check_error(
+        run_forked("-i", "meta.pth", "-o", "m.onnx", *class_of_it, cwd=tmp_path), 3, "meta.pth holds no weights"
+    )
 
 
 def test_allowed_class_runs_nothing_of_its_own(
@@ -475,6 +473,9 @@ SAVES: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Size, torch.dtype], 
     **{f"protocol-{number}": (perceptron, ROW, {"pickle_protocol": number}) for number in (2, 3, 4, 5)},
     "protocol-4-legacy": (torchvision.models.squeezenet1_1, IMAGE, {**LEGACY, "pickle_protocol": 4}),
     "partials": (lambda: torchvision.models.swin_t(num_classes=5), IMAGE, ZIP),
+    "detector": (
+        lambda: torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None),
+        IMAGE, LEGACY),
     "enum-and-partial": (lambda: nn.Sequential(nn.Linear(6, 4), marked()), ROW, ZIP),
     "timm-efficientnet": (lambda: timm.create_model("efficientnet_lite0"), IMAGE, ZIP),
     "timm-vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64), IMAGE, LEGACY),
@@ -521,6 +522,9 @@ def test_saves_compute_the_same_bits(name: str, tmp_path: Path) -> None:
     assert expected
     opened = load(tmp_path / "model.pt")
     assert not isinstance(opened, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    tensors = {key.replace("module.", ""): tensor for key, tensor in model.state_dict().items() if key != "n_averaged"}
+    assert tensors.keys() == opened.state_dict().keys()
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in opened.state_dict().items())
     actual = answers(opened, *given)
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     if torch.distributed.is_initialized():

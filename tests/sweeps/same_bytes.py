@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Convert twenty models and write down what came out, to compare two versions of convert.py byte for byte.
 
-    python tests/same_bytes.py FOLDER OUT.txt [--convert PATH/convert.py]   # one line per file: SHA-256, model, name
+    python tests/sweeps/same_bytes.py FOLDER OUT.txt [--convert PATH/convert.py]   # SHA-256, model and name of each file
     diff OLD.txt NEW.txt
 
 FOLDER keeps the inputs (seeded random weights), which are made once: graphs hold the digest of their input.
@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-CONVERT = Path(__file__).resolve().parents[1] / "convert.py"
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # tiny_models, wherever it is started
+CONVERT = Path(__file__).resolve().parents[2] / "convert.py"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tiny_models, wherever it is started
 
 # Each model: how its input is made in a path, and the options of its conversion.
 Maker = Callable[[Path], None]

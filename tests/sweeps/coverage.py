@@ -1,19 +1,17 @@
 #!/usr/bin/env python3
 """Convert every model of torchvision, a choice of timm and the archive formats, and check the results independently.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python tests/coverage_sweep.py [--family F] [--only NAME ...] [--resume]
+    OMP_NUM_THREADS=1 taskset -c 1 python tests/sweeps/coverage.py [--family F] [--only NAME ...] [--resume]
 
 Each model gets seeded random weights and calibrated batch norms; a forked child converts it with convert.main() at the
 product's default inputs. The check owes nothing to the product's: ONNX Runtime against PyTorch on other random inputs,
 at batch 1 and 3, every output within 1e-3 of its largest value, the opset that was asked for, onnx.checker. Results:
-coverage.json, kept after every conversion, and coverage.md, beside this file.
+tests/reports/coverage.json, kept after every conversion, and coverage.md beside it.
 """
 
 import argparse
 import functools
-import importlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -22,19 +20,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+# tests/ and the folder of convert.py, in place of this one
+sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
+
 import numpy as np
 import onnx
 import onnxruntime
 import timm
 import torch
 import torchvision
+from judge import distance
+from sweeps.jobs import LIMIT, REPORTS, ROOT, STATES, Json, apart, convert, load_product
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models import detection, get_model_builder, get_model_weights, list_models, segmentation
 
-FORK = multiprocessing.get_context("fork")
-LIMIT = 1800  # seconds for one step of one model
-Json = dict[str, Any]
 COLUMNS = {  # what is saved, and the opset that must come out or the free axes; "classification": all but detection
     "classification": ["pickle@14", "state_dict@14", "pickle@25", "state_dict@25"],
     "detection": ["pickle", "pickle 2,3", "state_dict", "state_dict 2,3"],
@@ -125,35 +125,6 @@ def prepare(family: str, name: str, form: str, folder: Path) -> None:
         torch.export.save(torch.export.export(model, inputs, dynamic_shapes=free), folder / form)
 
 
-def apart(function: Any, *arguments: Any) -> Json:
-    """What `function` returns, run in a forked child so that its memory and settings go with it."""
-    receiver, sender = FORK.Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            sender.send(function(*arguments) or {})
-        except Exception as error:  # of the sweep, not of the product
-            sender.send({"status": "sweep", "told": f"{type(error).__name__}: {str(error)[:300]}"})
-
-    (child := FORK.Process(target=run)).start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(LIMIT) else {"status": "timeout", "told": f"over {LIMIT} s"}
-    except EOFError:
-        return {"status": "sweep", "told": "the sweep's own process was killed: out of memory?"}
-    finally:
-        child.terminate()  # the product's supervisor then ends its worker
-        child.join()
-
-
-def distance(actual: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest expected value; infinite for NaN and for another shape."""
-    if actual.shape != expected.shape or not expected.size:
-        return 0.0 if actual.shape == expected.shape else np.inf
-    gap = np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max() / max(np.abs(expected).max(), 1e-30)
-    return float(gap) if np.isfinite(gap) else np.inf
-
-
 def unmatched(actual: dict[str, Any], expected: dict[str, Any]) -> float:
     """The share of expected detections without a partner: same label, score within 0.01, box, mask, points within 1 %.
 
@@ -239,18 +210,6 @@ def check(folder: Path, wanted: int | None, *, detector: bool) -> Json:
     return {**found, "status": "wrong" if found["worst"] > 1e-3 else "ok" if wanted in (None, opset) else "opset"}
 
 
-def convert(product: Any, arguments: list[str], folder: Path) -> Json:
-    """Run the product in the current process, whose standard streams become files."""
-    for number, file in ((1, "stdout"), (2, "log")):
-        os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    start = time.monotonic()
-    code, seconds = int(product.main(arguments)), round(time.monotonic() - start, 1)
-    told = re.findall(r"^\[(?:ERROR|WARN)\] (.*)", (folder / "log").read_text(encoding="utf-8"), re.MULTILINE)
-    report = json.loads((folder / "stdout").read_text(encoding="utf-8") or "{}")
-    row = {"code": code, "seconds": seconds, "told": told[-1][:600] if told else "", "exporter": report.get("exporter")}
-    return row if code == 0 else {**row, "status": "failed"}
-
-
 def run_job(product: Any, family: str, name: str, column: str, folder: Path) -> Json:
     """Save, convert and check one model; returns its row."""
     form, opset, axes = re.fullmatch(r"(\w+)@?(\d*) ?(.*)", column).groups()  # type: ignore[union-attr]
@@ -269,9 +228,8 @@ def run_job(product: Any, family: str, name: str, column: str, folder: Path) -> 
     return row
 
 
-STATES = ("ok", "opset", "failed", "wrong", "timeout", "sweep", "not run")
 HEAD = """# Coverage sweep
-`python tests/coverage_sweep.py`, one conversion at a time on one of {cores} shared cores. {versions}.
+`python tests/sweeps/coverage.py`, one conversion at a time on one of {cores} shared cores. {versions}.
 Cells: state, opset (exporter, largest difference relative to the output's largest value, seconds). ok: right on inputs
 of the sweep's own, at batch 1 and 3 where it is free; opset: right, but not the opset expected; wrong: differs from
 PyTorch; failed: the product's exit code; timeout: over {limit} s; sweep: the input could not be made. All of
@@ -309,30 +267,8 @@ def render(rows: Json) -> str:
     return "\n".join([*lines, *tables, *notes, ""])
 
 
-def load_product(folder: Path) -> Any:
-    """The product's module, whose worker is here a fork: its imports take longer than most conversions."""
-    from onnxscript import version_converter  # noqa: F401  (so that the children need not)
-
-    class OneThread(onnxruntime.SessionOptions):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.intra_op_num_threads, self.log_severity_level = 1, 4
-
-    onnxruntime.SessionOptions = OneThread
-    sys.path.insert(0, str(folder))
-    product: Any = importlib.import_module("convert")
-
-    def become_worker(arguments: list[str], run: str, _: int) -> None:
-        os.environ[product.WORKER_VARIABLE] = run
-        os._exit(product.main(arguments))
-
-    product.become_worker = become_worker
-    return product
-
-
 def main() -> int:
     """Run what is asked for; returns 1 where something is not as promised."""
-    here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--family", choices=(*COLUMNS, "all"), default="all")
@@ -341,9 +277,9 @@ def main() -> int:
     add("--jobs", type=int, choices=(1,), help="conversions at a time")
     add("--resume", action="store_true", help="leave out what coverage.json has")
     add("--retry", action="store_true", help="as --resume, but what is not ok is run again")
-    add("--product", type=Path, default=here.parent, help="folder of the convert.py to test")
+    add("--product", type=Path, default=ROOT, help="folder of the convert.py to test")
     add("--work", type=Path, default=Path("/tmp/pt2onnx-sweep"), help="scratch folder")
-    add("--results", type=Path, default=here / "coverage.json")
+    add("--results", type=Path, default=REPORTS / "coverage.json")
     options = parser.parse_args()
     product = load_product(options.product.resolve())
     rows: Json = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else {}

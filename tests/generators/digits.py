@@ -1,6 +1,6 @@
 """Make the real test model: a small CNN trained on scikit-learn's handwritten digits.
 
-Usage: python make_data.py OUTPUT_FOLDER   (needs torch, numpy and scikit-learn; about 10 seconds)
+    python tests/generators/digits.py tests/data   (needs torch, numpy and scikit-learn; about 10 seconds)
 
 Writes digits.pt (the whole trained model, torch.save) and digits_samples.npz (32 held-out
 images, their labels and PyTorch's logits). Seeded and single-threaded, so a second run on the
@@ -86,5 +86,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python make_data.py OUTPUT_FOLDER")
+        sys.exit("usage: python tests/generators/digits.py OUTPUT_FOLDER")
     main(Path(sys.argv[1]))

@@ -1,4 +1,6 @@
-"""Mutation fuzzing of the loader: `python tests/fuzz_loader.py --minutes 10 [--seed 0] [--keep FOLDER] [--folders]`.
+"""Mutation fuzzing of the loader.
+
+    python tests/sweeps/fuzz_loader.py --minutes 10 [--seed 0] [--keep FOLDER] [--folders]
 
 Takes the corpus and good files of every kind, changes them at random (bits, bytes, cuts, copies, numbers, names,
 opcodes, records of archives and their names, JSON) and loads each in a forked child; with --folders, Hugging Face
@@ -35,7 +37,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# tests/ and the folder of convert.py, in place of this one
+sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
 
 import corpus
 import forked

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Is every model of torchvision and timm told by its bare weights? Writes recognise.md beside this file.
+"""Is every model of torchvision and timm told by its bare weights? Writes tests/reports/recognise.md.
 
-    python tests/recognise_sweep.py
+    python tests/sweeps/recognise.py
 
 Each model is built twice on the meta device: with 7 classes, and (timm's) without a classifier and with one input
 channel. convert.recognise sees names and shapes alone. The right answer is the model itself, or a group of which
-make_architectures.py found that it computes the same; or several, the model among them, which --model-class then tells.
+generators/architectures.py found that it computes the same; or several, the model among them, which --model-class then
+tells.
 """
 
 import sys
@@ -14,13 +15,15 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# tests/ and the folder of convert.py, in place of this one
+sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
 
-from make_architectures import VERSIONS, members, shapes
+from generators.architectures import VERSIONS, members, shapes
+from sweeps.jobs import REPORTS
 
 import convert
 
-TABLE = Path(__file__).with_name("recognise.md")
+TABLE = REPORTS / "recognise.md"
 VERDICTS = ("recognised", "listed", "missed")
 
 
@@ -75,7 +78,7 @@ def main() -> None:
     }
     versions = ", ".join(f"{name} {version}" for name, version in sorted(VERSIONS.items()))
     lines = [
-        f"# Whose weights these are: `python tests/recognise_sweep.py` ({versions})",
+        f"# Whose weights these are: `python tests/sweeps/recognise.py` ({versions})",
         "",
         "recognised: one answer, the right one. listed: several models have these tensors, the right one among",
         "them. torchvision's rows count its models and their variants with auxiliary heads.",
