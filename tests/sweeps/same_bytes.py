@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Convert twenty models and write down what came out, to compare two versions of convert.py byte for byte.
 
-    python tests/sweeps/same_bytes.py FOLDER OUT.txt [--convert PATH/convert.py]   # SHA-256, model and name of each file
+    python tests/sweeps/same_bytes.py FOLDER OUT.txt [--convert PATH/convert.py]   # SHA-256, model, name of each file
     diff OLD.txt NEW.txt
 
 FOLDER keeps the inputs (seeded random weights), which are made once: graphs hold the digest of their input.
