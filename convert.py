@@ -61,6 +61,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 
@@ -427,6 +428,7 @@ class Options:
     static: bool = False
     run_timeout: float | None = None
     no_verify: bool = False
+    verify_data: Path | None = None
     atol: float | None = None
     rtol: float | None = None
     allow_class: Sequence[str] = ()
@@ -558,6 +560,7 @@ class Case(NamedTuple):
     label: str
     inputs: Arrays
     outputs: Arrays
+    decisions: Mapping[str, Sequence[str]] = {}  # what the model's code read off tensors, by source line
 
 
 class Job(NamedTuple):
@@ -626,15 +629,19 @@ class AttemptError(Exception):
     """Why an attempt failed. `exported`: there was a model; `needs`: the opset that an operator asks for.
 
     `slight`: the largest difference from PyTorch, where it is so small that a user may accept it. `case`: the inputs
-    for which the model does not hold. `note`: what tracing fixed.
+    for which the model does not hold. `note`: what tracing fixed. `produced`: a graph that passed, but was not shown to
+    follow what the model decides by values.
     """
+
+    note = ""
+    produced: Produced | None = None
 
     def __init__(
         self, reason: str, *, exported: bool = False, needs: int | None = None, slight: float | None = None,
         case: Case | None = None,
     ) -> None:  # fmt: skip
         super().__init__(reason)
-        self.exported, self.needs, self.slight, self.case, self.note = exported, needs, slight, case, ""
+        self.exported, self.needs, self.slight, self.case = exported, needs, slight, case
 
     def __str__(self) -> str:
         return f"{super().__str__()}{self.note}"
@@ -872,7 +879,10 @@ def produce(job: Job, options: Options, run: Run) -> Produced:
     ):
         produced, failures = first_success(attempts, make, higher=options.opset is None and not job.parts)
         if produced is None:
-            raise every_attempt_failed(failures, make, job, options)
+            produced = next((error.produced for _, error in failures if error.produced), None)
+            if produced is None:
+                raise every_attempt_failed(failures, make, job, options)
+            LOG.warn(f"{produced.attempt}: {fixed_decisions(job)}: compare the graph with your own data")
     if options.opset is None and produced.attempt.opset != DEFAULT_OPSET and not job.parts:
         why = "; ".join(f"{attempt}: {error}" for attempt, error in failures)
         why = why or f"the {produced.attempt.exporter} exporter starts there"
@@ -931,15 +941,29 @@ def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> P
         shutil.rmtree(work)
     with LOG.step("check: onnx.checker"):
         check_graph(light, attempt.opset)
+    if varying := [name for name in job.outputs if varies_in_rank(name, job)]:
+        LOG.warn(f"the number of axes of {and_more(varying, 3)} depends on the input: its shape is not declared")
+        for file in {path, light}:
+            drop_output_shapes(file, varying)
     if options.no_verify:
         return Produced(job, attempt, path, light, [])
-    labels = "; ".join(dict.fromkeys(case.label for case in job.cases))
-    with LOG.step(f"verify: ONNX Runtime against PyTorch at {labels}"):
+    labels = [case.label.partition(" (") for case in job.cases]
+    shapes = "; ".join(dict.fromkeys(shape for shape, _, _ in labels))
+    values = ", ".join(dict.fromkeys(kind.rstrip(")") for _, _, kind in labels if kind))
+    with LOG.step(f"verify: ONNX Runtime against PyTorch at {shapes}{values and f', with {values}'}"):
         try:
-            return Produced(job, attempt, path, light, verify(light, job, options))
+            produced = Produced(job, attempt, path, light, verify(light, job, options))
         except AttemptError as error:
             error.note = note
             raise
+    if note and not is_archive(job.model) and (fixed := fixed_decisions(job)):
+        kept = folder.with_name(f"{folder.name}.fixed")
+        with WALL.up(unless="they are our own folders"):
+            folder.rename(kept)
+        error = AttemptError(f"it passes, but {fixed}")
+        error.produced = produced._replace(path=kept / path.name, light=kept / light.name)
+        raise error
+    return produced
 
 
 def every_attempt_failed(
@@ -1020,7 +1044,10 @@ def plan_loaded(model: nn.Module, loaded: Loaded, options: Options, run: Run) ->
         limit = time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model)))
         with LOG.step("reference: PyTorch's answers"), without_kept_state(model), limit:
             known = preprocessing(model, options.model_class)
-            job = plan_module(model, loaded, known, options)
+            samples = read_samples(options.verify_data) if options.verify_data else {}
+            if samples and not options.input_shape:
+                options = replace(options, input_shape=shapes_of(next(iter(samples.values())), model))
+            job = plan_module(model, loaded, known, options, samples)
     run.metadata |= {"task": options.task} if options.task else {}
     run.metadata |= {"preprocessing": known.metadata()} if known.source else {}
     return job
@@ -1205,6 +1232,12 @@ def build_parser() -> Parser:
         help="what one run of the model may take before it is given up as endless (default: by the size of the file)",
     )
     add("--no-verify", action="store_true", help="do not compare with PyTorch (the checker still runs)")
+    add(
+        "--verify-data",
+        type=path_argument,
+        metavar="PATH",
+        help="compare with your own inputs, too: an .npz file with arrays named as the inputs, or a directory of such",
+    )
     add("--atol", type=tolerance_argument, metavar="X", help="absolute tolerance (default: fits dtype and values)")
     add("--rtol", type=tolerance_argument, metavar="X", help="relative tolerance (default: fits dtype and values)")
     add(
@@ -1235,7 +1268,10 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     output = given.pop("output")
     if output is None and not given["inspect"]:
         raise UsageError("the following arguments are required: -o/--output (or pass --inspect)")
+    given["verify_data"] = Path(given["verify_data"]) if given["verify_data"] else None
     options = Options(**given)
+    if options.verify_data and options.no_verify:
+        raise UsageError("--no-verify leaves nothing for --verify-data to do: drop either")
     if not options.inspect:
         folder, output = output_place(output, options.input, options.layout)
         options = replace(options, folder=folder, output=output)
@@ -1993,7 +2029,15 @@ def check_options(options: Options) -> None:
             "--dtype bf16 cannot be verified here: ONNX Runtime's CPU operators lack bfloat16; pass --dtype fp16, or "
             "--no-verify for a graph without proof"
         )
-    for name in ("model_class", "checkpoint_key", "input_shape", "dynamic_axes", "model_args", "allow_class"):
+    for name in (
+        "model_class",
+        "checkpoint_key",
+        "input_shape",
+        "dynamic_axes",
+        "model_args",
+        "allow_class",
+        "verify_data",
+    ):
         if getattr(options, name):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out")
@@ -6924,35 +6968,112 @@ def program_axes(specs: Sequence[InputSpec], free: Sequence[Mapping[int, str]]) 
     ]
 
 
+# What the inputs are drawn from, beside the usual values: branches, integer arithmetic and saturating functions show
+# their other sides there. PyTorch decides which of these a model takes.
+VALUE_SETS = ("zeros", "negative values", "0 to 255", "large values", "repeated values")
+LARGE = 1e3  # of float values; a layer of sums makes some 1e4 of it, which float16 still holds
+LARGE_INTEGER = 1000  # of integers wider than 16 bits: a model may count to it
+VALUES_SECONDS = 4  # that PyTorch may take for all sets together: few ones are enough for a large model
+SAMPLE = "sample"  # how the labels of the user's own inputs begin
 MAX_LABELLED = 4  # inputs whose shapes are told in messages
 
 
-def make_inputs(specs: Sequence[InputSpec], highest: int, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
-    """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen."""
+def make_inputs(
+    specs: Sequence[InputSpec], highest: int | None, sizes: Mapping[str, int], seed: int, values: str = ""
+) -> list[Tensor]:
+    """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen.
+
+    `values`: one of VALUE_SETS instead. Integers stay below `highest`, if there is one.
+    """
     generator = torch.Generator().manual_seed(seed)
     result = []
     for spec in specs:
         shape = spec.resized(sizes)
-        if spec.dtype.is_floating_point:
-            values = (
-                torch.randn(shape, generator=generator) if seed % 3 != 1 else torch.rand(shape, generator=generator)
-            )
-            values = (values - 1 if seed % 3 == 2 else values).to(spec.dtype)
+        if values:
+            drawn = unusual_values(spec, shape, values, generator)
+        elif spec.dtype.is_floating_point:
+            drawn = torch.randn(shape, generator=generator) if seed % 3 != 1 else torch.rand(shape, generator=generator)
+            drawn = drawn - 1 if seed % 3 == 2 else drawn
         elif spec.dtype is torch.bool or "mask" in spec.name:
-            values = (torch.rand(shape, generator=generator) < 0.5).to(spec.dtype)
+            drawn = (torch.rand(shape, generator=generator) < 0.5).to(spec.dtype)
             for place, value in enumerate((False, True)[: shape[-1] if shape else 0]):
-                values[..., place] = value  # whichever of the two means "ignore", something is left to attend to
+                drawn[..., place] = value  # whichever of the two means "ignore", something is left to attend to
         else:
-            limit = min(highest, torch.iinfo(spec.dtype).max)
-            values = torch.randint(0, limit, shape, generator=generator).to(spec.dtype)
-        result.append(values)
+            limit = min(highest or 2, torch.iinfo(spec.dtype).max)
+            drawn = torch.randint(0, limit, shape, generator=generator)
+        result.append(drawn.to(spec.dtype))
     return result
 
 
-def highest_index(model: nn.Module) -> int:
-    """Integer inputs stay below this: the number of rows of the smallest embedding, or 2 where there is none."""
-    rows = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    return min(rows, default=2)
+def unusual_values(spec: InputSpec, shape: Sequence[int], values: str, generator: torch.Generator) -> Tensor:
+    """Values of one of VALUE_SETS for an input, as far as its dtype has them."""
+    if spec.dtype is torch.bool or "mask" in spec.name:
+        return torch.full(shape, values != "zeros")
+    if spec.dtype.is_floating_point:
+        normal, coin = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) < 0.5
+        return {
+            "zeros": torch.where(coin, 0.0, -0.0),
+            "negative values": -10 * normal.abs(),
+            "0 to 255": torch.randint(0, 256, shape, generator=generator).float(),
+            "large values": LARGE * normal,
+            "repeated values": torch.randint(-2, 3, shape, generator=generator) / 2,
+        }[values]
+    limits = torch.iinfo(spec.dtype)
+    low, high = {
+        "zeros": (0, 0),
+        "negative values": (-100, -1),
+        "0 to 255": (0, 255),
+        "large values": (-LARGE_INTEGER, LARGE_INTEGER) if limits.bits > 16 else (limits.min, limits.max),
+        "repeated values": (-2, 2),
+    }[values]
+    low, high = max(low, limits.min), min(max(high, 0), limits.max)
+    return torch.randint(low, high + 1, shape, generator=generator)
+
+
+def highest_index(model: nn.Module) -> int | None:
+    """Integer inputs stay below this, the number of rows of the smallest embedding; None where there is none."""
+    return min(
+        (m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))), default=None
+    )
+
+
+class ValueWatch:
+    """Notes where the model's code makes Python values of tensors' values, which a trace keeps as they are.
+
+    Sizes are Python's own numbers when a model is just run, so that these are not noted.
+    """
+
+    READS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist")
+
+    def __init__(self) -> None:
+        self.decisions: dict[str, list[str]] = {}  # the values that a source line read, in their order
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what runs in context, in this thread."""
+        from torch.overrides import TorchFunctionMode
+
+        reads, note = [getattr(torch.Tensor, name) for name in self.READS], self.note
+        library = os.path.dirname(torch.__file__)  # noqa: PTH120
+
+        class Mode(TorchFunctionMode):
+            def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+                value = function(*args, **(kwargs or {}))
+                if function in reads:
+                    note(value, library)
+                return value
+
+        with Mode():
+            yield
+
+    def note(self, value: object, library: str) -> None:
+        """Keep `value` for the innermost source line outside of torch and of this file."""
+        frame: Any = sys._getframe(2)  # noqa: SLF001
+        while frame is not None and frame.f_code.co_filename.startswith((library, __file__)):
+            frame = frame.f_back
+        if frame is not None:
+            place = f"{os.path.basename(frame.f_code.co_filename)}({frame.f_lineno})"  # noqa: PTH119
+            self.decisions.setdefault(place, []).append(shown(value))
 
 
 class Reference:
@@ -6969,27 +7090,32 @@ class Reference:
         self.names = [spec.name for spec in specs]
         self.bytes, self.later_bytes = free_bytes(options, RUN_BYTES), free_bytes(options, LATER_BYTES)
         self.seconds, self.later = run_seconds(options, own_code=is_archive(model)), 0.0
-        self.examples = examples or functools.partial(make_inputs, self.specs, highest_index(model))
+        self.examples: Callable[..., list[Tensor]] = examples or functools.partial(
+            make_inputs, self.specs, highest_index(model)
+        )
 
-    def tensors(self, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
-        """Example inputs at `sizes`."""
-        return [tensor.to(self.device) for tensor in self.examples(sizes, seed)]
+    def tensors(self, sizes: Mapping[str, int], seed: int, values: str = "") -> list[Tensor]:
+        """Example inputs at `sizes`, of one of VALUE_SETS where that is given."""
+        drawn = self.examples(sizes, seed, values) if values else self.examples(sizes, seed)
+        return [tensor.to(self.device) for tensor in drawn]
 
-    def run(self, sizes: Mapping[str, int], seed: int) -> Case:
+    def run(self, sizes: Mapping[str, int], seed: int, values: str = "") -> Case:
         """PyTorch's answer at `sizes`; raises RejectedInputError where the model does not accept them."""
+        watch = ValueWatch()
         start, before = time.monotonic(), memory_bytes("VmRSS")
         bound = memory_bound(self.bytes, "running the model at guessed sizes", "pass --input-shape, or --run-timeout")
         with time_limit(max(self.seconds, self.later)), bound:
-            inputs = self.tensors(sizes, seed)
+            inputs = self.tensors(sizes, seed, values)
             given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
-            outputs = call_model(self.model, inputs, self.names)
+            with watch.watching():
+                outputs = call_model(self.model, inputs, self.names)
         self.later = max(self.later, min(LATER_RUNS * (time.monotonic() - start), MOST_LATER * self.seconds))
         if self.bytes and self.later_bytes:
             taken = memory_bytes("VmHWM") - before
             self.bytes = max(self.bytes, min(LATER_FACTOR * taken, self.later_bytes))
         few = list(given.items())[:MAX_LABELLED]  # not the keys and values of every layer
-        label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few)
-        return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()})
+        label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few) + f" ({values})" * bool(values)
+        return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()}, watch.decisions)
 
 
 def check_deterministic(reference: Reference, first: Case, sizes: Mapping[str, int], seed: int) -> None:
@@ -7053,12 +7179,61 @@ def propose_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, optio
     yield from input_guesses(model, loaded, known)
 
 
+def probed_batch_axis(model: nn.Module, specs: list[InputSpec], guess: Guess, options: Options) -> int:
+    """Which of the first two axes is the batch, where the rank leaves that open: the one whose rows do not mix.
+
+    PyTorch shows it: of two inputs that differ in the first row only, the answers differ in the first row only. Where
+    neither axis is so, the guess stays.
+    """
+    if len(specs[0].dims) not in (2, 3) or not specs[0].dtype.is_floating_point or guess.batch_axis < 0:
+        return guess.batch_axis
+    for axis in (0, 1):
+        if rows_are_independent(model, specs, axis, options):
+            if axis or guess.batch_axis:
+                LOG.info(f"batch: axis {axis} of {specs[0].name}, along which PyTorch's answers are independent")
+            return axis
+    return guess.batch_axis
+
+
+def rows_are_independent(model: nn.Module, specs: list[InputSpec], axis: int, options: Options) -> bool:
+    """Whether each row along `axis` of the inputs has an answer of its own, and every output an axis that follows."""
+    size = specs[0].dims[axis]
+    free = [
+        spec._replace(axes={axis: BATCH} if spec.dims[axis : axis + 1] == (size,) else {}) for spec in specs
+    ]  # as in free_axes
+    usual = Reference(model, free, options)
+
+    def first_row_changed(sizes: Mapping[str, int], seed: int) -> list[Tensor]:
+        first, *others = usual.tensors(sizes, seed)
+        first.select(axis, 0).mul_(-2.0).add_(1.0)
+        return [first, *others]
+
+    try:
+        three, four = usual.run({BATCH: 3}, 0), usual.run({BATCH: 4}, 0)
+        changed = Reference(model, free, options, first_row_changed).run({BATCH: 3}, 0)
+    except RejectedInputError:
+        return False
+    same = three.outputs.keys() == four.outputs.keys() == changed.outputs.keys()
+    for name, value in three.outputs.items() if same else ():
+        pairs = zip(value.shape, four.outputs[name].shape, strict=False)
+        grown = [place for place, pair in enumerate(pairs) if pair == (3, 4)]
+        other = changed.outputs[name]
+        if len(grown) != 1 or value.shape != other.shape:
+            return False
+        rest = np.take(value, (1, 2), grown[0]), np.take(other, (1, 2), grown[0])
+        if not np.allclose(*rest, 1e-4, 1e-5, equal_nan=True) or np.array_equal(value, other):
+            return False
+    return same and bool(three.outputs)
+
+
 def settle_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> tuple[Reference, Case]:
     """The first proposed inputs that the model accepts, and its answer at exactly those sizes."""
     dtype = float_dtype(model)
     failure: RejectedInputError | None = None
     for guess in propose_inputs(model, loaded, known, options):
-        specs = free_axes(name_inputs(model, guess.shapes, dtype), loaded, options, guess.batch_axis)
+        named = name_inputs(model, guess.shapes, dtype)
+        batch_axis = guess.batch_axis if options.static else probed_batch_axis(model, named, guess, options)
+        specs = free_axes(named, loaded, options, batch_axis)
         reference = Reference(model, specs, options)
         try:
             case = reference.run({}, GIVEN_SEED)
@@ -7100,8 +7275,77 @@ def other_sizes(size: int, *, larger: bool, turn: int) -> list[int]:
     return [size + step if larger else size - step for step in steps if larger or size > step]
 
 
-def plan_module(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> Job:
-    """Settle the inputs, find out which axes really are free, and take PyTorch's answers at several sizes."""
+def read_samples(path: Path) -> dict[str, Arrays]:
+    """The user's own inputs by the names of their files: an .npz file, or all in a directory; raises UsageError."""
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    samples: dict[str, Arrays] = {}
+    for file in files:
+        admit(file)
+        try:
+            with open_input(file) as content, np.load(content, allow_pickle=False) as arrays:
+                samples[file.name] = dict(arrays)
+        except (ConversionError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise UsageError(f"--verify-data: {file} is no .npz file of plain arrays ({first_line(error)})") from None
+    if not samples or not all(samples.values()):
+        raise UsageError(
+            f"--verify-data: {path} holds no arrays; save them with numpy.savez(FILE, name_of_input=array)"
+        )
+    return samples
+
+
+def shapes_of(sample: Arrays, model: nn.Module) -> list[InputShape]:
+    """What --input-shape would say of a sample, in the order of forward's arguments where these have its names."""
+    names, _ = forward_parameters(model)
+    ordered = sorted(sample, key=lambda name: names.index(name) if name in names else len(names))
+    return [
+        InputShape(
+            sample[name].shape,
+            None if len(sample) == 1 and name not in names else name,  # such as arr_0
+            None if sample[name].dtype.kind == "f" else str(sample[name].dtype),  # floats become the model's
+        )
+        for name in ordered
+    ]
+
+
+def sample_case(file: str, sample: Arrays, reference: Reference, options: Options) -> Case:
+    """PyTorch's answer for a sample of the user's; raises UsageError where it does not fit the inputs."""
+    specs, fits = reference.specs, "name arrays as the inputs"
+    if len(sample) == len(specs) == 1:
+        sample = {specs[0].name: next(iter(sample.values()))}
+    if sample.keys() != {spec.name for spec in specs}:
+        wanted = ", ".join(spec.name for spec in specs)
+        raise UsageError(f"--verify-data: {file} has {and_more(sample, 6)}, the model takes {wanted}; {fits}")
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        shape = sample[spec.name].shape
+        if len(shape) == len(spec.dims):
+            sizes |= {symbol: shape[axis] for axis, symbol in spec.axes.items()}
+        if spec.resized(sizes) != shape:
+            what = f"{spec.name} is {shape_text(shape)} in {file}, and {shape_text(spec.dims)} in the graph"
+            raise UsageError(f"--verify-data: {what}; pass --dynamic-axes with the axes that may differ")
+
+    def tensors(*_: object) -> list[Tensor]:
+        return [torch.from_numpy(sample[spec.name]).to(spec.dtype) for spec in specs]
+
+    try:
+        case = Reference(reference.model, specs, options, tensors).run(sizes, 0)
+    except RejectedInputError as error:
+        raise UsageError(f"--verify-data: the model does not accept {file}: {error}") from error.__cause__
+    check_finite(case)
+    return case._replace(label=f"{case.label} ({SAMPLE} {file})")
+
+
+def plan_module(
+    model: nn.Module,
+    loaded: Loaded,
+    known: Preprocessing,
+    options: Options,
+    samples: Mapping[str, Arrays] = MappingProxyType({}),
+) -> Job:
+    """Settle the inputs, find out which axes really are free, and take PyTorch's answers at several sizes.
+
+    And for several kinds of values, and the user's own `samples`.
+    """
     reference, given = settle_inputs(model, loaded, known, options)
     base = {name: spec.dims[axis] for spec in reference.specs for axis, name in spec.axes.items()}
     small, large = dict(base), dict(base)
@@ -7126,15 +7370,33 @@ def plan_module(model: nn.Module, loaded: Loaded, known: Preprocessing, options:
             LOG.warn(
                 f"the batch axis is fixed at {batch}: the model rejects other batch sizes, or returns other outputs"
             )
-            return plan_module(model, loaded, known, fixed_batch(options, reference.specs))
+            return plan_module(model, loaded, known, fixed_batch(options, reference.specs), samples)
         if case is None:
             raise UsageError(f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static")
         cases.append(case)
     check_outputs(given)
     for case in cases:
         check_finite(case)
-    traced = reference.tensors(base | {BATCH: max(2, batch)}, seed=0)
+    if not options.no_verify:
+        cases += value_cases(reference, {**base, BATCH: 1} if BATCH in base else base, given)
+        check_deterministic(reference, given, {}, GIVEN_SEED)  # once more, after other inputs
+        cases += [sample_case(file, sample, reference, options) for file, sample in samples.items()]
+    traced = reference.tensors({name: max(2, size) for name, size in base.items()}, seed=0)
     return Job(model, reference.specs, list(given.outputs), traced, cases, options.output.name)
+
+
+def value_cases(reference: Reference, sizes: Mapping[str, int], given: Case) -> list[Case]:
+    """PyTorch's answers for each of VALUE_SETS that it takes, and has finite answers for."""
+    cases, start = [], time.monotonic()
+    for seed, values in enumerate(VALUE_SETS):
+        with contextlib.suppress(RejectedInputError, DamagedFileError, AttemptError):  # not in the model's domain
+            case = reference.run(sizes, seed, values)
+            finite = all(np.isfinite(x).all() for x in case.outputs.values() if x.dtype.kind in "fc")
+            if finite and case.outputs.keys() == given.outputs.keys():
+                cases.append(case)
+        if time.monotonic() - start > VALUES_SECONDS:
+            break
+    return cases
 
 
 def uneven_sizes(base: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -7549,6 +7811,21 @@ def tracing_notes(caught: Iterable[warnings.WarningMessage]) -> str:
     return f"; tracing fixed what is decided by values at {', '.join(lines[:3])}" if lines else ""
 
 
+def fixed_decisions(job: Job) -> str:
+    """What the model's code decides by tensors' values, and decided alike for every case; "" for nothing.
+
+    Where it decided differently, the cases have shown that the graph follows.
+    """
+    places = {place for case in job.cases for place in case.decisions}
+    same = sorted(
+        f"{place} reads {and_more(job.cases[0].decisions[place], 2)}"
+        for place in places
+        if len({tuple(case.decisions.get(place, ())) for case in job.cases}) == 1
+    )
+    tried = "; ".join(case.label for case in job.cases)
+    return f"{and_more(same, 3)} off a tensor for every input tried ({tried}), and tracing keeps that" if same else ""
+
+
 def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> str:
     """The first line of an exporter's error, with the module and source line of the operator it names."""
     cause = error
@@ -7595,12 +7872,17 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
     if len(graph.outputs) != len(job.outputs):
         raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(job.outputs)}")
     strip_wrapper_names(graph)
+    for place, value in enumerate(graph.outputs):
+        if value in graph.outputs[:place]:  # a tensor that is returned twice is two outputs
+            node = ir.node("Identity", [value], outputs=[ir.Value(type=value.type, shape=value.shape)])
+            graph.append(node)
+            graph.outputs[place] = node.outputs[0]
     for value, name in zip(graph.outputs, job.outputs, strict=True):
         value.name = name
     for spec, value in zip(job.specs, graph.inputs, strict=True):
         value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
     for index, value in enumerate(graph.outputs):
-        value.shape = ir.Shape(output_axes(job, index, value))
+        value.shape = ir.Shape(output_axes(job, index, value) or ())
     graph.name = "model"
     model.ir_version = min(
         10, max(8, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", model.opset_imports[""])]))
@@ -7661,8 +7943,25 @@ def strip_wrapper_names(graph: ir.Graph) -> None:
             node.name = node.name.replace("/inner/", "/", 1)
 
 
-def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str]:
-    """Names of an output's axes: those of the inputs' that they follow, or a name of their own where they vary."""
+def varies_in_rank(name: str, job: Job) -> bool:
+    """Whether an output has not the same number of axes for all inputs."""
+    return len({case.outputs[name].ndim for case in job.cases}) > 1
+
+
+def drop_output_shapes(path: Path, names: Collection[str]) -> None:
+    """Let a graph not declare the shape of some outputs: onnx.checker wants one, but none would be true."""
+    model = onnx.load(path, load_external_data=False)
+    for value in model.graph.output:
+        if value.name in names:
+            value.type.tensor_type.ClearField("shape")
+    onnx.save(model, path)
+
+
+def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str] | None:
+    """Names of an output's axes: those of the inputs' that they follow, or a name of their own where they vary.
+
+    None where not even their number is the same for all inputs.
+    """
     name = job.outputs[index]
     shapes = [case.outputs[name].shape for case in job.cases]
     symbols: dict[str, list[int]] = {}
@@ -7672,7 +7971,9 @@ def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str]:
     if {PAST, SEQUENCE} <= symbols.keys():  # a cache grows by what is new
         symbols[TOTAL] = [sum(sizes) for sizes in zip(symbols[PAST], symbols[SEQUENCE], strict=True)]
     result: list[int | str] = []
-    for axis, sizes in enumerate(zip(*shapes, strict=True) if len({len(shape) for shape in shapes}) == 1 else ()):
+    if varies_in_rank(name, job):
+        return None
+    for axis, sizes in enumerate(zip(*shapes, strict=True)):
         inferred = value.shape[axis] if value.shape is not None and len(value.shape) == len(shapes[0]) else None
         follows = next((symbol for symbol, seen in symbols.items() if list(sizes) == seen), None)
         fixed = len(set(sizes)) == 1 and (isinstance(inferred, int) or not symbols)
@@ -8312,9 +8613,12 @@ def describe_success(report: Mapping[str, Any]) -> str:
     differences = [item for graph in report.get("graphs", [report]) for item in graph["verified"]]
     proof = "not verified"
     if differences:
-        shapes = len({difference["case"] for difference in differences})
-        worst = max(difference["largest"] for difference in differences)
+        usual = [difference for difference in differences if "(" not in difference["case"]]
+        shapes = len({difference["case"] for difference in usual})
+        worst = max(difference["largest"] for difference in usual)
         proof = f"verified at {shapes} shape{'s' if shapes > 1 else ''}, largest difference {worst:.2g}"
+        samples = {item["case"] for item in differences if f" ({SAMPLE} " in item["case"]}
+        proof += f", and with {len(samples)} sample{'s' if len(samples) > 1 else ''} of yours" if samples else ""
     names = " and ".join(graph["output"] for graph in report.get("graphs", [report]))
     return f"{names} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
 
@@ -9119,14 +9423,18 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def flatten_outputs(value: Any) -> dict[str, Tensor]:
-    """Every tensor of nested outputs under a stable name: `output`, `logits`, `boxes`, `output_1`, `aux_0`."""
+    """Every tensor of nested outputs, in their order, under a name of its own: `output`, `logits`, `boxes`, `aux_0`.
+
+    Names that are the same once they are spelt as ONNX wants them get numbers.
+    """
     found: dict[str, Tensor] = {}
 
     def walk(item: Any, path: tuple[str, ...]) -> None:
         if isinstance(item, torch.Tensor):
             text = "_".join(path)
-            name = text if text and not text[0].isdigit() else f"output_{text}".rstrip("_")
-            found[re.sub(r"[^\w.]", "_", name)] = item
+            name = re.sub(r"[^\w.]", "_", text if text and not text[0].isdigit() else f"output_{text}".rstrip("_"))
+            numbered = (f"{name}_{number}" for number in itertools.count(1))
+            found[name if name not in found else next(other for other in numbered if other not in found)] = item
         elif isinstance(item, Mapping):
             for key, entry in item.items():
                 walk(entry, (*path, str(key)))
@@ -9886,6 +10194,26 @@ def register_symbolics() -> None:
     register_custom_op_symbolic("aten::cumsum", symbolic_cumsum, 13)
     register_custom_op_symbolic("aten::unfold", symbolic_unfold, 13)
     register_custom_op_symbolic("aten::as_strided", symbolic_strided, 13)
+    register_custom_op_symbolic("aten::log_sigmoid", symbolic_log_sigmoid, 9)
+    register_custom_op_symbolic("aten::floor_divide", symbolic_floor_divide, 10)
+
+
+def symbolic_log_sigmoid(graph: Any, tensor: Any) -> Any:
+    """-softplus(-x); torch's own, the logarithm of the sigmoid, is -inf from -104 on in float32 (seen in 2.14.1)."""
+    return graph.op("Neg", graph.op("Softplus", graph.op("Neg", tensor)))
+
+
+def symbolic_floor_divide(graph: Any, tensor: Any, other: Any) -> Any:
+    """Division towards minus infinity, of integers too: torch's own truncates these (seen in 2.14.1).
+
+    Mod has the sign of the divisor, so that what it leaves is divided without a remainder.
+    """
+    from torch.onnx import symbolic_helper, symbolic_opset9
+
+    if symbolic_helper._is_fp(tensor) or symbolic_helper._is_fp(other):  # noqa: SLF001
+        return graph.op("Floor", symbolic_opset9.true_divide(graph, tensor, other))
+    whole = graph.op("Sub", tensor, graph.op("Mod", tensor, other))
+    return graph.op("Div", whole, other)
 
 
 def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
