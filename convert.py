@@ -7283,7 +7283,7 @@ def read_samples(path: Path) -> dict[str, Arrays]:
         admit(file)
         try:
             with open_input(file) as content, np.load(content, allow_pickle=False) as arrays:
-                samples[file.name] = dict(arrays)
+                samples[file.name] = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
         except (ConversionError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise UsageError(f"--verify-data: {file} is no .npz file of plain arrays ({first_line(error)})") from None
     if not samples or not all(samples.values()):
