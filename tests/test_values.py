@@ -1,0 +1,220 @@
+"""Proved on the values that users have: branches, signs, sizes and types of numbers that few drawn inputs show."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from forked import run_forked
+from helpers import axes, check_error, lines, onnx_outputs
+
+MODELS = """
+import torch
+from torch import nn
+
+class Scaled(nn.Module):  # images of bytes are scaled, others are not
+    def forward(self, x):
+        if x.max() > 10:
+            x = x / 255.0
+        return x.mean((2, 3))
+
+class Guarded(nn.Module):  # no input that anybody would draw takes this branch
+    def forward(self, x):
+        if x.sum() > 1e30:
+            x = x * 2
+        return x.abs().log1p()
+
+class BySize(nn.Module):  # sizes decide, and the graph is compared at several
+    def forward(self, x):
+        return x * 2 if x.shape[-1] > 3 else x
+
+class Halves(nn.Module):
+    def forward(self, x):
+        return x // 2, x % 3
+
+class Histogram(nn.Module):
+    def forward(self, image):
+        bins = (image.int() >> 5).reshape(image.shape[0], -1).long()
+        return torch.zeros(image.shape[0], 8).scatter_add(1, bins, torch.ones(bins.shape))
+
+class LogSigmoid(nn.Module):
+    def forward(self, x):
+        return nn.functional.logsigmoid(x)
+
+class Twice(nn.Module):
+    def forward(self, x):
+        y = x.exp()
+        return {"y": y, "same": y, "left-eye": x + 1, "left eye": x + 2, "nested": [x + 3, x + 4], "nested_1": x + 5}
+
+class Squeezed(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)).squeeze()
+
+class Transposed(nn.Module):  # the batch comes first, although the layer wants it second
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(6, 5)
+
+    def forward(self, x):
+        return self.rnn(x.transpose(0, 1))[0][-1]
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(6, 5)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+class Counting(nn.Module):  # remembers the largest value so far
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x):
+        self.largest = torch.maximum(self.largest, x.abs().max())
+        return x / (1 + self.largest)
+"""
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a module of models, and each of them as a complete pickle."""
+    folder = tmp_path_factory.mktemp("values")
+    (folder / "value_models.py").write_text(MODELS)
+    return folder
+
+
+def convert(classes: Path, name: str, out: Path, *options: str) -> Any:
+    """Convert the model of a class; returns the result and the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(classes)
+        patch.setenv("PYTHONPATH", str(classes))
+        spec = importlib.util.find_spec("value_models")
+        assert spec is not None
+        module = importlib.import_module("value_models")
+        torch.manual_seed(0)
+        model = getattr(module, name)().eval()
+        torch.save(model, out / "input.pt")
+        command = ("-i", str(out / "input.pt"), "-o", str(out / "model.onnx"), "--allow-class", f"value_models.{name}")
+        return run_forked(*command, *options), model
+
+
+def largest_difference(model: Any, path: Path, value: torch.Tensor) -> float:
+    """Of ONNX Runtime's outputs from PyTorch's, which are as many and of the same shapes."""
+    with torch.no_grad():
+        expected = model(value.clone())
+    name = next(iter(axes(path)))
+    found = list(onnx_outputs(path, {name: value.numpy()}).values())
+
+    def flat(item: Any) -> list[np.ndarray]:
+        if isinstance(item, torch.Tensor):
+            return [item.numpy()]
+        return [array for entry in (item.values() if isinstance(item, dict) else item) for array in flat(entry)]
+
+    wanted = flat(expected)
+    assert [array.shape for array in found] == [array.shape for array in wanted]
+    return max(float(np.abs(a * 1.0 - b).max(initial=0)) for a, b in zip(found, wanted, strict=True))
+
+
+def numbers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Seeded integers."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "values"),
+    [
+        ("Halves", ("--input-shape", "1,6:int64"), lambda: numbers(-50, 50, 4, 6)),
+        ("Histogram", ("--input-shape", "1,3,8,8:uint8"), lambda: numbers(0, 256, 2, 3, 8, 8, dtype=torch.uint8)),
+        ("LogSigmoid", ("--input-shape", "1,4"), lambda: torch.tensor([[-300.0, 200.0, 9.0, -1.0]])),
+        ("Twice", ("--input-shape", "1,4"), lambda: torch.randn(3, 4)),
+        ("Squeezed", ("--input-shape", "1,3,8,8"), lambda: torch.randn(4, 3, 8, 8)),
+        ("Squeezed", ("--input-shape", "2,3,8,8"), lambda: torch.randn(1, 3, 8, 8)),
+        ("Transposed", ("--input-shape", "1,20,6"), lambda: torch.randn(4, 20, 6)),
+        ("SequenceFirst", ("--input-shape", "20,1,6"), lambda: torch.randn(20, 4, 6)),
+        ("BySize", ("--input-shape", "1,8"), lambda: torch.randn(5, 8)),
+    ],
+)
+def test_right_there(
+    name: str, options: tuple[str, ...], values: Callable[[], torch.Tensor], classes: Path, tmp_path: Path
+) -> None:
+    """Signs, ranges, ranks, names and batch axes that the traced inputs do not have."""
+    result, model = convert(classes, name, tmp_path, *options)
+    assert result.code == 0, result.err
+    assert largest_difference(model, tmp_path / "model.onnx", values()) < 1e-4
+
+
+def test_names_that_collide(classes: Path, tmp_path: Path) -> None:
+    """Each tensor is an output of its own, in PyTorch's order, under a name of its own."""
+    result, _ = convert(classes, "Twice", tmp_path, "--input-shape", "1,4")
+    assert result.code == 0, result.err
+    names = [output.name for output in onnx.load(tmp_path / "model.onnx").graph.output]
+    assert names == ["y", "same", "left_eye", "left_eye_1", "nested_0", "nested_1", "nested_1_1"]
+
+
+def test_a_branch_that_values_take(classes: Path, tmp_path: Path) -> None:
+    """A trace that keeps one side of a branch is refused, with the line that decides and the values that show it."""
+    result, _ = convert(classes, "Scaled", tmp_path, "--input-shape", "1,3,8,8")
+    check_error(result, 6, "(0 to 255)", "decided by values at value_models.py(7)")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_branch_that_no_value_takes(classes: Path, tmp_path: Path) -> None:
+    """Where no drawn value takes the other side, the graph is written, and the line is told."""
+    result, model = convert(classes, "Guarded", tmp_path, "--input-shape", "1,4")
+    assert result.code == 0, result.err
+    assert any("value_models.py(13) reads False" in line for line in lines(result, "WARN")), result.err
+    assert largest_difference(model, tmp_path / "model.onnx", torch.randn(2, 4)) < 1e-6
+    quiet, _ = convert(classes, "BySize", tmp_path, "--input-shape", "1,8")
+    assert not lines(quiet, "WARN")
+
+
+def test_a_sample_takes_the_branch(classes: Path, tmp_path: Path) -> None:
+    """What no drawn value shows, the user's own data do: then the graph is refused."""
+    np.savez(tmp_path / "data.npz", x=np.full((2, 4), 1e30, np.float32))
+    result, _ = convert(classes, "Guarded", tmp_path, "--verify-data", str(tmp_path / "data.npz"))
+    check_error(result, 6, "value_models.py(13)", "(sample data.npz)")
+
+
+def test_state_that_other_inputs_change(classes: Path, tmp_path: Path) -> None:
+    """A model that answers two equal calls alike, and not after others, is told to keep state."""
+    result, _ = convert(classes, "Counting", tmp_path, "--input-shape", "1,4")
+    check_error(result, 6, "PyTorch itself gives two answers", "changes its own state")
+
+
+def test_samples(classes: Path, tmp_path: Path) -> None:
+    """The first sample tells shapes and dtypes; all are compared and counted."""
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    np.savez(samples / "a.npz", x=np.arange(12).reshape(2, 6))
+    np.savez(samples / "b.npz", np.arange(-6, 0).reshape(1, 6))
+    result, model = convert(classes, "Halves", tmp_path, "--verify-data", str(samples))
+    assert result.code == 0, result.err
+    assert "and with 2 samples of yours" in lines(result, "SUCCESS")[0]
+    assert largest_difference(model, tmp_path / "model.onnx", numbers(-9, 9, 3, 6)) == 0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "words"),
+    [
+        ({"x": np.zeros((2, 5))}, ("--input-shape", "1,4"), " is 2x5 in data.npz"),
+        ({"x": np.zeros((2, 4)), "y": np.zeros(3)}, ("--input-shape", "1,4"), "data.npz has x, y, the model takes"),
+        ({"x": np.array([None])}, (), "is no .npz file of plain arrays"),
+        ({}, (), "holds no arrays"),
+        ({"x": np.zeros((2, 4))}, ("--no-verify",), "leaves nothing for --verify-data to do"),
+    ],
+)
+def test_samples_that_do_not_fit(
+    arrays: dict[str, np.ndarray], options: tuple[str, ...], words: str, classes: Path, tmp_path: Path
+) -> None:
+    """They are told, and nothing is written."""
+    np.savez(tmp_path / "data.npz", **arrays)
+    result, _ = convert(classes, "Guarded", tmp_path, "--verify-data", str(tmp_path / "data.npz"), *options)
+    check_error(result, 2, "--verify-data", words)
