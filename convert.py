@@ -62,7 +62,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 
 class Lazy:
@@ -87,6 +87,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
     from torch import Tensor, nn
+
+    T = TypeVar("T")
 else:
     ast, np, onnx, ir = Lazy("ast", "ast"), Lazy("numpy", "np"), Lazy("onnx", "onnx"), Lazy("onnx_ir", "ir")
     torch, nn = Lazy("torch", "torch"), Lazy("torch.nn", "nn")
@@ -530,7 +532,7 @@ class InputSpec(NamedTuple):
 class Guess(NamedTuple):
     """Shapes that the model tells, one per input; `batch_axis` is -1 where there is none."""
 
-    shapes: list[InputShape]
+    shapes: Sequence[InputShape]
     reason: str
     batch_axis: int = 0
 
@@ -906,7 +908,8 @@ def first_success(
     attempts: Sequence[Attempt], make: Callable[[Attempt], Produced], *, higher: bool = True
 ) -> tuple[Produced | None, list[tuple[Attempt, AttemptError]]]:
     """The first of `attempts` that passes, and why others failed; an operator that wants a `higher` opset gets it."""
-    waiting, failures = list(attempts), []
+    waiting = list(attempts)
+    failures: list[tuple[Attempt, AttemptError]] = []
     while waiting:
         attempt = waiting.pop(0)
         try:
@@ -1499,7 +1502,10 @@ def inspect_weight_file(source: Source) -> WeightFacts:
 
 def join_weight_files(files: Iterable[WeightFacts]) -> WeightFacts:
     """What several files hold together; of their problems the first one."""
-    shapes, elements, facts, names = {}, [], {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    elements: list[tuple[str, int]] = []
+    facts: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for file in files:
         shapes |= file.shapes
         elements += file.elements
@@ -2436,7 +2442,8 @@ def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
         where = f"{adapter.folder}: the adapter does not fit {type(model).__name__} of {adapter.base}"
         return InputError(f"{where}: {shorten(what, 300)}; {advice}")
 
-    expected, own = model.state_dict(keep_vars=True), {}
+    expected: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    own: dict[str, Tensor] = {}
     for name, tensor in adapter.own.items():
         if name not in expected:
             raise misfit(f"that has no {name}")
@@ -2473,7 +2480,7 @@ def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Se
     turned = isinstance(layer, (nn.Embedding, conv1d))  # its weight has a column, not a row, for each output
     weight, rank = layer.weight.detach(), setting("rank_pattern", "r")
     rows = (weight.t() if turned else weight.flatten(1)).float()
-    wanted = {"A": (rank, rows.shape[1]), "B": (rows.shape[0], rank)}
+    wanted: dict[str, tuple[float, ...]] = {"A": (rank, rows.shape[1]), "B": (rows.shape[0], rank)}
     if settings.flag("use_dora"):
         wanted["magnitude_vector"] = (rows.shape[0],)
     if "bias" in parts and getattr(layer, "bias", None) is not None:
@@ -2492,7 +2499,8 @@ def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Se
     merged = (rows.t() if turned else rows).reshape(weight.shape).to(weight.dtype).contiguous()
     layer.weight = nn.Parameter(merged, requires_grad=False)  # where another layer shares it, that keeps the base's
     if "bias" in flat:
-        bias = (layer.bias.float() + scale * flat["bias"]).to(layer.bias.dtype)
+        old: Any = layer.bias  # which is there, as `wanted` says
+        bias = (old.float() + scale * flat["bias"]).to(old.dtype)
         layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
@@ -2580,7 +2588,7 @@ def download(name: str, revision: str | None, options: Options, *, otherwise: st
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    where = {"revision": revision}
+    where: dict[str, Any] = {"revision": revision}
     wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
     unwanted = ["onnx/*", "openvino/*", "flax*", "tf_*"] + ([] if options.trust_remote_code else ["*.py"])
     try:
@@ -3295,7 +3303,7 @@ def library_model(name: str) -> Callable[..., nn.Module]:
 
     own = import_library("torchvision.models")
     with contextlib.suppress(ValueError):
-        return own.get_model_builder(name)
+        return cast("Callable[..., nn.Module]", own.get_model_builder(name))
     timm = import_library("timm")
     if timm.is_model(name):
         return functools.partial(timm.create_model, name)
@@ -3419,7 +3427,7 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     return weights
 
 
-def unwrap_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unwrap_names(weights: Mapping[str, T]) -> dict[str, T]:
     """`weights` without counters and without what wrappers put into names; raises ConversionError for FSDP's shards."""
     if any(name.endswith("_flat_param") for name in weights):
         raise InputError(
@@ -3466,8 +3474,8 @@ def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
         if wanted == {name.removeprefix(prefix) for name in within if name.startswith(prefix)}:
             parts.append(prefix)
     if len(parts) > 1:
-        names = ", ".join(part.rstrip(".") for part in parts[:8])
-        raise UsageError(f"the class's weights are there several times; pass --checkpoint-key: {names}")
+        keys = ", ".join(part.rstrip(".") for part in parts[:8])
+        raise UsageError(f"the class's weights are there several times; pass --checkpoint-key: {keys}")
     return parts[0] if parts else ""
 
 
@@ -3524,7 +3532,7 @@ def is_architecture_argument(name: object, value: object, depth: int = 0) -> boo
             return False
     if isinstance(value, (list, tuple)):
         return depth < 3 and len(value) <= 1000 and all(is_architecture_argument("", v, depth + 1) for v in value)
-    if type(value) in (int, float):
+    if isinstance(value, (int, float)) and type(value) in (int, float):
         return -MAX_ARGUMENT <= value <= MAX_ARGUMENT  # NaN is not
     return (
         value is None
@@ -3709,7 +3717,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     try:
         needed = 8 + length
         if size >= needed:
-            header = json.loads(text.decode(), object_pairs_hook=unique_keys)
+            header: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=unique_keys)
             header.pop("__metadata__", None)
             needed += check_extents(header, size - needed)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -3755,7 +3763,7 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        dtype = getattr(torch, names[entry["dtype"]])
+        dtype = getattr(torch, str(names[entry["dtype"]]))
         part = data[begin:end]
         aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
         tensors[name] = aligned.view(dtype).view(entry["shape"])
@@ -3932,7 +3940,7 @@ def is_symbolic_expression(text: object) -> bool:
         return False
     shapes = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.keyword, ast.Load, ast.unaryop, ast.cmpop,
               ast.Tuple, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)  # fmt: skip
-    power = 1
+    power: float = 1
     for node in ast.walk(tree):
         exponent = None
         if isinstance(node, ast.Call):
@@ -3947,7 +3955,8 @@ def is_symbolic_expression(text: object) -> bool:
             good = isinstance(node, shapes)
             exponent = node.right if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) else None
         if exponent is not None:
-            power *= max(1, abs(exponent.value)) if isinstance(exponent, ast.Constant) else MAX_POWER + 1
+            number = exponent.value if isinstance(exponent, ast.Constant) else None
+            power *= max(1, abs(number)) if isinstance(number, (int, float, complex)) else MAX_POWER + 1
         if not good or power > MAX_POWER:
             return False
     return True
@@ -4412,7 +4421,7 @@ def rebuild_from_type(function: Token, cls: Token, arguments: tuple[Any, ...], *
     rebuild = REBUILDERS.get(function.name)
     if cls.name not in VALUE_CLASSES or rebuild not in (rebuild_tensor, rebuild_meta_tensor, rebuild_parameter):
         raise RefusedFileError(f"the file holds a tensor of the class {cls.name}")
-    return rebuild(*arguments)
+    return cast("Tensor", rebuild(*arguments))
 
 
 def rebuild_storage(data: bytes, *, unpickler: Unpickler) -> object:
@@ -4707,7 +4716,7 @@ class Budget:
             raise DamagedFileError("its tensors have far more elements than the file holds")
 
 
-class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: SLF001  (the C version cannot be overridden)
+class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot be overridden)
     """Python's own unpickler with every opcode that can call, import or assign replaced by ours.
 
     `read_storage(persistent_id)` returns (UntypedStorage, dtype). Names that are not allowed are collected in
@@ -4715,7 +4724,8 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
     bytes of `file` the pickle may take. A pickle inside another one has the `budget` of the outer one.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]  # noqa: RUF012, SLF001
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # noqa: SLF001
+    pop_mark: Callable[[], list[Any]]  # of the class above, in Python's code but not in its annotations
 
     def __init__(
         self,
@@ -4725,7 +4735,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: 
         budget: Budget | None = None,
     ) -> None:
         super().__init__(BoundedFile(file, size), fix_imports=True, encoding="latin1")
-        self.persistent_load = read_storage
+        self.persistent_load = read_storage  # type: ignore[assignment, method-assign]  # no method: it takes no self
         self.refused: dict[str, None] = {}
         self.budget = budget or Budget(size)
         self.settled: dict[int, object] = {}  # dictionaries that settle_back_ends has seen, by their ids
@@ -5029,7 +5039,7 @@ def names_assigned_in(cls: type) -> frozenset[str]:
     is_model = not belongs(cls.__module__, ("transformers",)) or belongs(cls.__module__, MODEL_MODULES)
     names = set(vars(cls).get("__annotations__", ()) if is_model else ())
     for method, function in vars(cls).items():
-        code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
+        code: Any = getattr(getattr(function, "__wrapped__", function), "__code__", None)
         constructs = method in ("__init__", "__post_init__", "post_init")
         for before, after in itertools.pairwise(dis.get_instructions(code) if code else ()):
             loaded = (
@@ -5140,7 +5150,7 @@ def set_partial_state(target: functools.partial[Any], state: object) -> None:
     _, arguments, keywords, attributes = state
     if attributes or not isinstance(arguments, tuple) or not isinstance(keywords, dict):
         raise DamagedFileError("a functools.partial has a damaged state")
-    target.__setstate__((target.func, tuple(map(finished, arguments)), keywords, None))
+    cast("Any", target).__setstate__((target.func, tuple(map(finished, arguments)), keywords, None))
 
 
 def check_module_graph(root: nn.Module) -> None:
@@ -5501,7 +5511,7 @@ class ScriptUnpickler(InertUnpickler):
         if not isinstance(function, Token) or type(arguments) is not tuple:
             raise DamagedFileError("a pickle of the archive calls something that is not a function")
         self.budget.spend(*arguments)
-        rebuild = SCRIPT_REBUILDERS.get(function.name, lambda *_: None)  # an enumeration of the archive
+        rebuild: Callable[..., Any] = SCRIPT_REBUILDERS.get(function.name, lambda *_: None)  # of an enumeration, None
         self.stack[-1] = None if self.refused else rebuild(*arguments)
 
     def new_object(self, token: object, arguments: object) -> Any:
@@ -5592,7 +5602,7 @@ def vet_script_code(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             names = {item.value for item in node.args if isinstance(item, ast.Constant)}
-            found.update(f"getattr of {name}" for name in names & DENIED_OPERATORS)
+            found.update(f"getattr of {name}" for name in DENIED_OPERATORS & names)
     return found | set(called_while_loading(tree))
 
 
@@ -5636,7 +5646,7 @@ def script_method(node: ast.FunctionDef, attributes: Mapping[str, str]) -> Scrip
         if isinstance(value, ast.Attribute):
             return attributes.get(f"{type_of(value.value)}.{value.attr}", "")
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "getattr" and len(value.args) == 2:
-            name = value.args[1].value if isinstance(value.args[1], ast.Constant) else ""
+            name = str(value.args[1].value) if isinstance(value.args[1], ast.Constant) else ""
             return attributes.get(f"{type_of(value.args[0])}.{name}", "")
         return ""
 
@@ -5921,7 +5931,8 @@ def text_specs(model: Any, task: str) -> list[InputSpec]:
         names.append("token_type_ids")
     if takes_argument(model, "bbox"):
         names.append("bbox")
-    dims, axes = (TEXT_SIZES[0][BATCH], TEXT_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
+    dims: tuple[int, ...] = (TEXT_SIZES[0][BATCH], TEXT_SIZES[0][SEQUENCE])
+    axes = {0: BATCH, 1: SEQUENCE}
     if task == "multiple-choice":
         dims, axes = (dims[0], CHOICES, dims[1]), {0: BATCH, 1: "num_choices", 2: SEQUENCE}
     specs = [InputSpec(name, dims, torch.int64, axes) for name in names if takes_argument(model, name)]
@@ -6525,10 +6536,12 @@ def generate_from_encoder(model: Any, encoder: Job) -> Generated:
     case, config = encoder.cases[0], model.config
     starts = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
     start = next((token for token in starts if isinstance(token, int)), 0)
-    inputs = {spec.name: torch.tensor(case.inputs[spec.name], device=model.device) for spec in encoder.specs}
+    inputs: dict[str, Any] = {
+        spec.name: torch.tensor(case.inputs[spec.name], device=model.device) for spec in encoder.specs
+    }
     prompt = torch.full((len(next(iter(inputs.values()))), 1), start, device=model.device)
     with torch.no_grad():
-        result = GenerationMixin.generate(
+        result: Any = GenerationMixin.generate(
             model, **inputs, decoder_input_ids=prompt, generation_config=greedy(config, start, GENERATED)
         )
     logits = torch.stack(result.logits, 1)
@@ -6549,7 +6562,7 @@ def check_encoder_decoder(  # noqa: PLR0913, PLR0917
     states = open_session(encoder.light, options.device).run(["last_hidden_state"], case.inputs)[0]
     names = [output.name for output in session.get_outputs()]
     sizes = {BATCH: len(states), PAST: 0, ENCODER_SEQUENCE: states.shape[1]}
-    given = {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
+    given: Arrays = {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
     given |= {"encoder_hidden_states": states, "encoder_attention_mask": case.inputs.get("attention_mask")}
     ids, steps = expected.prompt.numpy(), []
     for step in range(GENERATED):
@@ -6649,7 +6662,7 @@ def encoder_graph(found: FolderModel) -> Graph:
     return Graph("encoder_model", module, specs, examples, sizes)
 
 
-def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, Graph]:
+def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, ...]:
     """The decoder of an encoder-decoder model, for the first tokens and, with what they left in the caches, the next.
 
     transformers.js and Optimum know the names of the inputs from Optimum's merged decoders.
@@ -6901,7 +6914,7 @@ def input_guesses(model: nn.Module, loaded: Loaded, known: Preprocessing) -> Ite
     yield Guess([InputShape((1, 3, 224, 224))], "no layer of the model, so it is the default")
 
 
-def layer_guesses(model: nn.Module, known: Mapping[str, Any]) -> Iterator[Guess]:
+def layer_guesses(model: nn.Module, known: Preprocessing) -> Iterator[Guess]:
     """What the library's metadata and the first layer tell."""
     yield from library_guess(model, known)
     layer = first_layer(model)
@@ -6931,8 +6944,8 @@ def free_axes(specs: Sequence[InputSpec], loaded: Loaded, options: Options, batc
     Axes of one name have one size, in every input. Raises UsageError for an axis that is not there.
     """
     wanted = list(itertools.chain.from_iterable(options.dynamic_axes or ()))
-    for axis in wanted:
-        check_axis(axis, specs)
+    for free in wanted:
+        check_axis(free, specs)
     if loaded.free and not wanted and not options.static:
         return program_axes(specs, loaded.free)
     result = []
@@ -7531,7 +7544,7 @@ def attach_weights(model: ir.Model, job: Job, weights: Mapping[str, Tensor]) -> 
     """
     graph, own = model.graph, {spec.name for spec in job.specs}
     norms = [node.inputs[0] for node in graph if node.op_type == "BatchNormalization"]
-    if any(value.producer().op_type.startswith("Conv") for value in norms if value.producer()):
+    if any(maker.op_type.startswith("Conv") for value in norms if value and (maker := value.producer())):
         return None
     first: dict[tuple[Any, ...], ir.Value] = {}
     for value in [value for value in graph.inputs if value.name not in own]:
@@ -7559,7 +7572,7 @@ def streamed_class() -> Any:
     """The class of the weights that are written a block at a time (onnx-ir is imported late)."""
     from onnx_ir.tensor_adapters import TorchTensor
 
-    class Streamed(TorchTensor):  # type: ignore[misc]
+    class Streamed(TorchTensor):
         """A torch tensor, of any strides and stored or not, in an ONNX graph."""
 
         def numpy(self) -> Any:
@@ -7584,11 +7597,11 @@ def split_weight(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
     picks = []
     for node in value.consumers():
         index = node.inputs[1] if node.op_type == "Gather" and node.inputs[0] is value else None
-        row = ir.convenience.get_const_tensor(index) if index is not None else None
-        if row is None or row.shape.rank() or node.attributes.get_int("axis", 0):
+        place = ir.convenience.get_const_tensor(index) if index is not None else None
+        if place is None or place.shape.rank() or node.attributes.get_int("axis", 0):
             return [value]
-        picks.append((node, int(row.numpy())))
-    raw, found = value.const_value.raw, {}
+        picks.append((node, int(place.numpy())))
+    raw, found = weight_of(value).raw, {}
     for node, row in picks:
         if row not in found:
             name = f"{value.name}.{row}"
@@ -7597,9 +7610,9 @@ def split_weight(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
             found[row] = part
             graph.initializers.add(part)
         ir.convenience.replace_all_uses_with(node.outputs[0], found[row])
-        node.graph.remove(node, safe=True)
+        remove_node(node)
     if found:
-        del graph.initializers[value.name]
+        del graph.initializers[str(value.name)]
     return list(found.values()) or [value]
 
 
@@ -7607,17 +7620,17 @@ def store_transposed(graph: ir.Graph, value: ir.Value) -> bool:
     """Store the weight `value` as its Transpose nodes want it, where they are all that use it and agree."""
     nodes = list(value.consumers())
     orders = {tuple(node.attributes.get_ints("perm", ())) if node.op_type == "Transpose" else None for node in nodes}
-    tensor: Any = value.const_value
+    tensor = weight_of(value)
     if len(orders) != 1 or not (order := orders.pop()) or tensor.nbytes >= GEMM_BYTES:
         return False
     turned = tensor.raw.permute(order)
-    name = value.name
+    name = str(value.name)
     del graph.initializers[name]
     new = ir.Value(name=name, shape=ir.Shape(turned.shape), type=value.type, const_value=streamed_class()(turned, name))
     graph.initializers.add(new)
     for node in nodes:
         ir.convenience.replace_all_uses_with(node.outputs[0], new)
-        node.graph.remove(node, safe=True)
+        remove_node(node)
     return True
 
 
@@ -7631,7 +7644,7 @@ def multiply_as_stored(value: ir.Value) -> None:
         turned = transpose.op_type == "Transpose" and list(transpose.attributes.get_ints("perm", ())) == [1, 0]
         if not turned or not all(user.op_type == "MatMul" and user.inputs[1] is transpose.outputs[0] for user in users):
             continue
-        columns, rows = value.const_value.shape.numpy()
+        columns, rows = weight_of(value).shape.numpy()
         for user in users:
             add = functools.partial(node_before, user)
             sizes = [add("Constant", [], value=ir.tensor(numbers)) for numbers in ([-1, rows], [0], [-1], [columns])]
@@ -7642,15 +7655,20 @@ def multiply_as_stored(value: ir.Value) -> None:
             result = add("Reshape", [product, add("Concat", [leading, last], axis=0)])
             result.shape, result.type = user.outputs[0].shape, user.outputs[0].type
             ir.convenience.replace_all_uses_with(user.outputs[0], result, replace_graph_outputs=True)
-            user.graph.remove(user, safe=True)
-        transpose.graph.remove(transpose, safe=True)
+            remove_node(user)
+        remove_node(transpose)
 
 
-def node_before(place: ir.Node, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
+def node_before(place: ir.Node, operator: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
     """The output of a new node before `place`."""
     node = ir.node(operator, inputs, attributes)
-    place.graph.insert_before(place, node)
+    cast("ir.Graph", place.graph).insert_before(place, node)
     return node.outputs[0]
+
+
+def remove_node(node: ir.Node) -> None:
+    """Take a node that nothing uses any more out of its graph."""
+    cast("ir.Graph", node.graph).remove(node, safe=True)
 
 
 def export_dynamo(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
@@ -7673,7 +7691,7 @@ def export_dynamo(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Mod
             output_names=job.outputs,
             verbose=False,
         )
-    return program.model
+    return cast("torch.onnx.ONNXProgram", program).model
 
 
 EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
@@ -7839,7 +7857,7 @@ def fixed_decisions(job: Job) -> str:
 
 def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> str:
     """The first line of an exporter's error, with the module and source line of the operator it names."""
-    cause = error
+    cause: BaseException = error
     while cause.__cause__ is not None and type(error).__module__.startswith("torch.onnx._internal.exporter"):
         cause = cause.__cause__
         error = cause if isinstance(cause, Exception) else error
@@ -8032,7 +8050,7 @@ def branch_of(
         ir.convenience.replace_all_uses_with(value, inputs[str(value.name)])
     taken = {value.name for value in weights.values()}
     for value in list(graph.initializers.values()):
-        tensor = value.const_value
+        tensor = weight_of(value)
         key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
         if key not in weights:
             name = f"{value.name}.2" if value.name in taken else value.name
@@ -8056,7 +8074,7 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     Returns a file with the same graph to check and run: of a large single file its twin, whose weights lie outside, in
     `path`, so that nobody needs to have all of them in memory. Raises ConversionError (RESOURCES) for want of space.
     """
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    size = sum(weight_of(value).nbytes for value in model.graph.initializers.values())
     check_space(path.parent, size)
     light = path
     with LOG.copying(f"write: {path.name}", size):
@@ -8091,14 +8109,14 @@ def write_single_file(model: ir.Model, path: Path) -> Path:
     follow the rest of the graph (https://protobuf.dev/programming-guides/encoding; numbers of the fields: onnx.proto).
     Returns the twin (see write_graph), or `path` where it is small.
     """
-    large = [value for value in model.graph.initializers.values() if value.const_value.nbytes >= STORED_BYTES]
+    large = [value for value in model.graph.initializers.values() if weight_of(value).nbytes >= STORED_BYTES]
     for value in large:
-        del model.graph.initializers[value.name]
+        del model.graph.initializers[str(value.name)]
     proto = ir.to_proto(model)
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
     rest = proto.SerializeToString(deterministic=True)
-    size, width, placed = len(graph) + sum(value.const_value.nbytes for value in large), 0, []
+    size, width, placed = len(graph) + sum(weight_of(value).nbytes for value in large), 0, []
     while width < len(varint(size)):  # where the weights lie, and with it `size`, depends on how wide `size` is written
         width = len(varint(size))
         place = len(rest + message_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size, width) + graph)
@@ -8120,16 +8138,21 @@ class PlacedWeight(NamedTuple):
     """An initializer in a file: its fields other than the data, what stands before these, and where they begin."""
 
     fields: Mapping[str, Any]
-    tensor: ir.TensorProtocol
+    tensor: Any  # an ir.TensorProtocol with tofile(), which all of them have
     head: bytes
     start: int
+
+
+def weight_of(value: ir.Value) -> Any:
+    """The tensor of an initializer: its class is onnx-ir's own or ours, and only its type says that it may be none."""
+    return value.const_value
 
 
 def place_weights(values: Iterable[ir.Value], place: int) -> list[PlacedWeight]:
     """Initializers one after the other, from `place` of the file on, the data of each aligned."""
     placed = []
     for value in values:
-        tensor: Any = value.const_value
+        tensor = weight_of(value)
         fields = {"name": value.name, "dims": tensor.shape.numpy(), "data_type": tensor.dtype.value}
         head = aligned_head(fields, tensor.nbytes, place)
         placed.append(PlacedWeight(fields, tensor, head, place + len(head)))
@@ -8154,7 +8177,7 @@ def aligned_head(fields: Mapping[str, Any], length: int, place: int) -> bytes:
     Runtimes may then use them where they lie. A doc_string of spaces fills the gap.
     """
     for spaces in range(2 * ALIGNMENT):
-        head = onnx.TensorProto(**fields, doc_string=" " * spaces).SerializeToString()
+        head: bytes = onnx.TensorProto(**fields, doc_string=" " * spaces).SerializeToString()
         head += message_head(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, length)
         head = message_head(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + length) + head
         if (place + len(head)) % ALIGNMENT == 0:
@@ -8386,9 +8409,8 @@ def mapped_ranges(file: Path) -> list[tuple[int, int]]:
     with contextlib.suppress(FileNotFoundError):
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
         return [
-            tuple(int(number, 16) for number in line.split()[0].split("-"))
-            for line in lines
-            if line.endswith(f" {file.resolve()}")
+            (int(first, 16), int(last, 16))
+            for first, last in (line.split()[0].split("-") for line in lines if line.endswith(f" {file.resolve()}"))
         ]
     return []
 
@@ -8790,8 +8812,8 @@ def supervise(arguments: Sequence[str], options: Options, name: str) -> int:
         report = settle(staging)
     except (OSError, ValueError) as error:
         what = f"{options.output} may be half replaced ({first_line(error)}): the older files are in {staging}/old"
-        error = ConversionError(ExitStatus.RESOURCES, f"{what}, and the next run puts them back")
-        return report_failure(error, 1, as_json=options.json)
+        failure = ConversionError(ExitStatus.RESOURCES, f"{what}, and the next run puts them back")
+        return report_failure(failure, 1, as_json=options.json)
     remove_debris(staging, made)
     return conclude(code, step, report, options)
 
@@ -9027,7 +9049,7 @@ def stored_class() -> Any:
         https://docs.pytorch.org/docs/stable/notes/extending.html#extending-torch-native-api
         """
 
-        source: Tensor | None  # none where it is joined
+        source: Any  # a tensor; None where it is joined, by a class whose methods do not ask for it
         kept_as: torch.dtype  # in the file
 
         @staticmethod
@@ -9039,12 +9061,12 @@ def stored_class() -> Any:
         def __init__(self, source: Tensor, dtype: torch.dtype) -> None:  # noqa: ARG002  (as in __new__)
             self.source, self.kept_as = source, source.dtype
 
-        def __repr__(self, *, tensor_contents: Any = None) -> str:
+        def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # mypy drops its name
             return f"{type(self).__name__}({shape_text(self.shape)}, {self.kept_as} as {self.dtype})"
 
         def read(self) -> Tensor:
             """Its values as an ordinary tensor: of the same dtype those in the mapped file."""
-            return self.source.to(self.dtype)
+            return cast("Tensor", self.source.to(self.dtype))
 
         def let_go(self) -> None:
             """Give back the memory that reading took."""
@@ -9064,8 +9086,8 @@ def stored_class() -> Any:
             many = isinstance(views, (list, tuple))
             return [Stored(view, self.dtype) for view in views] if many else Stored(views, self.dtype)
 
-        @classmethod
-        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        @classmethod  # while that of ordinary tensors is a function
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
             return call_operator(func, args, kwargs or {})
 
     return Stored
@@ -9082,7 +9104,7 @@ def call_operator(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             return first.cast(kwargs.get("dtype", first.dtype))
         if func._schema.is_mutable:  # noqa: SLF001
             raise RuntimeError(f"{func} would write to weights that stay in their file")
-    rules = {
+    rules: dict[Any, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] = {
         aten.embedding.default: look_up_rows,
         aten.mm.default: multiply_in_blocks,
         aten.addmm.default: multiply_in_blocks,
@@ -9163,7 +9185,7 @@ def part_of_joined(joined: Any, first: int, last: int) -> Any:
     return joined_class()(found or [joined.parts[0].narrow(joined.axis, 0, 0)], joined.axis)
 
 
-def join(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def join(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Stack or concatenate: a stored tensor where all parts are, and of one dtype."""
     parts, axis = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     kinds = {(part.kept_as, part.dtype) if isinstance(part, stored_class()) else None for part in parts}
@@ -9182,7 +9204,7 @@ def casts_only(stored: Any, wanted: Mapping[str, Any]) -> bool:
     return lossless and on_cpu and wanted.get("dtype", stored.dtype).is_floating_point
 
 
-def look_up_rows(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def look_up_rows(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """An embedding that reads only the rows it needs (what else it is given is about gradients)."""
     table, indices = args[:2]
     if not isinstance(table, stored_class()) or table.source is None:
@@ -9192,7 +9214,7 @@ def look_up_rows(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
     return rows
 
 
-def multiply_in_blocks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def multiply_in_blocks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A product (mm, or addmm with a vector) whose last factor is read a block of columns at a time."""
     *others, last = args
     if not isinstance(last, stored_class()) or (len(others) > 1 and others[0].dim() > 1):
@@ -9286,7 +9308,7 @@ def weight_places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tenso
             continue
         lost = module._non_persistent_buffers_set  # noqa: SLF001  (there is no public way to ask, as below)
         for own in (module._parameters, module._buffers):  # noqa: SLF001
-            yield from ((own, name, own[name]) for name in own if own[name] is not None and name not in lost)
+            yield from ((own, name, tensor) for name, tensor in own.items() if tensor is not None and name not in lost)
 
 
 @contextlib.contextmanager
@@ -9369,7 +9391,7 @@ def byte_blocks(tensor: Tensor) -> Iterator[memoryview]:
     rows = tensor.shape[0] if tensor.dim() else 1
     step = max(1, BLOCK_BYTES * rows // max(1, tensor.nbytes))
     for part in tensor.split(step) if tensor.dim() else (tensor,):
-        yield memoryview(in_memory(part).contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield in_memory(part).contiguous().reshape(-1).view(torch.uint8).numpy().data
         if isinstance(part, stored_class()):
             part.let_go()
 
@@ -9418,7 +9440,7 @@ def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
     import inspect
 
     if isinstance(model, torch.jit.ScriptModule):
-        arguments = model.forward.schema.arguments[1:]
+        arguments = cast("Any", model.forward).schema.arguments[1:]
         required = [argument for argument in arguments if not argument.has_default_value()]
         for argument in required:
             if str(argument.type) in ("int", "float", "bool", "str"):
@@ -9587,9 +9609,9 @@ class Settings:
             raise DamagedFileError(f"{where} holds {shown(content)}, not an object; repair it")
         self.content = content
 
-    def value(self, key: str, kind: type, wanted: str) -> Any:
+    def value(self, key: str, kind: type[T], wanted: str) -> T | None:
         """The value of `key`, which must be a `kind`."""
-        value = self.content.get(key)
+        value: T | None = self.content.get(key)
         if value is not None and type(value) is not kind:
             raise self.misfit(key, wanted)
         return value
@@ -10158,14 +10180,14 @@ def import_transformers() -> Any:
     """transformers, told to stay off the network and to be quiet."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ[variable] = "1"
-    importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE = True  # it may be there since a download
+    vars(importlib.import_module("huggingface_hub.constants"))["HF_HUB_OFFLINE"] = True  # a download may have loaded it
     return import_library("transformers")
 
 
 def has_own_code(options: Options) -> bool:
     """Whether the user brought code for this model, which may open what it likes: his own classes, or trusted ones."""
-    own_class = options.model_class and ":" in options.model_class
-    named = own_class and not belongs(options.model_class.partition(":")[0], ("torchvision", "timm"))
+    own_class = options.model_class or ""
+    named = ":" in own_class and not belongs(own_class.partition(":")[0], ("torchvision", "timm"))
     return bool(options.trust_pickle or options.trust_remote_code or options.allow_class or named)
 
 
@@ -10261,7 +10283,7 @@ def symbolic_average(graph: Any, tensor: Any, size: Any) -> Any:
     from torch.onnx.errors import SymbolicValueError
 
     with contextlib.suppress(SymbolicValueError):
-        return symbolic_opset9.adaptive_avg_pool2d(graph, tensor, size)
+        return symbolic_opset9.adaptive_avg_pool2d(graph, tensor, size)  # type: ignore[attr-defined]  # made at run time
     height, width = symbolic_helper._parse_arg(size, "is")  # noqa: SLF001
     rows, columns = (averaging_matrix(graph, tensor, axis, count) for axis, count in ((2, height), (3, width)))
     return graph.op("MatMul", graph.op("MatMul", rows, tensor), graph.op("Transpose", columns, perm_i=(1, 0)))
@@ -10304,7 +10326,7 @@ def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> 
 
     constant = functools.partial(constant_value, graph)
     axis, width, stride = (symbolic_helper._get_const(value, "i", "unfold") for value in (dim, size, step))  # noqa: SLF001
-    rank = symbolic_helper._get_tensor_rank(tensor)  # noqa: SLF001
+    rank = cast("int", symbolic_helper._get_tensor_rank(tensor))  # noqa: SLF001  (without one it fails below)
     length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
     end = graph.op("Sub", length, constant(width - 1))
     starts = graph.op("Unsqueeze", graph.op("Range", constant(0), end, constant(stride)), constant([1]))
@@ -10350,8 +10372,8 @@ def fixed_resize() -> Iterator[None]:
         shape = operators.shape_as_tensor(image)[-2:].to(torch.float64)
         limits = torch.tensor([smallest, largest], dtype=torch.float64)
         scale = torch.min(torch.div(limits, torch.stack([shape.min(), shape.max()])))
-        size = torch.floor(shape * scale).to(torch.int64)
-        options = {"mode": "bilinear", "align_corners": False}
+        size: Any = torch.floor(shape * scale).to(torch.int64)
+        options: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
         return torch.nn.functional.interpolate(image[None], size=(size[0], size[1]), **options)[0], target
 
     original = transform._resize_image_and_masks  # noqa: SLF001
@@ -10402,8 +10424,8 @@ def unbind_indices(tensor: Tensor, dim: int = 0) -> Any:
 
     Mixtures of experts loop so over the experts that tokens were routed to; the others get no tokens.
     """
-    node = torch._C._get_value_trace(tensor).node()  # noqa: SLF001
-    sizes = node.input().type().sizes() if node.kind() == "aten::nonzero" else ()
+    node = torch._C._get_value_trace(tensor).node()  # type: ignore[attr-defined]  # noqa: SLF001  (its stubs lack it)
+    sizes: Sequence[int] = node.input().type().sizes() if node.kind() == "aten::nonzero" else ()
     return torch.arange(sizes[0])[:, None].unbind() if dim == 0 and len(sizes) == 1 else NotImplemented
 
 

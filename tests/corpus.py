@@ -830,6 +830,7 @@ def program_items() -> list[Item]:
         "expression-string": (
             expression(f"Symbol('s1') + '{IMPORT[:20]}'"), "", 4, "it holds the expression \"Symbol('s1') + '", ""),
         "expression-power": (expression("9**9**9**9"), "", 4, "it holds the expression '9**9**9**9'", ""),
+        "expression-power-string": (expression("9**'s1'"), "", 4, "it holds the expression \"9**'s1'\"", ""),
         "expression-power-call": (
             expression("Pow(9, Pow(9, Pow(9, 9)))"), "", 4, "it holds the expression 'Pow(9, Pow(9, Pow(9, 9)))'", ""),
         "expression-powers": (
