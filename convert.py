@@ -967,16 +967,16 @@ def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> P
     with LOG.step(f"verify: ONNX Runtime against PyTorch at {shapes}{values and f', with {values}'}"):
         try:
             produced = Produced(job, attempt, path, light, verify(light, job, options))
-        except AttemptError as fault:
-            fault.note = note
+        except AttemptError as error:
+            error.note = note
             raise
     if note and not is_archive(job.model) and (fixed := fixed_decisions(job)):
         kept = folder.with_name(f"{folder.name}.fixed")
         with WALL.up(unless="they are our own folders"):
             folder.rename(kept)
-        fault = AttemptError(f"it passes, but {fixed}")
-        fault.produced = produced._replace(path=kept / path.name, light=kept / light.name)
-        raise fault
+        undecided = AttemptError(f"it passes, but {fixed}")
+        undecided.produced = produced._replace(path=kept / path.name, light=kept / light.name)
+        raise undecided
     return produced
 
 

@@ -371,7 +371,8 @@ def test_float16_ends_before_zero(tmp_path: Path) -> None:
     for layer in shrinking:
         layer.weight.data *= 0.2
     torch.save(shrinking.half().eval(), tmp_path / "half.pt")
-    result = run_forked("-i", str(tmp_path / "half.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,32,32")
+    command = ("-i", str(tmp_path / "half.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,32,32")
+    result = run_forked(*command, "--dtype", "fp16")
     assert result.code == 0, result.err
     assert any("PyTorch's float16 output is" in line for line in lines(result, "WARN"))
 
@@ -446,3 +447,24 @@ def test_a_mutated_detector_fails(name: str, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "wrong.onnx")
     with pytest.raises(product.AttemptError, match="differs from PyTorch's"):
         product.verify(tmp_path / "wrong.onnx", plan, OPTIONS)
+
+
+def test_half_precision_models_become_float32(tmp_path: Path) -> None:
+    """Inputs and weights, unless --dtype says otherwise; an archive keeps the dtype that its code is made for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 1)).half().eval()
+    torch.save(model, tmp_path / "half.pt")
+    command = ("-i", str(tmp_path / "half.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,16,16")
+    result = run_forked(*command)
+    assert result.code == 0, result.err
+    assert any("float16 becomes float32" in line for line in lines(result, "INFO"))
+    image = torch.rand(2, 3, 16, 16)
+    found = onnx_outputs(tmp_path / "m.onnx", {"input": image.numpy()})["output"]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model.float()(image).numpy(), rtol=1e-4, atol=1e-5)
+    assert run_forked(*command, "--dtype", "fp16").code == 0
+    kept = onnx_outputs(tmp_path / "m.onnx", {"input": image.half().numpy()})["output"]
+    assert kept.dtype == np.float16
+    torch.jit.save(torch.jit.trace(model.float(), image), str(tmp_path / "traced.pt"))
+    traced = run_forked("-i", str(tmp_path / "traced.pt"), "-o", str(tmp_path / "n.onnx"), "--dtype", "fp16")
+    check_error(traced, 2, "--dtype fp16", "an archive's code is made for torch.float32")
