@@ -103,6 +103,7 @@ DEFAULT_OPSET = 14
 MIN_OPSET = 7  # torch.onnx._constants.ONNX_MIN_OPSET
 TORCHSCRIPT_MAX_OPSET = 20  # torch.onnx._constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET
 DYNAMO_MIN_OPSET = 18  # below it the exporter writes 18 all the same
+LATER_OPSETS = (16, 18, 20)  # at which the TorchScript exporter has other translations: 16 has sums in ScatterElements
 MAX_OPSET = 25  # the newest one that onnxscript 0.7's version converter reaches
 THREAD_STACK = 10 << 20  # bytes, of each thread of torch's pool: glibc's 8 MB and a guard
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf itself ends at 2**31 - 1
@@ -920,6 +921,8 @@ def first_success(
             if higher and error.needs is not None and error.needs > attempt.opset:
                 waiting.append(Attempt(attempt.exporter, error.needs))
                 waiting.sort(key=lambda waits: waits.opset)  # the lowest that passes
+            elif higher and error.exported and not error.note and attempt == Attempt("torchscript", DEFAULT_OPSET):
+                waiting += [Attempt("torchscript", opset) for opset in LATER_OPSETS]
     return None, failures
 
 
@@ -3827,6 +3830,9 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
     except ConversionError:
         raise
     except Exception as error:  # the compiler of TorchScript raises whatever its C++ code does
+        if "torchvision::" in str(error) and "torchvision" not in sys.modules:
+            import_library("torchvision")  # registers its operators
+            return load_torchscript(source, trust=trust)
         raise_out_of_memory(error)
         raise DamagedFileError(f"torch.jit.load cannot open it ({first_line(error)})") from None
     return Loaded(module, f"TorchScript ({module.original_name})", traced_inputs(source.path))
@@ -4232,7 +4238,12 @@ AUDITED_SETSTATE = full_names(
     """
 )
 # Hooks whose code is torch's own and that the forward pass needs.
-HOOK_CLASSES = full_names("torch.nn.utils: weight_norm.WeightNorm spectral_norm.SpectralNorm")
+HOOK_CLASSES = full_names(
+    """
+    torch.nn.utils: weight_norm.WeightNorm spectral_norm.SpectralNorm
+    torch.nn.utils.prune: Identity RandomUnstructured L1Unstructured RandomStructured LnStructured CustomFromMask
+    """
+)
 # Objects that only load_state_dict() or training would use, and wrappers around the module that is wanted.
 IGNORED_MODULES = ("omegaconf", "typing", "torch.torch_version", "torch.optim", "torch.amp.grad_scaler",
                    "torch._dynamo", "torch.cuda.amp.grad_scaler", "ultralytics.utils.loss",
@@ -6929,7 +6940,7 @@ def layer_guesses(model: nn.Module, known: Preprocessing) -> Iterator[Guess]:
 def name_inputs(model: nn.Module, shapes: Sequence[InputShape], dtype: torch.dtype) -> list[InputSpec]:
     """Give every shape a name (the user's, else `input`, else forward's) and a dtype."""
     names, _ = forward_parameters(model)
-    if len(shapes) == 1 and not set(names[:1]) & USUAL_NAMES:
+    if len(shapes) == 1 and not set(names[:1]) & USUAL_NAMES and not takes_keywords_only(model):
         names = ["input"]
     names += [f"input_{index}" for index in range(len(names), len(shapes))]
     return [
@@ -6999,12 +7010,19 @@ VALUES_SECONDS = 4  # that PyTorch may take for all sets together: few ones are 
 MAX_LABELLED = 4  # inputs whose shapes are told in messages
 
 
-def make_inputs(
-    specs: Sequence[InputSpec], highest: int | None, sizes: Mapping[str, int], seed: int, values: str = ""
+def make_inputs(  # noqa: PLR0913
+    specs: Sequence[InputSpec],
+    highest: int | None,
+    sizes: Mapping[str, int],
+    seed: int,
+    values: str = "",
+    *,
+    are_lengths: bool = False,
 ) -> list[Tensor]:
     """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen.
 
-    `values`: one of VALUE_SETS instead. Integers stay below `highest`, if there is one.
+    `values`: one of VALUE_SETS instead. Integers stay below `highest`, if there is one; `are_lengths`: they are
+    positive, fall, and reach from the second axis of the other inputs down.
     """
     generator = torch.Generator().manual_seed(seed)
     result = []
@@ -7019,6 +7037,10 @@ def make_inputs(
             drawn = (torch.rand(shape, generator=generator) < 0.5).to(spec.dtype)
             for place, value in enumerate((False, True)[: shape[-1] if shape else 0]):
                 drawn[..., place] = value  # whichever of the two means "ignore", something is left to attend to
+        elif are_lengths:
+            longest = min((n for other in specs for n in other.resized(sizes)[1:2]), default=1)
+            drawn = torch.randint(1, longest + 1, shape, generator=generator).sort(descending=True).values
+            drawn[..., :1] = longest
         else:
             limit = min(highest or 2, torch.iinfo(spec.dtype).max)
             drawn = torch.randint(0, limit, shape, generator=generator)
@@ -7106,13 +7128,15 @@ class Reference:
         specs: Sequence[InputSpec],
         options: Options,
         examples: Examples | None = None,
+        *,
+        are_lengths: bool = False,
     ) -> None:
         self.model, self.specs, self.device = model, list(specs), options.device
         self.names = [spec.name for spec in specs]
         self.bytes, self.later_bytes = free_bytes(options, RUN_BYTES), free_bytes(options, LATER_BYTES)
         self.seconds, self.later = run_seconds(options, own_code=is_archive(model)), 0.0
         self.examples: Callable[..., list[Tensor]] = examples or functools.partial(
-            make_inputs, self.specs, highest_index(model)
+            make_inputs, self.specs, highest_index(model), are_lengths=are_lengths
         )
 
     def tensors(self, sizes: Mapping[str, int], seed: int, values: str = "") -> list[Tensor]:
@@ -7260,16 +7284,21 @@ def settle_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, option
     """The first proposed inputs that the model accepts, and its answer at exactly those sizes."""
     dtype = float_dtype(model)
     failure: RejectedInputError | None = None
-    for guess in propose_inputs(model, loaded, known, options):
+    for guess, are_lengths in itertools.product(propose_inputs(model, loaded, known, options), (False, True)):
         named = name_inputs(model, guess.shapes, dtype)
+        integers = [spec.name for spec in named if spec.dtype in (torch.int64, torch.int32)]
+        if are_lengths and not integers:
+            continue
         batch_axis = guess.batch_axis if options.static else probed_batch_axis(model, named, guess, options)
         specs = free_axes(named, loaded, options, batch_axis)
-        reference = Reference(model, specs, options)
+        reference = Reference(model, specs, options, are_lengths=are_lengths)
         try:
             case = reference.run({}, GIVEN_SEED, watched=True)
         except RejectedInputError as error:
             failure = failure or error
             continue
+        if are_lengths:
+            LOG.info(f"values: {and_more(integers, 3)} positive and falling, as lengths are; PyTorch rejects zeros")
         if not options.input_shape:
             LOG.info(f"input: {' '.join(map(str, guess.shapes))}, told by {guess.reason} (--input-shape overrides)")
         check_deterministic(reference, case, {}, GIVEN_SEED)
@@ -9467,6 +9496,16 @@ def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
     return [p.name for p in parameters], sum(p.default is inspect.Parameter.empty for p in parameters)
 
 
+def takes_keywords_only(model: nn.Module) -> bool:
+    """Whether forward's arguments have to be named."""
+    import inspect
+
+    if isinstance(model, torch.jit.ScriptModule):
+        return False
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    return inspect.Parameter.KEYWORD_ONLY in kinds
+
+
 def float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the model's first floating-point weight: its inputs have the same."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -9506,7 +9545,7 @@ def flatten_outputs(value: Any) -> dict[str, Tensor]:
 def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """`model` as the exporters like it: tensors in by position, a flat tuple of tensors out, no gradients."""
     parameters, _ = forward_parameters(model)
-    by_name = len(names) > 1 and set(names) <= set(parameters)
+    by_name = (len(names) > 1 or takes_keywords_only(model)) and set(names) <= set(parameters)
 
     class Flat(nn.Module):
         def __init__(self) -> None:
@@ -9523,7 +9562,7 @@ def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
 def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """The model's outputs by name; raises RejectedInputError with what the model said."""
     parameters, _ = forward_parameters(model)
-    by_name = len(names) > 1 and set(names) <= set(parameters)
+    by_name = (len(names) > 1 or takes_keywords_only(model)) and set(names) <= set(parameters)
     try:
         with torch.no_grad():
             result = model(**dict(zip(names, inputs, strict=True))) if by_name else model(*inputs)
@@ -9577,7 +9616,7 @@ def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def weight_bytes(model: nn.Module) -> int:
     """The bytes of all parameters and buffers, shared ones once."""
-    return sum(tensor.nbytes for _, tensor in state_of(model))
+    return sum(tensor.numel() * tensor.itemsize for _, tensor in state_of(model))  # sparse ones have no nbytes
 
 
 def choose_dtype(model: nn.Module, options: Options) -> None:
