@@ -6919,6 +6919,10 @@ def input_guesses(model: nn.Module, loaded: Loaded, known: Preprocessing) -> Ite
     if loaded.examples:
         yield Guess(list(loaded.examples), "the inputs recorded in the file")
         return
+    trained = loaded.around.get("train_args")  # ultralytics
+    edges = image_edges(trained.get("imgsz")) if isinstance(trained, Mapping) and not known.size else None
+    if edges:
+        known = known._replace(size=edges, source="the checkpoint's train_args.imgsz")
     for guess in layer_guesses(model, known):
         if 4 * sum(math.prod(shape.dims) for shape in guess.shapes) <= MAX_EXAMPLE_BYTES:
             yield guess

@@ -468,3 +468,13 @@ def test_half_precision_models_become_float32(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(model.float(), image), str(tmp_path / "traced.pt"))
     traced = run_forked("-i", str(tmp_path / "traced.pt"), "-o", str(tmp_path / "n.onnx"), "--dtype", "fp16")
     check_error(traced, 2, "--dtype fp16", "an archive's code is made for torch.float32")
+
+
+def test_the_size_that_a_checkpoint_was_trained_at(tmp_path: Path) -> None:
+    """ultralytics' train_args tell the edge of the images, and the log says that they did."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 1)).eval()
+    torch.save({"epoch": -1, "model": model, "train_args": {"imgsz": 64}}, tmp_path / "best.pt")
+    result = run_forked("-i", str(tmp_path / "best.pt"), "-o", str(tmp_path / "m.onnx"))
+    assert result.code == 0, result.err
+    assert any("1,3,64,64, told by the checkpoint's train_args.imgsz" in line for line in lines(result, "INFO"))
