@@ -471,7 +471,7 @@ def test_half_precision_models_become_float32(tmp_path: Path) -> None:
 
 
 def test_the_size_that_a_checkpoint_was_trained_at(tmp_path: Path) -> None:
-    """ultralytics' train_args tell the edge of the images, and the log says that they did."""
+    """The train_args of ultralytics tell the edge of the images, and the log says that they did."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 1)).eval()
     torch.save({"epoch": -1, "model": model, "train_args": {"imgsz": 64}}, tmp_path / "best.pt")
