@@ -401,6 +401,7 @@ def run_job(product: Any, job: tuple[str, str, int], folder: Path, *, modules: b
 HEAD = """# {title}
 
 `python tests/sweeps/operators.py{flag}` at commit {commit}: {count} of {total}, opset {opsets}. {versions}.
+Models converted or found not to be possible, by variant: {variants_run}.
 Models made for one sample of torch's own ({variants}),
 each judged by ONNX Runtime against PyTorch on values and sizes of the sweep's own: {tolerance} of the output's largest
 value; whole numbers, shapes, dtypes and the number of outputs the same. Inputs for which PyTorch finds no finite
@@ -445,6 +446,7 @@ def render(rows: Json, opsets: Sequence[int], *, modules: bool) -> str:
     git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "convert.py"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     names = sorted(MODULES if modules else OPERATORS)
+    run = collections.Counter(key for row in rows.values() for key in row)
     lines = [
         HEAD.format(
             title="Modules" if modules else "Operators",
@@ -456,6 +458,7 @@ def render(rows: Json, opsets: Sequence[int], *, modules: bool) -> str:
             variants="up to eight, the batch free where the product leaves it so" if modules else
             "one of float32, one of int64, a second of float32 with other constants, one with a free batch",
             tolerance=TOLERANCE,
+            variants_run=", ".join(f"{variant} {number}" for variant, number in sorted(run.items())),
             opsets=", ".join(map(str, opsets)),
         )
     ]  # fmt: skip
