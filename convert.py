@@ -7005,6 +7005,8 @@ def program_axes(specs: Sequence[InputSpec], free: Sequence[Mapping[int, str]]) 
     ]
 
 
+# What the inputs are usually drawn from, and what is tried where PyTorch rejects that or answers with NaN.
+DOMAINS = {"": "normal", "lengths": "positive and falling integers, as lengths are", "0 to 1": "numbers from 0 to 1"}
 # What the inputs are drawn from, beside the usual values: branches, integer arithmetic and saturating functions show
 # their other sides there. PyTorch decides which of these a model takes.
 VALUE_SETS = ("zeros", "negative values", "0 to 255", "large values", "repeated values")
@@ -7021,12 +7023,12 @@ def make_inputs(  # noqa: PLR0913
     seed: int,
     values: str = "",
     *,
-    are_lengths: bool = False,
+    domain: str = "",
 ) -> list[Tensor]:
     """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen.
 
-    `values`: one of VALUE_SETS instead. Integers stay below `highest`, if there is one; `are_lengths`: they are
-    positive, fall, and reach from the second axis of the other inputs down.
+    `values`: one of VALUE_SETS instead. `domain`: one of DOMAINS, for models that do not take the usual values.
+    Integers stay below `highest`, if there is one; as lengths they reach from the second axis of other inputs down.
     """
     generator = torch.Generator().manual_seed(seed)
     result = []
@@ -7034,6 +7036,8 @@ def make_inputs(  # noqa: PLR0913
         shape = spec.resized(sizes)
         if values:
             drawn = unusual_values(spec, shape, values, generator)
+        elif spec.dtype.is_floating_point and domain == "0 to 1":
+            drawn = torch.rand(shape, generator=generator) * 0.98 + 0.01
         elif spec.dtype.is_floating_point:
             drawn = torch.randn(shape, generator=generator) if seed % 3 != 1 else torch.rand(shape, generator=generator)
             drawn = drawn - 1 if seed % 3 == 2 else drawn
@@ -7041,7 +7045,7 @@ def make_inputs(  # noqa: PLR0913
             drawn = (torch.rand(shape, generator=generator) < 0.5).to(spec.dtype)
             for place, value in enumerate((False, True)[: shape[-1] if shape else 0]):
                 drawn[..., place] = value  # whichever of the two means "ignore", something is left to attend to
-        elif are_lengths:
+        elif domain == "lengths":
             longest = min((n for other in specs for n in other.resized(sizes)[1:2]), default=1)
             drawn = torch.randint(1, longest + 1, shape, generator=generator).sort(descending=True).values
             drawn[..., :1] = longest
@@ -7133,14 +7137,14 @@ class Reference:
         options: Options,
         examples: Examples | None = None,
         *,
-        are_lengths: bool = False,
+        domain: str = "",
     ) -> None:
         self.model, self.specs, self.device = model, list(specs), options.device
         self.names = [spec.name for spec in specs]
         self.bytes, self.later_bytes = free_bytes(options, RUN_BYTES), free_bytes(options, LATER_BYTES)
         self.seconds, self.later = run_seconds(options, own_code=is_archive(model)), 0.0
         self.examples: Callable[..., list[Tensor]] = examples or functools.partial(
-            make_inputs, self.specs, highest_index(model), are_lengths=are_lengths
+            make_inputs, self.specs, highest_index(model), domain=domain
         )
 
     def tensors(self, sizes: Mapping[str, int], seed: int, values: str = "") -> list[Tensor]:
@@ -7198,6 +7202,11 @@ def check_deterministic(reference: Reference, first: Case, sizes: Mapping[str, i
     raise ConversionError(
         ExitStatus.VERIFY, f"PyTorch itself gives two answers for the same input, so no ONNX model can be right: {why}"
     )
+
+
+def is_finite(case: Case) -> bool:
+    """Whether PyTorch's answers are numbers."""
+    return all(np.isfinite(value).all() for value in case.outputs.values() if value.dtype.kind in "fc")
 
 
 def check_finite(case: Case) -> None:
@@ -7288,21 +7297,23 @@ def settle_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, option
     """The first proposed inputs that the model accepts, and its answer at exactly those sizes."""
     dtype = float_dtype(model)
     failure: RejectedInputError | None = None
-    for guess, are_lengths in itertools.product(propose_inputs(model, loaded, known, options), (False, True)):
+    for guess, domain in itertools.product(propose_inputs(model, loaded, known, options), DOMAINS):
         named = name_inputs(model, guess.shapes, dtype)
-        integers = [spec.name for spec in named if spec.dtype in (torch.int64, torch.int32)]
-        if are_lengths and not integers:
+        if domain == "lengths" and not any(spec.dtype in (torch.int64, torch.int32) for spec in named):
             continue
         batch_axis = guess.batch_axis if options.static else probed_batch_axis(model, named, guess, options)
         specs = free_axes(named, loaded, options, batch_axis)
-        reference = Reference(model, specs, options, are_lengths=are_lengths)
+        reference = Reference(model, specs, options, domain=domain)
         try:
             case = reference.run({}, GIVEN_SEED, watched=True)
+            finite = is_finite(case) and is_finite(reference.run({}, 0))  # uniform values, and normal ones
         except RejectedInputError as error:
             failure = failure or error
             continue
-        if are_lengths:
-            LOG.info(f"values: {and_more(integers, 3)} positive and falling, as lengths are; PyTorch rejects zeros")
+        if not finite and domain != "0 to 1":
+            continue
+        if domain:
+            LOG.info(f"values: {DOMAINS[domain]}, since PyTorch does not take others")
         if not options.input_shape:
             LOG.info(f"input: {' '.join(map(str, guess.shapes))}, told by {guess.reason} (--input-shape overrides)")
         check_deterministic(reference, case, {}, GIVEN_SEED)
@@ -7454,8 +7465,7 @@ def value_cases(reference: Reference, sizes: Mapping[str, int], given: Case) -> 
     for seed, values in enumerate(VALUE_SETS):
         with contextlib.suppress(RejectedInputError, DamagedFileError, AttemptError):  # not in the model's domain
             case = reference.run(sizes, seed, values, watched=True)
-            finite = all(np.isfinite(x).all() for x in case.outputs.values() if x.dtype.kind in "fc")
-            if finite and case.outputs.keys() == given.outputs.keys():
+            if is_finite(case) and case.outputs.keys() == given.outputs.keys():
                 cases.append(case)
         if time.monotonic() - start > VALUES_SECONDS:
             break
@@ -8293,6 +8303,9 @@ def compare(case: Case, name: str, actual: Any, job: Job, options: Options) -> D
     if actual.shape != expected.shape:
         shapes = f"{shape_text(actual.shape)} for {case.label}, PyTorch's has {shape_text(expected.shape)}"
         return Difference(case.label, name, math.inf, 0.0, f"output {name!r} has the shape {shapes}")
+    if actual.dtype != expected.dtype and float_dtype(job.model) is not torch.bfloat16:  # which numpy lacks
+        problem = f"output {name!r} is {actual.dtype}, PyTorch's is {expected.dtype}"
+        return Difference(case.label, name, math.inf, 0.0, problem)
     if expected.size == 0:
         return Difference(case.label, name, 0.0, 0.0)
     if expected.dtype.kind not in "fc":
@@ -10304,11 +10317,31 @@ def register_symbolics() -> None:
     register_custom_op_symbolic("aten::as_strided", symbolic_strided, 13)
     register_custom_op_symbolic("aten::log_sigmoid", symbolic_log_sigmoid, 9)
     register_custom_op_symbolic("aten::floor_divide", symbolic_floor_divide, 10)
+    register_custom_op_symbolic("aten::atan2", symbolic_atan2, 9)
 
 
 def symbolic_log_sigmoid(graph: Any, tensor: Any) -> Any:
     """-softplus(-x); torch's own, the logarithm of the sigmoid, is -inf from -104 on in float32 (seen in 2.14.1)."""
     return graph.op("Neg", graph.op("Softplus", graph.op("Neg", tensor)))
+
+
+def symbolic_atan2(graph: Any, y: Any, x: Any) -> Any:
+    """The angle of (x, y) from -pi to pi; torch's own is NaN at the origin and does not see -0 (seen in 2.14.1).
+
+    0/0 is replaced, and y/0 is an infinity, whose arc tangent is pi/2.
+    """
+    from torch.onnx import JitScalarType
+
+    dtype = JitScalarType.from_value(y, JitScalarType.FLOAT).dtype()
+    zero, turn = (graph.op("Constant", value_t=torch.tensor(value, dtype=dtype)) for value in (0.0, math.pi))
+    at_origin = graph.op("And", graph.op("Equal", x, zero), graph.op("Equal", y, zero))
+
+    def is_negative(value: Any) -> Any:  # of zeros, too: the reciprocal of -0 is -inf
+        return graph.op("Or", graph.op("Less", value, zero), graph.op("Less", graph.op("Reciprocal", value), zero))
+
+    angle = graph.op("Where", at_origin, y, graph.op("Atan", graph.op("Div", y, x)))
+    shift = graph.op("Where", is_negative(y), graph.op("Neg", turn), turn)
+    return graph.op("Add", angle, graph.op("Where", is_negative(x), shift, zero))
 
 
 def symbolic_floor_divide(graph: Any, tensor: Any, other: Any) -> Any:

@@ -108,6 +108,18 @@ class Suppressed(nn.Module):
     def forward(self, x):
         return x[torchvision.ops.nms(x[:, :4], x[:, 4], 0.5)]
 
+class Logarithm(nn.Module):
+    def forward(self, x):
+        return x.log() + (1 - x).log()
+
+class Angle(nn.Module):
+    def forward(self, x):
+        return torch.atan2(x[:, 0], x[:, 1])
+
+class Diagonal(nn.Module):
+    def forward(self, x):
+        return torch.diagonal(x)
+
 class Counting(nn.Module):  # remembers the largest value so far
     def __init__(self):
         super().__init__()
@@ -155,8 +167,11 @@ def largest_difference(model: Any, path: Path, value: torch.Tensor) -> float:
         return [array for entry in (item.values() if isinstance(item, dict) else item) for array in flat(entry)]
 
     wanted = flat(expected)
-    assert [array.shape for array in found] == [array.shape for array in wanted]
+    assert [(array.shape, array.dtype) for array in found] == [(array.shape, array.dtype) for array in wanted]
     return max(float(np.abs(a * 1.0 - b).max(initial=0)) for a, b in zip(found, wanted, strict=True))
+
+
+SIGNS = (0.0, -0.0, 1.0, -1.0, 3.0, -5.0)
 
 
 def numbers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -176,6 +191,9 @@ def numbers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) 
         ("Transposed", ("--input-shape", "1,20,6"), lambda: torch.randn(4, 20, 6)),
         ("SequenceFirst", ("--input-shape", "20,1,6"), lambda: torch.randn(20, 4, 6)),
         ("BySize", ("--input-shape", "1,8"), lambda: torch.randn(5, 8)),
+        ("Logarithm", ("--input-shape", "1,8"), lambda: torch.rand(5, 8) * 0.9 + 0.05),
+        ("Angle", ("--input-shape", "1,2"), lambda: torch.tensor([[a, b] for a in SIGNS for b in SIGNS])),
+        ("Diagonal", ("--input-shape", "5,5:int64", "--static"), lambda: numbers(-9, 9, 5, 5)),
     ],
 )
 def test_right_there(
