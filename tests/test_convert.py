@@ -132,14 +132,14 @@ def test_forced_exporters_on_archives(exporter: str, models: Path, tmp_path: Pat
 
 
 def test_wrapped_and_half_precision(models: Path, tmp_path: Path) -> None:
-    """DataParallel is unwrapped; a half-precision model stays one."""
+    """DataParallel is unwrapped; a half-precision model stays one where --dtype says so."""
     flat = torch.load(models / "flat.pt", weights_only=False)
     torch.save(nn.DataParallel(flat), tmp_path / "parallel.pt")
     convert(tmp_path / "parallel.pt", tmp_path / "m.onnx")
     same(flat, tmp_path / "m.onnx", (3, 13))
     half = torch.load(models / "flat.pt", weights_only=False).half()
     torch.save(half, tmp_path / "half.pt")
-    convert(tmp_path / "half.pt", tmp_path / "h.onnx")
+    convert(tmp_path / "half.pt", tmp_path / "h.onnx", "--dtype", "fp16")
     same(half, tmp_path / "h.onnx", (3, 13), dtype=np.float16)
 
 

@@ -120,6 +120,10 @@ class Diagonal(nn.Module):
     def forward(self, x):
         return torch.diagonal(x)
 
+class Best(nn.Module):
+    def forward(self, x):
+        return x.topk(2)
+
 class Counting(nn.Module):  # remembers the largest value so far
     def __init__(self):
         super().__init__()
@@ -191,6 +195,7 @@ def numbers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) 
         ("Transposed", ("--input-shape", "1,20,6"), lambda: torch.randn(4, 20, 6)),
         ("SequenceFirst", ("--input-shape", "20,1,6"), lambda: torch.randn(20, 4, 6)),
         ("BySize", ("--input-shape", "1,8"), lambda: torch.randn(5, 8)),
+        ("Best", ("--input-shape", "1,8"), lambda: torch.randn(3, 8)),
         ("Logarithm", ("--input-shape", "1,8"), lambda: torch.rand(5, 8) * 0.9 + 0.05),
         ("Angle", ("--input-shape", "1,2"), lambda: torch.tensor([[a, b] for a in SIGNS for b in SIGNS])),
         ("Diagonal", ("--input-shape", "5,5:int64", "--static"), lambda: numbers(-9, 9, 5, 5)),
@@ -203,6 +208,12 @@ def test_right_there(
     result, model = convert(classes, name, tmp_path, *options)
     assert result.code == 0, result.err
     assert largest_difference(model, tmp_path / "model.onnx", values()) < 1e-4
+
+
+def test_ties(classes: Path, tmp_path: Path) -> None:
+    """Which of equal values comes first is nobody's promise: it is told, and no reason to refuse the model."""
+    result, _ = convert(classes, "Best", tmp_path, "--input-shape", "1,8")
+    assert any("ties decide output_1" in line for line in lines(result, "WARN")), result.err
 
 
 def test_names_that_collide(classes: Path, tmp_path: Path) -> None:
