@@ -8491,8 +8491,8 @@ def verify(path: Path, job: Job, options: Options) -> list[Difference]:
             found = compare_in_float64(case, results, found, job, options)
         bad = [item for item in found if item.problem]
         if bad and case.is_drawn_wide() and are_ties(case, bad, job, options):
-            names = and_more([item.output for item in bad], 3)
-            LOG.warn(f"ties decide {names} for {case.label}, in PyTorch too: any of equal values may come first")
+            tied = and_more([item.output for item in bad], 3)
+            LOG.warn(f"ties decide {tied} for {case.label}, in PyTorch too: any of equal values may come first")
             continue
         if bad:
             worst = max(bad, key=lambda item: item.largest - item.allowed)
