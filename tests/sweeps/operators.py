@@ -401,6 +401,7 @@ def run_job(product: Any, job: tuple[str, str, int], folder: Path, *, modules: b
 HEAD = """# {title}
 
 `python tests/sweeps/operators.py{flag}` at commit {commit}: {count} of {total}, opset {opsets}. {versions}.
+Rows that a run with --only or --resume left alone are of an earlier commit.
 Models converted or found not to be possible, by variant: {variants_run}.
 Models made for one sample of torch's own ({variants}),
 each judged by ONNX Runtime against PyTorch on values and sizes of the sweep's own: {tolerance} of the output's largest
