@@ -7358,8 +7358,8 @@ def read_samples(path: Path) -> dict[str, Arrays]:
         try:
             with open_input(file) as content, np.load(content, allow_pickle=False) as arrays:
                 samples[file.name] = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
-        except (ConversionError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UsageError(f"--verify-data: {file} is no .npz file of plain arrays ({first_line(error)})") from None
+        except (ConversionError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            raise UsageError(f"--verify-data: {file} is no .npz file of plain arrays (numpy.savez)") from None
     if not samples or not all(samples.values()):
         raise UsageError(
             f"--verify-data: {path} holds no arrays; save them with numpy.savez(FILE, name_of_input=array)"
