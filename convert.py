@@ -561,20 +561,17 @@ SAMPLE = "sample"  # the word in the labels of the user's own inputs
 
 
 class Case(NamedTuple):
-    """Inputs of one shape and PyTorch's outputs for them; a label with a word in brackets says where they come from."""
+    """Inputs of one shape and PyTorch's outputs for them."""
 
     label: str
     inputs: Arrays
     outputs: Arrays
     decisions: Mapping[str, Sequence[str]] = {}  # what the model's code read off tensors, by source line
-
-    def is_usual(self) -> bool:
-        """Whether the inputs are drawn as usual: not of VALUE_SETS, and no sample of the user's."""
-        return " (" not in self.label
+    values: str = ""  # where the inputs come from, if they are not drawn as usual; the label has it in brackets
 
     def is_drawn_wide(self) -> bool:
         """Whether the inputs are of one of VALUE_SETS, which may lie outside of what the model is for."""
-        return not self.is_usual() and f" ({SAMPLE} " not in self.label
+        return self.values in VALUE_SETS
 
 
 class Job(NamedTuple):
@@ -964,9 +961,8 @@ def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> P
             drop_output_shapes(file, varying)
     if options.no_verify:
         return Produced(job, attempt, path, light, [])
-    labels = [case.label.partition(" (") for case in job.cases]
-    shapes = "; ".join(dict.fromkeys(shape for shape, _, _ in labels))
-    values = ", ".join(dict.fromkeys(kind.rstrip(")") for _, _, kind in labels if kind))
+    shapes = "; ".join(dict.fromkeys(case.label.removesuffix(f" ({case.values})") for case in job.cases))
+    values = ", ".join(dict.fromkeys(case.values for case in job.cases if case.values))
     with LOG.step(f"verify: ONNX Runtime against PyTorch at {shapes}{values and f', with {values}'}"):
         try:
             produced = Produced(job, attempt, path, light, verify(light, job, options))
@@ -7171,7 +7167,7 @@ class Reference:
             self.bytes = max(self.bytes, min(LATER_FACTOR * taken, self.later_bytes))
         few = list(given.items())[:MAX_LABELLED]  # not the keys and values of every layer
         label = " ".join(f"{name}:{shape_text(array.shape)}" for name, array in few) + f" ({values})" * bool(values)
-        return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()}, watch.decisions)
+        return Case(label, given, {name: to_numpy(tensor) for name, tensor in outputs.items()}, watch.decisions, values)
 
 
 def check_deterministic(reference: Reference, first: Case, sizes: Mapping[str, int], seed: int) -> None:
@@ -7406,7 +7402,7 @@ def sample_case(file: str, sample: Arrays, reference: Reference, options: Option
     except RejectedInputError as error:
         raise UsageError(f"--verify-data: the model does not accept {file}: {error}") from error.__cause__
     check_finite(case)
-    return case._replace(label=f"{case.label} ({SAMPLE} {file})")
+    return case._replace(label=f"{case.label} ({SAMPLE} {file})", values=f"{SAMPLE} {file}")
 
 
 def plan_module(
@@ -8314,7 +8310,7 @@ def compare(case: Case, name: str, actual: Any, job: Job, options: Options) -> D
     rtol = relative if options.rtol is None else options.rtol
     atol = max(absolute * scale, min(KERNEL_ERROR, scale / 100)) if options.atol is None else options.atol
     if case.is_drawn_wide():  # values that saturate a model leave next to nothing: what is usual there is the measure
-        drawn = (other.outputs[name] for other in job.cases if other.is_usual())
+        drawn = (other.outputs[name] for other in job.cases if not other.values)
         usual = max(float(np.abs(value).max(initial=0)) for value in drawn)
         atol = max(atol * max(1.0, scale / usual if usual else 1.0), WIDE_ERROR * max(scale, usual))
     difference = np.nan_to_num(np.abs(actual.astype(np.float64) - expected.astype(np.float64)), nan=math.inf)
@@ -9541,6 +9537,12 @@ def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
     return [p.name for p in parameters], sum(p.default is inspect.Parameter.empty for p in parameters)
 
 
+def is_called_by_name(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether forward is given its inputs by `names`: it knows them, and there are several or it wants names."""
+    parameters, _ = forward_parameters(model)
+    return (len(names) > 1 or takes_keywords_only(model)) and set(names) <= set(parameters)
+
+
 def takes_keywords_only(model: nn.Module) -> bool:
     """Whether forward's arguments have to be named."""
     import inspect
@@ -9589,8 +9591,7 @@ def flatten_outputs(value: Any) -> dict[str, Tensor]:
 
 def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """`model` as the exporters like it: tensors in by position, a flat tuple of tensors out, no gradients."""
-    parameters, _ = forward_parameters(model)
-    by_name = (len(names) > 1 or takes_keywords_only(model)) and set(names) <= set(parameters)
+    by_name = is_called_by_name(model, names)
 
     class Flat(nn.Module):
         def __init__(self) -> None:
@@ -9606,8 +9607,7 @@ def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
 def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """The model's outputs by name; raises RejectedInputError with what the model said."""
-    parameters, _ = forward_parameters(model)
-    by_name = (len(names) > 1 or takes_keywords_only(model)) and set(names) <= set(parameters)
+    by_name = is_called_by_name(model, names)
     try:
         with torch.no_grad():
             result = model(**dict(zip(names, inputs, strict=True))) if by_name else model(*inputs)
