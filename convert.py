@@ -116,7 +116,7 @@ NO_MEMORY = re.compile(
     r"can't allocate memory|[Cc]annot allocate memory|failed to map segment|std::bad_alloc|[Uu]nable to allocate"
 )
 SCREEN = 1800  # characters of a message: somewhat less than 24 lines of 80
-STEP_BYTES = 200  # of the name of a step that another process reads
+STEP_BYTES = 200  # of the names of a step and of an attempt that another process reads
 LONGEST_WORD = 500  # characters without a space, such as a path
 
 
@@ -298,6 +298,7 @@ class Log:
         self.verbose = False
         self.advance: Callable[[int], None] = lambda _: None  # tells how many bytes were copied, during `copying`
         self.current: int | None = None  # a file where each step is named when it begins (see STEP_VARIABLE)
+        self.attempt = ""  # that the steps belong to: the graph, the exporter and the opset
         self.seconds: dict[str, float] = {}  # that steps of each kind took: the kind is what precedes the colon
 
     def line(self, prefix: str, text: str) -> None:
@@ -319,7 +320,8 @@ class Log:
         """A step that may take long: a spinner on a terminal, a plain line elsewhere; the time is told at the end."""
         start = time.monotonic()
         if self.current is not None:
-            os.pwrite(self.current, text.encode(errors="replace")[:STEP_BYTES].ljust(STEP_BYTES), 0)
+            record = [line.encode(errors="replace")[:STEP_BYTES].ljust(STEP_BYTES) for line in (text, self.attempt)]
+            os.pwrite(self.current, b"".join(record), 0)
         if self.on_terminal():
             from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -417,6 +419,7 @@ class Options:
     inspect: bool = False
     mode: str = "auto"
     input_shape: Sequence[InputShape] | None = None
+    input_value: Sequence[tuple[str, Sequence[float]]] = ()
     opset: int | None = None
     task: str | None = None
     model_class: str | None = None
@@ -451,6 +454,7 @@ class Run:
     staging: Path  # the folder that it works in, beside the output
     in_memory: bool = False  # load all weights, also those that could stay in their file until they are written
     streamed: bool = False  # some weights stayed in their file
+    crashed: Mapping[str, str] = field(default_factory=dict)  # attempts that ended an earlier worker, and how
     metadata: dict[str, str] = field(default_factory=dict)  # of every graph
     produced: dict[str, Produced] = field(default_factory=dict)  # the graphs that are done, by the names of their files
 
@@ -482,6 +486,11 @@ class Source(NamedTuple):
     path: Path
     kind: Kind
     why: str
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 input`, `2 inputs`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def is_text(name: object) -> bool:
@@ -696,6 +705,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.open(os.devnull, os.O_RDWR)
     arguments = sys.argv[1:] if argv is None else list(argv)
     name, step = os.environ.pop(WORKER_VARIABLE, None), os.environ.pop(STEP_VARIABLE, None)
+    crashed = json.loads(os.environ.pop(CRASHED_VARIABLE, "{}"))
     if name is None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until there is a worker to end
     as_json = "--json" in arguments
@@ -714,7 +724,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_failure(known, 1, as_json=as_json)
     LOG.current = int(step) if step else None
     # Tearing down torch takes a second and frees what the kernel frees anyway.
-    os._exit(work(source, options, Run(staging_folder(options, name))))
+    os._exit(work(source, options, Run(staging_folder(options, name), crashed=crashed)))
 
 
 def work(source: Source, options: Options, run: Run) -> int:
@@ -760,9 +770,8 @@ def convert(source: Source, options: Options, run: Run) -> dict[str, Any]:
             raise
         LOG.info(f"{error}")
         LOG.info("once more with all weights in memory")
-        for folder in run.staging.glob("*/"):  # the lock stays
-            shutil.rmtree(folder, ignore_errors=True)
-        run = Run(run.staging, in_memory=True)
+        empty_staging(run.staging)
+        run = Run(run.staging, in_memory=True, crashed=run.crashed)
         convert_once(source, options, run)
     kept = [produced for produced in run.produced.values() if produced.job.written]
     places = choose_places(kept, options, run)
@@ -803,6 +812,8 @@ def convert_pytorch_model(loaded: Loaded, options: Options, run: Run) -> list[Jo
         model = model.module()
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{options.input} holds {loaded.what}, not a model; pass --mode state_dict and --model-class")
+    if isinstance(model, torch.jit.ScriptModule) and options.input_value:
+        model, options = with_constants(model, options)
     with explained(ExitStatus.INPUT, f"{options.input}: its weights cannot be used", "save its state dict"):
         store_parameters(model, options, run)
     return [plan_loaded(model, loaded, options, run)]
@@ -888,17 +899,22 @@ def produce(job: Job, options: Options, run: Run) -> Produced:
         memory_bound(free_bytes(options, LATER_BYTES), what, advice),
         time_limit(seconds) if is_archive(job.model) else contextlib.nullcontext(),
     ):
-        produced, failures = first_success(attempts, make, higher=options.opset is None and not job.parts)
+        higher = options.opset is None and not job.parts
+        produced, failures = first_or_undecided(attempts, make, job, higher=higher)
+        if produced is None and (fixed := with_fixed_batch(job, options)):
+            LOG.info(f"every exporter failed ({reasons_of(failures)}); once more with a batch that is not free")
+            again = functools.partial(make, job=fixed)
+            produced, others = first_or_undecided(attempts, again, fixed, higher=higher)
+            if produced:
+                LOG.warn(f"the batch is fixed ({shape_text(fixed.specs[0].dims)}): {reasons_of(failures)}")
+                failures = others
         if produced is None:
-            produced = next((error.produced for _, error in failures if error.produced), None)
-            if produced is None:
-                raise every_attempt_failed(failures, make, job, options)
-            LOG.warn(f"{produced.attempt}: {fixed_decisions(job)}: compare the graph with your own data")
+            raise every_attempt_failed(failures, make, job, options)
     if options.opset is None and produced.attempt.opset != DEFAULT_OPSET and not job.parts:
-        why = "; ".join(f"{attempt}: {error}" for attempt, error in failures)
-        why = why or f"the {produced.attempt.exporter} exporter starts there"
+        why = reasons_of(failures) or f"the {produced.attempt.exporter} exporter starts there"
         LOG.warn(f"opset {produced.attempt.opset} instead of {DEFAULT_OPSET}: {why}")
     run.produced[job.file] = produced
+    LOG.attempt = ""
     return produced
 
 
@@ -938,6 +954,9 @@ def make_graph(attempt: Attempt, job: Job, options: Options, run: Run) -> Produc
 
 def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> Produced:
     """Export, finish, write, check and verify, in a folder of the graph's own; raises AttemptError."""
+    LOG.attempt = f"{job.file}: {attempt}"
+    if LOG.attempt in run.crashed:
+        raise AttemptError(run.crashed[LOG.attempt])
     folder = run.staging / job.file.removesuffix(".onnx")
     path, work, note = folder / job.file, folder / "work", ""
     with WALL.up(unless="it is our own folder"):  # rmtree names files relative to open folders
@@ -979,6 +998,39 @@ def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> P
     return produced
 
 
+def first_or_undecided(
+    attempts: Sequence[Attempt], make: Callable[[Attempt], Produced], job: Job, *, higher: bool
+) -> tuple[Produced | None, list[tuple[Attempt, AttemptError]]]:
+    """first_success, or the first that passes but was not shown to follow what the model decides by values."""
+    produced, failures = first_success(attempts, make, higher=higher)
+    if produced is None and (undecided := [error.produced for _, error in failures if error.produced]):
+        produced = undecided[0]
+        LOG.warn(f"{produced.attempt}: {fixed_decisions(job)}: compare the graph with your own data")
+    return produced, failures
+
+
+def with_fixed_batch(job: Job, options: Options) -> Job | None:
+    """The same job with the batch that its specs have and no other; None where it is not free or asked for."""
+    special = job.parts or job.step or job.further_checks or batch_is_explicit(options)
+    fixed = [{axis: spec.dims[axis] for axis, name in spec.axes.items() if name == BATCH} for spec in job.specs]
+    if special or not any(fixed):
+        return None
+    specs = [
+        spec._replace(axes={axis: name for axis, name in spec.axes.items() if axis not in sizes})
+        for spec, sizes in zip(job.specs, fixed, strict=True)
+    ]
+    cases = [
+        case
+        for case in job.cases
+        if all(
+            case.inputs[spec.name].shape[axis] == size
+            for spec, sizes in zip(specs, fixed, strict=True)
+            for axis, size in sizes.items()
+        )
+    ]
+    return job._replace(specs=specs, cases=cases, traced=case_tensors(cases[0], job)) if cases else None
+
+
 def every_attempt_failed(
     failures: Sequence[tuple[Attempt, AttemptError]],
     make: Callable[[Attempt], Produced],
@@ -986,8 +1038,15 @@ def every_attempt_failed(
     options: Options,
 ) -> ConversionError:
     """The error that says why each attempt failed and what to do; for an opset that was asked for, which one works."""
-    fewer = "leave out --dynamic-axes" if options.dynamic_axes else "try another --exporter"
-    advice = f"{fewer}, or replace the operator in the model"
+    choices = [
+        "leave out --dynamic-axes" if options.dynamic_axes else "",
+        "try another --exporter" if options.exporter != "auto" else "",
+        f"leave out --dtype {options.dtype}" if options.dtype != "fp32" else "",
+        "change that part of the model"
+        if any(error.exported for _, error in failures)
+        else "replace the operator in the model",
+    ]
+    advice = " or ".join(filter(None, choices))
     slight = [error.slight for _, error in failures if error.slight]
     if slight:  # 5 % more than the difference, so that two digits are enough
         advice = f"pass --atol {min(slight) * 1.05:.2g} if you accept such a difference, or {advice}"
@@ -998,9 +1057,16 @@ def every_attempt_failed(
         found, _ = first_success(sorted(others, key=lambda other: other.opset), make)
         works = f"opset {found.attempt.opset} works: pass --opset {found.attempt.opset}" if found else ""
         advice = works or "no other opset works either"
-    reasons = "; ".join(f"{attempt}: {error}" for attempt, error in failures)
     status = ExitStatus.VERIFY if any(error.exported for _, error in failures) else ExitStatus.EXPORT
-    return ConversionError(status, f"every exporter failed ({reasons}); {advice}")
+    return ConversionError(status, f"every exporter failed ({reasons_of(failures)}); {advice}")
+
+
+def reasons_of(failures: Sequence[tuple[Attempt, AttemptError]]) -> str:
+    """Why attempts failed, each reason once."""
+    attempts: dict[str, list[Attempt]] = {}
+    for attempt, error in failures:
+        attempts.setdefault(str(error), []).append(attempt)
+    return "; ".join(f"{' and '.join(map(str, alike))}: {reason}" for reason, alike in attempts.items())
 
 
 def load_content(source: Source, options: Options) -> Loaded:
@@ -1108,6 +1174,20 @@ def shape_argument(text: str) -> InputShape:
     return InputShape(dims, match["name"], match["dtype"])
 
 
+def value_argument(text: str) -> tuple[str, tuple[float, ...]]:
+    """`lengths=5,3` or `scale=0.5`: an input's name and its numbers, whole ones as int."""
+    name, _, numbers = text.partition("=")
+    try:
+        values = tuple(
+            int(part) if re.fullmatch(r"[+-]?\d{1,18}", part) else float(part) for part in numbers.split(",")
+        )
+    except ValueError:
+        values = ()
+    if not re.fullmatch(r"[A-Za-z_][\w.]*", name) or not values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name and its numbers, such as lengths=5,3")
+    return name, values
+
+
 def axes_argument(text: str) -> list[DynamicAxis]:
     """`0,2,3`, `0=batch_size,2=height` or `image:0,2`: axes of every input, or of the one that is named."""
     name, colon, axes = text.rpartition(":")
@@ -1190,6 +1270,14 @@ def build_parser() -> Parser:
         type=shape_argument,
         metavar="[NAME:]DIMS[:DTYPE]",
         help="a shape per input: 1,3,224,224 or ids:1,16:int64 (default: what the model tells, else 1,3,224,224)",
+    )
+    add(
+        "--input-value",
+        nargs="+",
+        type=value_argument,
+        metavar="NAME=NUMBERS",
+        default=(),
+        help="what an input such as lengths or sizes is called with, where no drawn number will do: lengths=5,3",
     )
     add(
         "--opset",
@@ -2047,6 +2135,7 @@ def check_options(options: Options) -> None:
         "model_class",
         "checkpoint_key",
         "input_shape",
+        "input_value",
         "dynamic_axes",
         "model_args",
         "allow_class",
@@ -6724,7 +6813,7 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, ...]:
 def sizes_after_past(decoder: nn.Module, few: Sequence[Tensor]) -> tuple[dict[str, int], ...]:
     """NEXT_SIZES, with one new token at a time where the decoder rejects `few` after a past, as ProphetNet's does."""
     try:
-        call_model(decoder, few, [])
+        call_model(decoder, few, [str(place) for place in range(len(few))])  # by position
     except RejectedInputError as error:
         LOG.warn(f"the decoder takes one token at a time after the first ones ({error})")
         return tuple({**size, SEQUENCE: 1} for size in NEXT_SIZES)
@@ -7002,7 +7091,12 @@ def program_axes(specs: Sequence[InputSpec], free: Sequence[Mapping[int, str]]) 
 
 
 # What the inputs are usually drawn from, and what is tried where PyTorch rejects that or answers with NaN.
-DOMAINS = {"": "normal", "lengths": "positive and falling integers, as lengths are", "0 to 1": "numbers from 0 to 1"}
+DOMAINS = {
+    "": "normal",
+    "lengths": "positive and falling integers, as lengths are",
+    "0 to 1": "numbers from 0 to 1",
+    "your data": "those of --verify-data",
+}
 # What the inputs are drawn from, beside the usual values: branches, integer arithmetic and saturating functions show
 # their other sides there. PyTorch decides which of these a model takes.
 VALUE_SETS = ("zeros", "negative values", "0 to 255", "large values", "repeated values")
@@ -7012,6 +7106,16 @@ VALUES_SECONDS = 4  # that PyTorch may take for all sets together: few ones are 
 MAX_LABELLED = 4  # inputs whose shapes are told in messages
 
 
+class Domain(NamedTuple):
+    """What inputs are drawn from: a key of DOMAINS, and the numbers that some inputs have whatever it is."""
+
+    kind: str = ""
+    given: Mapping[str, Sequence[float]] = MappingProxyType({})
+
+
+USUAL_DOMAIN = Domain()
+
+
 def make_inputs(  # noqa: PLR0913
     specs: Sequence[InputSpec],
     highest: int | None,
@@ -7019,20 +7123,25 @@ def make_inputs(  # noqa: PLR0913
     seed: int,
     values: str = "",
     *,
-    domain: str = "",
+    domain: Domain = USUAL_DOMAIN,
 ) -> list[Tensor]:
     """Seeded inputs: normal, uniform and shifted values in turn, so that no branch on a mean or sign goes unseen.
 
-    `values`: one of VALUE_SETS instead. `domain`: one of DOMAINS, for models that do not take the usual values.
-    Integers stay below `highest`, if there is one; as lengths they reach from the second axis of other inputs down.
+    `values`: one of VALUE_SETS instead. `domain` is for models that do not take the usual values. Integers stay below
+    `highest`, if there is one; as lengths they reach from the second axis of other inputs down. Given numbers are
+    repeated to the input's size; falling ones fall.
     """
     generator = torch.Generator().manual_seed(seed)
     result = []
     for spec in specs:
         shape = spec.resized(sizes)
-        if values:
+        if spec.name in domain.given:
+            numbers = np.array(domain.given[spec.name])
+            filled = np.resize(numbers, shape)
+            drawn = torch.from_numpy(-np.sort(-filled) if (np.diff(numbers) < 0).all() else filled)
+        elif values:
             drawn = unusual_values(spec, shape, values, generator)
-        elif spec.dtype.is_floating_point and domain == "0 to 1":
+        elif spec.dtype.is_floating_point and domain.kind == "0 to 1":
             drawn = torch.rand(shape, generator=generator) * 0.98 + 0.01
         elif spec.dtype.is_floating_point:
             drawn = torch.randn(shape, generator=generator) if seed % 3 != 1 else torch.rand(shape, generator=generator)
@@ -7041,7 +7150,7 @@ def make_inputs(  # noqa: PLR0913
             drawn = (torch.rand(shape, generator=generator) < 0.5).to(spec.dtype)
             for place, value in enumerate((False, True)[: shape[-1] if shape else 0]):
                 drawn[..., place] = value  # whichever of the two means "ignore", something is left to attend to
-        elif domain == "lengths":
+        elif domain.kind == "lengths":
             longest = min((n for other in specs for n in other.resized(sizes)[1:2]), default=1)
             drawn = torch.randint(1, longest + 1, shape, generator=generator).sort(descending=True).values
             drawn[..., :1] = longest
@@ -7133,7 +7242,7 @@ class Reference:
         options: Options,
         examples: Examples | None = None,
         *,
-        domain: str = "",
+        domain: Domain = USUAL_DOMAIN,
     ) -> None:
         self.model, self.specs, self.device = model, list(specs), options.device
         self.names = [spec.name for spec in specs]
@@ -7175,11 +7284,12 @@ def check_deterministic(reference: Reference, first: Case, sizes: Mapping[str, i
 
     This time nobody watches it, so that watching cannot change an answer unnoticed.
     """
+    relative, absolute = tolerances(reference.model)  # half precision depends on the kernel that is chosen
 
     def same(one: Case, other: Case) -> bool:
         return one.outputs.keys() == other.outputs.keys() and all(
             value.shape == other.outputs[name].shape
-            and np.allclose(value, other.outputs[name], 1e-4, 1e-5, equal_nan=True)
+            and np.allclose(value, other.outputs[name], relative, absolute, equal_nan=True)
             for name, value in one.outputs.items()
         )
 
@@ -7217,32 +7327,72 @@ def check_finite(case: Case) -> None:
             )
 
 
+INDEXED = re.compile(r"slices|indices|subscriptable|string|\bstr\b|'?keys?'?|unpack|iterat")  # as a dict or list is
+# Names of inputs that are whole numbers, where the dtype is not given.
+WHOLE_NUMBERS = re.compile(r"ids?$|tok|text|len|label|ind(ex|ices)|idx|^(src|tgt|steps?|size)$", re.IGNORECASE)
+
+
 def propose_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> Iterator[Guess]:
     """The user's shapes, or what the model tells; raises UsageError where the number cannot be right."""
     names, required = forward_parameters(model)
-    if options.input_shape:
-        count, most = len(options.input_shape), len(names) or len(options.input_shape)
-        if not required <= count <= most:
+    shapes = given_shapes(names, options)
+    missing = [name for name in names[:required] if name not in {str(shape.name).partition(".")[0] for shape in shapes}]
+    if options.input_shape or (shapes and not missing):
+        count = len({str(shape.name).partition(".")[0] if shape.name else index for index, shape in enumerate(shapes)})
+        if not required <= count <= (len(names) or count):
             wanted = ", ".join(names[:required]) or "none"
-            raise UsageError(
-                f"--input-shape gives {count} shape{'s' * (count != 1)}, the model needs {required} ({wanted})"
-            )
+            raise UsageError(f"--input-shape gives {plural(count, 'input')}, the model needs {required} ({wanted})")
         recurrent = next(iter(input_guesses(model, loaded, known))).batch_axis
-        batch_axis = recurrent if len(options.input_shape[0].dims) > recurrent else 0
-        yield Guess(options.input_shape, "--input-shape", batch_axis)
-        if any(shape.dtype is None for shape in options.input_shape):  # token ids, given without their dtype
-            shapes = [shape._replace(dtype=shape.dtype or "int64") for shape in options.input_shape]
-            yield Guess(shapes, "--input-shape, with int64 numbers", batch_axis)
+        batch_axis = recurrent if len(shapes[0].dims) > recurrent else 0
+        yield Guess(shapes, "--input-shape", batch_axis)
+        untyped = [shape for shape in shapes if shape.dtype is None]
+        whole = [shape for shape in untyped if WHOLE_NUMBERS.search(str(shape.name))]
+        for changed in ([whole] if 0 < len(whole) < len(untyped) else []) + ([untyped] if untyped else []):
+            typed = [shape._replace(dtype="int64") if shape in changed else shape for shape in shapes]
+            yield Guess(typed, "--input-shape, with int64 numbers", batch_axis)
         return
     if required > 1 and len(loaded.examples) < required:
-        example = " ".join(f"{name}:1,..." for name in names[:required])
+        example = " ".join(f"{name}:SHAPE" for name in missing)
         raise UsageError(
-            f"the model takes {required} inputs ({', '.join(names[:required])}); pass --input-shape {example}"
+            f"the model takes {required} inputs ({', '.join(names[:required])}): pass --input-shape {example}, "
+            "each SHAPE such as 1,16 or 1,16:int64"
         )
     yield from input_guesses(model, loaded, known)
 
 
-def probed_batch_axis(model: nn.Module, specs: list[InputSpec], guess: Guess, options: Options) -> int:
+def given_shapes(names: Sequence[str], options: Options) -> list[InputShape]:
+    """What --input-shape and --input-value say of the inputs, in the order of forward's `names`.
+
+    Several names of which forward knows none are the entries of its one argument, a dict.
+    """
+    shapes = list(options.input_shape or ())
+    if len(names) == 1 < len(shapes) and all(shape.name and "." not in shape.name for shape in shapes):
+        shapes = [shape._replace(name=f"{names[0]}.{shape.name}") for shape in shapes]
+    unnamed = (name for name in names if name not in {shape.name for shape in shapes})
+    if options.input_value:
+        shapes = [shape if shape.name else shape._replace(name=next(unnamed, None)) for shape in shapes]
+    for name, numbers in options.input_value:
+        if all(shape.name != name for shape in shapes):
+            dtype = "int64" if all(isinstance(number, int) for number in numbers) else None
+            shapes.append(InputShape((len(numbers),), name, dtype))
+    order = {name: place for place, name in enumerate(names)}
+    return sorted(shapes, key=lambda shape: order.get(str(shape.name).partition(".")[0], -1)) if order else shapes
+
+
+def domains(specs: Sequence[InputSpec], options: Options, samples: Mapping[str, Arrays]) -> Iterator[Domain]:
+    """What to draw the inputs from, most usual first."""
+    given = dict(options.input_value)
+    yield Domain("", given)
+    if any(spec.dtype in (torch.int64, torch.int32) and spec.name not in given for spec in specs):
+        yield Domain("lengths", given)
+    yield Domain("0 to 1", given)
+    for sample in itertools.islice(samples.values(), 1):
+        numbers = {spec.name: sample[spec.name].ravel() for spec in specs if spec.name in sample}
+        if numbers and all(array.size for array in numbers.values()):
+            yield Domain("your data", {**numbers, **given})
+
+
+def probed_batch_axis(model: nn.Module, specs: list[InputSpec], guess: Guess, options: Options, domain: Domain) -> int:
     """Which of the first two axes is the batch, where the rank leaves that open: the one whose rows do not mix.
 
     PyTorch shows it: of two inputs that differ in the first row only, the answers differ in the first row only. Where
@@ -7251,20 +7401,20 @@ def probed_batch_axis(model: nn.Module, specs: list[InputSpec], guess: Guess, op
     if len(specs[0].dims) not in (2, 3) or not specs[0].dtype.is_floating_point or guess.batch_axis < 0:
         return guess.batch_axis
     for axis in (0, 1):
-        if rows_are_independent(model, specs, axis, options):
+        if rows_are_independent(model, specs, axis, options, domain):
             if axis or guess.batch_axis:
                 LOG.info(f"batch: axis {axis} of {specs[0].name}, along which PyTorch's answers are independent")
             return axis
     return guess.batch_axis
 
 
-def rows_are_independent(model: nn.Module, specs: list[InputSpec], axis: int, options: Options) -> bool:
+def rows_are_independent(model: nn.Module, specs: list[InputSpec], axis: int, options: Options, domain: Domain) -> bool:
     """Whether each row along `axis` of the inputs has an answer of its own, and every output an axis that follows."""
     size = specs[0].dims[axis]
     free = [
         spec._replace(axes={axis: BATCH} if spec.dims[axis : axis + 1] == (size,) else {}) for spec in specs
     ]  # as in free_axes
-    usual = Reference(model, free, options)
+    usual = Reference(model, free, options, domain=domain)
 
     def first_row_changed(sizes: Mapping[str, int], seed: int) -> list[Tensor]:
         first, *others = usual.tensors(sizes, seed)
@@ -7289,41 +7439,67 @@ def rows_are_independent(model: nn.Module, specs: list[InputSpec], axis: int, op
     return same and bool(three.outputs)
 
 
-def settle_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options) -> tuple[Reference, Case]:
-    """The first proposed inputs that the model accepts, and its answer at exactly those sizes."""
+def settle_inputs(
+    model: nn.Module, loaded: Loaded, known: Preprocessing, options: Options, samples: Mapping[str, Arrays]
+) -> tuple[Reference, Case]:
+    """The first proposed inputs that the model accepts, and its answer at exactly those sizes.
+
+    Raises UsageError (or InputError, where the model itself is the matter) if it accepts none.
+    """
     dtype = float_dtype(model)
-    failure: RejectedInputError | None = None
-    for guess, domain in itertools.product(propose_inputs(model, loaded, known, options), DOMAINS):
-        named = name_inputs(model, guess.shapes, dtype)
-        if domain == "lengths" and not any(spec.dtype in (torch.int64, torch.int32) for spec in named):
+    rejected: list[tuple[Guess, RejectedInputError]] = []
+    for guess in propose_inputs(model, loaded, known, options):
+        named, unclear = name_inputs(model, guess.shapes, dtype), None
+        for domain in domains(named, options, samples):
+            batch_axis = guess.batch_axis
+            if not options.static:
+                batch_axis = probed_batch_axis(model, named, guess, options, domain)
+            reference = Reference(model, free_axes(named, loaded, options, batch_axis), options, domain=domain)
+            try:
+                case = reference.run({}, GIVEN_SEED, watched=True)
+                finite = is_finite(case) and is_finite(reference.run({}, 0))  # uniform values, and normal ones
+            except RejectedInputError as error:
+                rejected.append((guess, error))
+                continue
+            unclear = (reference, case, domain)
+            if finite:
+                break
+        if unclear is None:
             continue
-        batch_axis = guess.batch_axis if options.static else probed_batch_axis(model, named, guess, options)
-        specs = free_axes(named, loaded, options, batch_axis)
-        reference = Reference(model, specs, options, domain=domain)
-        try:
-            case = reference.run({}, GIVEN_SEED, watched=True)
-            finite = is_finite(case) and is_finite(reference.run({}, 0))  # uniform values, and normal ones
-        except RejectedInputError as error:
-            failure = failure or error
-            continue
-        if not finite and domain != "0 to 1":
-            continue
-        if domain:
-            LOG.info(f"values: {DOMAINS[domain]}, since PyTorch does not take others")
+        reference, case, domain = unclear
+        if domain.kind:
+            LOG.info(f"values: {DOMAINS[domain.kind]}, since PyTorch does not take others")
         if not options.input_shape:
             LOG.info(f"input: {' '.join(map(str, guess.shapes))}, told by {guess.reason} (--input-shape overrides)")
+        for name in sorted(domain.given):
+            LOG.warn(f"input {name}: its values are the same in every check, so nothing is shown for others")
         check_deterministic(reference, case, {}, GIVEN_SEED)
         return reference, case
-    shapes = " ".join(map(str, options.input_shape or ())) or "any shape tried"
-    cause = failure.__cause__ if failure else None
-    if isinstance(cause, AttributeError):
-        raise InputError(
+    raise no_inputs_accepted(model, rejected, options)
+
+
+def no_inputs_accepted(
+    model: nn.Module, rejected: Sequence[tuple[Guess, RejectedInputError]], options: Options
+) -> ConversionError:
+    """Why the model accepts none of the inputs tried, and what to pass."""
+    guess, failure = rejected[0]
+    if isinstance(failure.__cause__, AttributeError):
+        return InputError(
             f"the model cannot run: {failure}; was it saved with another version of its library? "
             "Install that version, or save a state dict"
-        ) from cause
-    raise UsageError(
-        f"the model does not accept {shapes}: {failure}; pass the right --input-shape, e.g. 1,3,224,224"
-    ) from cause
+        )
+    tried = " ".join(map(str, guess.shapes))
+    names, _ = forward_parameters(model)
+    if options.input_shape:
+        advice = (
+            "pass the right --input-shape; if it is right, pass values that the model takes: --input-value NAME=5,3"
+        )
+        advice += ", or an example with --verify-data"
+    else:
+        advice = f"pass the right --input-shape, such as {tried}"
+    if INDEXED.search(str(failure)) and names:
+        advice += f"; entries of a dict or list are {names[0]}.KEY:1,4 or {names[0]}.0:1,4"
+    return UsageError(f"the model does not accept {tried}: {failure}; {advice}")
 
 
 def check_outputs(case: Case) -> None:
@@ -7416,7 +7592,7 @@ def plan_module(
 
     And for several kinds of values, and the user's own `samples`.
     """
-    reference, given = settle_inputs(model, loaded, known, options)
+    reference, given = settle_inputs(model, loaded, known, options, samples)
     base = {name: spec.dims[axis] for spec in reference.specs for axis, name in spec.axes.items()}
     small, large = dict(base), dict(base)
     for turn, name in enumerate(name for name in base if name != BATCH):
@@ -7541,7 +7717,7 @@ def export_torchscript(flat: nn.Module, job: Job, opset: int, folder: Path) -> i
     )
     register_symbolics()
     weights = flat.state_dict(keep_vars=True)
-    with fixed_resize(), traced_sizes():
+    with fixed_resize(), traced_sizes(), without_complex():
         model = None
         if sum(tensor.nbytes for tensor in weights.values()) >= STREAM_FROM:
             export_graph(flat, job, export)
@@ -7764,12 +7940,7 @@ def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, st
     if not isinstance(job.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
     try:
-        with (
-            torch.no_grad(),
-            warnings.catch_warnings(record=True) as caught,
-            without_complex(),
-            without_kept_state(flat),
-        ):
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught, without_kept_state(flat):
             model = EXPORTERS[attempt.exporter](flat, job, attempt.opset, folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -7896,8 +8067,9 @@ def fixed_decisions(job: Job) -> str:
         for place in places
         if len({tuple(case.decisions.get(place, ())) for case in job.cases}) == 1
     )
-    tried = "; ".join(case.label for case in job.cases)
-    return f"{and_more(same, 3)} off a tensor for every input tried ({tried}), and tracing keeps that" if same else ""
+    return (
+        f"{and_more(same, 3)} off a tensor for each of {len(job.cases)} inputs, and tracing keeps that" if same else ""
+    )
 
 
 def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> str:
@@ -7946,6 +8118,11 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
     if len(graph.outputs) != len(job.outputs):
         raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(job.outputs)}")
     strip_wrapper_names(graph)
+    for spec, value in zip(job.specs, graph.inputs, strict=True):
+        value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
+    for node in list(graph.all_nodes()):
+        if node.op_type in ("AveragePool", "MaxPool") and node.attributes.get_int("ceil_mode", 0) == 1:
+            round_down(node, model)
     for place, value in enumerate(graph.outputs):
         if value in graph.outputs[:place]:  # a tensor that is returned twice is two outputs
             node = ir.node("Identity", [value], outputs=[ir.Value(type=value.type, shape=value.shape)])
@@ -7953,8 +8130,6 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
             graph.outputs[place] = node.outputs[0]
     for value, name in zip(graph.outputs, job.outputs, strict=True):
         value.name = name
-    for spec, value in zip(job.specs, graph.inputs, strict=True):
-        value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
     for index, value in enumerate(graph.outputs):
         value.shape = ir.Shape(output_axes(job, index, value) or ())
     graph.name = "model"
@@ -7965,6 +8140,52 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     return model
+
+
+def round_down(pool: ir.Node, model: ir.Model) -> None:
+    """Give a pooling that rounds its sizes up padding with which rounding down gives the same, where onnx miscounts.
+
+    PyTorch and ONNX Runtime leave a window out that would begin in the padding; onnx's shape inference counts it
+    (onnx/defs/nn/defs.cc, convPoolShapeInference), so that onnx.checker contradicts what is declared.
+    """
+    from onnx_ir.passes import common
+
+    values = [value for node in model.graph.all_nodes() for value in node.outputs]
+    declared = [value.shape for value in values]
+    for value in values:  # where one of them is contradicted, nothing is inferred
+        value.shape = None
+    common.ShapeInferencePass()(model)
+    known = cast("ir.Value", pool.inputs[0]).shape
+    for value, shape in zip(values, declared, strict=True):
+        value.shape = shape
+    sizes = list(known)[2:] if known is not None else []
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    axes, wrong, counted = len(sizes), False, np.ones((1, 1), np.float64)
+    kernel, pads = pool.attributes.get_ints("kernel_shape", ()), list(pool.attributes.get_ints("pads", (0,) * 2 * axes))
+    strides, dilations = (pool.attributes.get_ints(name, (1,) * axes) for name in ("strides", "dilations"))
+    for axis, size in enumerate(cast("list[int]", sizes)):
+        window, end = dilations[axis] * (kernel[axis] - 1) + 1, size + pads[axis] + pads[axes + axis]
+        last = -(-(end - window) // strides[axis])
+        if last * strides[axis] >= size + pads[axis]:
+            last, wrong = last - 1, True
+        starts = strides[axis] * np.arange(last + 1)
+        counted = counted[..., None] * np.minimum(window, end - starts) / window  # beyond its padding nothing counts
+        pads[axes + axis] = max(0, int(starts[-1]) + window - size - pads[axis])
+    if not wrong:
+        return
+    pool.attributes["pads"] = ir.AttrInt64s("pads", pads)
+    pool.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 0)
+    if pool.attributes.get_int("count_include_pad", 0) and (counted < 1).any():
+        average = pool.outputs[0]
+        average.name = f"{average.name}_of_all"
+        share = ir.tensor(counted.astype(cast("ir.DataType", average.dtype).numpy()), name=f"{average.name}_counted")
+        graph = cast("ir.Graph", pool.graph)
+        constant = ir.node("Constant", [], {"value": share})
+        divided = ir.node("Div", [average, constant.outputs[0]], outputs=[ir.Value(type=average.type)])
+        ir.convenience.replace_all_uses_with(average, divided.outputs[0], replace_graph_outputs=True)
+        divided.replace_input_with(0, average)
+        graph.insert_after(pool, [constant, divided])
 
 
 def restore_branch_outputs(graph: ir.Graph) -> None:
@@ -8293,6 +8514,11 @@ ROUNDING_MARGIN = 4  # a sum in another order may err in the other direction, an
 ROUNDING_STEPS = 8  # of the largest value's last digit: what is left of values that cancel in a sum
 
 
+def tolerances(model: nn.Module) -> tuple[float, float]:
+    """The relative and the absolute tolerance of the model's dtype."""
+    return TOLERANCES[str(float_dtype(model)).removeprefix("torch.")]
+
+
 def compare(case: Case, name: str, actual: Any, job: Job, options: Options) -> Difference:
     """Compare one output with PyTorch's. NaN and Inf never pass; integers and booleans must be equal."""
     expected = case.outputs[name]
@@ -8305,7 +8531,7 @@ def compare(case: Case, name: str, actual: Any, job: Job, options: Options) -> D
         wrong = int(np.count_nonzero(actual != expected))
         problem = f"output {name!r} differs from PyTorch's in {wrong} of {expected.size} places for {case.label}"
         return Difference(case.label, name, float(wrong), 0.0, problem if wrong else "")
-    relative, absolute = TOLERANCES[str(float_dtype(job.model)).removeprefix("torch.")]
+    relative, absolute = tolerances(job.model)
     scale = float(np.abs(expected).max())
     rtol = relative if options.rtol is None else options.rtol
     atol = max(absolute * scale, min(KERNEL_ERROR, scale / 100)) if options.atol is None else options.atol
@@ -8717,6 +8943,8 @@ def largest_value(tensor: Tensor) -> float:
 WORKER_VARIABLE = "PT2ONNX_RUN"
 # The number of a descriptor: the worker writes there what it does, for the supervisor to say should it crash.
 STEP_VARIABLE = "PT2ONNX_STEP"
+# What ended earlier workers, as JSON: the attempts that are not to be repeated, and how each crashed.
+CRASHED_VARIABLE = "PT2ONNX_CRASHED"
 CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL)
 # Steps that do what the input says, and nothing else: where they crash, it is the input that cannot be used.
 INPUT_STEPS = ("load", "build", "reference")
@@ -8806,7 +9034,9 @@ def print_report(report: Mapping[str, Any], standard_output: int) -> None:
         os.write(standard_output, (json.dumps(report) + "\n").encode())
 
 
-def become_worker(arguments: Sequence[str], run: str, step: int, supervisor: int) -> NoReturn:
+def become_worker(
+    arguments: Sequence[str], run: str, crashed: Mapping[str, str], step: int, supervisor: int
+) -> NoReturn:
     """Replace this process, a child of `supervisor`, by one that runs the same command as a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -8815,14 +9045,21 @@ def become_worker(arguments: Sequence[str], run: str, step: int, supervisor: int
     if os.getppid() != supervisor:  # it died before that
         os._exit(ExitStatus.BUG)
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
-    environment = {**os.environ, WORKER_VARIABLE: run, STEP_VARIABLE: str(step), "GLIBC_TUNABLES": tunables}
+    told = {WORKER_VARIABLE: run, STEP_VARIABLE: str(step), CRASHED_VARIABLE: json.dumps(crashed)}
+    environment = {**os.environ, **told, "GLIBC_TUNABLES": tunables}
     os.execve(sys.executable, [sys.executable, "-P", __file__, *arguments], environment)  # noqa: S606
 
 
-def run_worker(arguments: Sequence[str], run: str) -> tuple[int, str]:
-    """Run the worker in a child process. Returns its exit code, or -N where signal N ended it or told us to end it.
+class Ended(NamedTuple):
+    """How a worker ended: its exit code, or -N where signal N ended it or told us to; its last step and attempt."""
 
-    And the name of the step that it began last.
+    code: int
+    step: str
+    attempt: str
+
+
+def run_worker(arguments: Sequence[str], run: str, crashed: Mapping[str, str] = MappingProxyType({})) -> Ended:
+    """Run the worker in a child process; `crashed` are the attempts that it is to leave out.
 
     STOP_SIGNALS are blocked before and after, so that nothing is left half done: they wait until there is a worker to
     end, and change nothing any more once it has ended.
@@ -8833,7 +9070,7 @@ def run_worker(arguments: Sequence[str], run: str) -> tuple[int, str]:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a parent ignores it, there would be nobody to wait for
     worker = os.fork()
     if worker == 0:
-        become_worker(arguments, run, step, supervisor)
+        become_worker(arguments, run, crashed, step, supervisor)
 
     def stop(number: int, _: object) -> None:
         received.append(number)
@@ -8847,7 +9084,9 @@ def run_worker(arguments: Sequence[str], run: str) -> tuple[int, str]:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     code = -received[0] if received and code == -signal.SIGKILL else code
-    return code, os.pread(step, STEP_BYTES, 0).decode(errors="replace").strip()
+    names = [os.pread(step, STEP_BYTES, place).decode(errors="replace").strip() for place in (0, STEP_BYTES)]
+    os.close(step)
+    return Ended(code, *names)
 
 
 def worker_error(number: int, step: str, options: Options) -> ConversionError:
@@ -8880,13 +9119,13 @@ def staging_folder(options: Options, name: str) -> Path:
 def supervise(arguments: Sequence[str], options: Options, name: str) -> int:
     """Run the worker; whatever ends it, leave no debris, say what is true and return the exit code."""
     if options.inspect:
-        return conclude(*run_worker(arguments, name), None, options)
+        return conclude(run_worker(arguments, name), None, options)
     staging = staging_folder(options, name)
     made = [folder for folder in staging.absolute().parents if not folder.exists()]
     try:
         claim(staging)
         remove_abandoned(staging.parent)
-        code, step = run_worker(arguments, name)
+        ended = run_workers(arguments, name, staging)
     except OSError:
         remove_debris(staging, made)
         raise
@@ -8897,22 +9136,36 @@ def supervise(arguments: Sequence[str], options: Options, name: str) -> int:
         failure = ConversionError(ExitStatus.RESOURCES, f"{what}, and the next run puts them back")
         return report_failure(failure, 1, as_json=options.json)
     remove_debris(staging, made)
-    return conclude(code, step, report, options)
+    return conclude(ended, report, options)
 
 
-def conclude(code: int, step: str, report: Mapping[str, Any] | None, options: Options) -> int:
+def run_workers(arguments: Sequence[str], name: str, staging: Path) -> Ended:
+    """Run the worker, and another one without the attempt that a library crashed in, until none crashes so."""
+    crashed: dict[str, str] = {}
+    while True:
+        ended = run_worker(arguments, name, crashed)
+        if -ended.code not in CRASHES or not ended.attempt or ended.attempt in crashed:
+            return ended
+        crashed[ended.attempt] = (
+            f"a library crashed ({signal.Signals(-ended.code).name}) while it did this: {ended.step.partition(':')[0]}"
+        )
+        LOG.info(f"{ended.attempt}: {crashed[ended.attempt]}; once more without this attempt")
+        empty_staging(staging)
+
+
+def conclude(ended: Ended, report: Mapping[str, Any] | None, options: Options) -> int:
     """Say what the worker did not: that its files are in place, or which signal ended it; returns the exit code."""
     if report is not None:  # whatever happened afterwards
         LOG.line("SUCCESS", describe_success(report))
         if options.json:
             print_report(report, 1)
         return ExitStatus.OK
-    if code < 0:
-        return report_failure(worker_error(-code, step, options), 1, as_json=options.json)
-    if code == ExitStatus.OK and not options.inspect:
+    if ended.code < 0:
+        return report_failure(worker_error(-ended.code, ended.step, options), 1, as_json=options.json)
+    if ended.code == ExitStatus.OK and not options.inspect:
         what = f"{options.output.parent} was removed while the model was converted; run it again"
         return report_failure(UsageError(what), 1, as_json=options.json)
-    return code
+    return ended.code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9008,6 +9261,12 @@ def back_up(file: Path, kept: Path) -> None:
             os.link(file, kept, follow_symlinks=False)
         except OSError:
             file.replace(kept)
+
+
+def empty_staging(staging: Path) -> None:
+    """Remove what a try left; the lock stays."""
+    for folder in staging.glob("*/"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def settle(staging: Path) -> dict[str, Any] | None:
@@ -9525,22 +9784,70 @@ def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
         arguments = cast("Any", model.forward).schema.arguments[1:]
         required = [argument for argument in arguments if not argument.has_default_value()]
         for argument in required:
-            if str(argument.type) in ("int", "float", "bool", "str"):
-                raise ConversionError(
-                    ExitStatus.EXPORT,
-                    f"forward's argument {argument.name} is {argument.type}, which ONNX cannot take as an input; "
-                    "wrap the model so that forward takes tensors only, and save it again",
+            if str(argument.type) in (*NUMBERS, "str"):
+                advice = f"pass --input-value {argument.name}=NUMBER, and it becomes a constant of the graph"
+                advice = (
+                    "wrap the model so that forward takes tensors, and save it again"
+                    if str(argument.type) == "str"
+                    else advice
                 )
+                what = f"forward's argument {argument.name} is {argument.type}, which ONNX cannot take as an input"
+                raise ConversionError(ExitStatus.EXPORT, f"{what}: {advice}")
         return [argument.name for argument in arguments], len(required)
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in several]
     return [p.name for p in parameters], sum(p.default is inspect.Parameter.empty for p in parameters)
 
 
-def is_called_by_name(model: nn.Module, names: Sequence[str]) -> bool:
-    """Whether forward is given its inputs by `names`: it knows them, and there are several or it wants names."""
-    parameters, _ = forward_parameters(model)
-    return (len(names) > 1 or takes_keywords_only(model)) and set(names) <= set(parameters)
+NUMBERS: dict[str, Callable[[float], float]] = {"int": int, "float": float, "bool": bool}  # of TorchScript's types
+
+
+def with_constants(model: torch.jit.ScriptModule, options: Options) -> tuple[torch.jit.ScriptModule, Options]:
+    """`model` without those arguments that are plain numbers and that --input-value gives, and what is left of that."""
+    arguments = cast("Any", model.forward).schema.arguments[1:]
+    given = dict(options.input_value)
+    plain = {
+        a.name: NUMBERS[str(a.type)](given[a.name][0]) for a in arguments if a.name in given and str(a.type) in NUMBERS
+    }
+    if not plain:
+        return model, options
+    holder = nn.Module()
+    holder.inner = model
+    scripted = torch.jit.script(holder)
+    left = [f"{a.name}: {a.type.annotation_str}" for a in arguments if a.name not in plain]
+    values = [f"{a.name}={plain.get(a.name, a.name)}" for a in arguments]
+    scripted.define(f"def forward(self, {', '.join(left)}):\n    return self.inner({', '.join(values)})\n")
+    for name, value in plain.items():
+        LOG.warn(f"{name} is {value} in the graph, a constant (--input-value)")
+    return scripted.eval(), replace(options, input_value=[pair for pair in options.input_value if pair[0] not in plain])
+
+
+class Arguments(NamedTuple):
+    """How forward is called with flat tensors: which of `names` belong together, and whether it is told the names."""
+
+    names: Sequence[str]
+    parameters: Collection[str]
+    keywords_only: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Sequence[str]) -> Arguments:
+        """For inputs called `names`; NAME.KEY are entries of forward's argument NAME, a list where they are numbers."""
+        return cls(names, forward_parameters(model)[0], takes_keywords_only(model))
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments by position and by name."""
+        values: dict[str, Any] = {}
+        for name, tensor in zip(self.names, tensors, strict=True):
+            outer, _, key = name.partition(".")
+            if key and outer in self.parameters:
+                values.setdefault(outer, {})[key] = tensor
+            else:
+                values[name] = tensor
+        for name, value in values.items():
+            if isinstance(value, dict) and all(map(str.isdecimal, value)):
+                values[name] = list(value.values())
+        by_name = (len(values) > 1 or self.keywords_only) and set(values) <= set(self.parameters)
+        return ([], values) if by_name else (list(values.values()), {})
 
 
 def takes_keywords_only(model: nn.Module) -> bool:
@@ -9591,7 +9898,7 @@ def flatten_outputs(value: Any) -> dict[str, Tensor]:
 
 def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """`model` as the exporters like it: tensors in by position, a flat tuple of tensors out, no gradients."""
-    by_name = is_called_by_name(model, names)
+    arguments = Arguments.of(model, names)
 
     class Flat(nn.Module):
         def __init__(self) -> None:
@@ -9599,18 +9906,18 @@ def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
             self.inner = model
 
         def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-            result = self.inner(**dict(zip(names, inputs, strict=True))) if by_name else self.inner(*inputs)
-            return tuple(flatten_outputs(result).values())
+            by_position, by_name = arguments(inputs)
+            return tuple(flatten_outputs(self.inner(*by_position, **by_name)).values())
 
     return Flat()
 
 
 def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """The model's outputs by name; raises RejectedInputError with what the model said."""
-    by_name = is_called_by_name(model, names)
+    by_position, by_name = Arguments.of(model, names)(inputs)
     try:
         with torch.no_grad():
-            result = model(**dict(zip(names, inputs, strict=True))) if by_name else model(*inputs)
+            result = model(*by_position, **by_name)
     except Exception as error:  # a model may raise anything
         raise_out_of_memory(error)
         raise RejectedInputError(first_line(error)) from error
@@ -9628,19 +9935,22 @@ def is_archive(model: nn.Module) -> bool:
 def without_kept_state(model: nn.Module) -> Iterator[None]:
     """Let the modules forget what they keep between calls, such as embeddings for the last length.
 
-    Exporters would take it for constants. It lies in attributes, or in a dict that is one: buffers, hooks, caches.
+    Exporters would take it for constants. It lies in attributes, or in a dict that is one: buffers, hooks, caches. What
+    has become another class, as lazy layers do when they are first called, stays that.
     """
-    attributes = [module.__dict__ for module in model.modules()]
     states = [
-        state for own in attributes for state in (own, *(value for value in own.values() if isinstance(value, dict)))
+        (module, type(module), state, dict(state))
+        for module in model.modules()
+        for own in [module.__dict__]
+        for state in (own, *(value for value in own.values() if isinstance(value, dict)))
     ]
-    originals = [dict(state) for state in states]
     try:
         yield
     finally:
-        for state, original in zip(states, originals, strict=True):
-            state.clear()
-            state.update(original)
+        for module, kind, state, original in states:
+            if type(module) is kind:
+                state.clear()
+                state.update(original)
 
 
 def to_numpy(tensor: Tensor) -> Any:
@@ -10339,7 +10649,9 @@ def register_symbolics() -> None:
     from torch.onnx import register_custom_op_symbolic
 
     register_custom_op_symbolic("aten::repeat_interleave", symbolic_repeat, 13)
-    register_custom_op_symbolic("aten::adaptive_avg_pool2d", symbolic_average, 13)
+    for axes, kind in itertools.product((1, 2, 3), ("avg", "max")):
+        name = f"adaptive_{kind}_pool{axes}d"
+        register_custom_op_symbolic(f"aten::{name}", functools.partial(symbolic_adaptive_pool, name), 13)
     register_custom_op_symbolic("aten::cumsum", symbolic_cumsum, 13)
     register_custom_op_symbolic("aten::unfold", symbolic_unfold, 13)
     register_custom_op_symbolic("aten::as_strided", symbolic_strided, 13)
@@ -10393,16 +10705,30 @@ def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, outp
     return symbolic_opset13.repeat_interleave(graph, tensor, repeats, axis, output_size)
 
 
-def symbolic_average(graph: Any, tensor: Any, size: Any) -> Any:
-    """adaptive_avg_pool2d as the exporter has it; as two products where the image is no known multiple of `size`."""
+def symbolic_adaptive_pool(name: str, graph: Any, tensor: Any, size: Any) -> Any:
+    """Adaptive pooling as the exporter has it; axis by axis where the input is no known multiple of `size`.
+
+    An average is a product with averaging_matrix; maxima are those of what is gathered for each window. The indices of
+    the maxima, which are the second result, are not to be had.
+    """
     from torch.onnx import symbolic_helper, symbolic_opset9
     from torch.onnx.errors import SymbolicValueError
 
     with contextlib.suppress(SymbolicValueError):
-        return symbolic_opset9.adaptive_avg_pool2d(graph, tensor, size)  # type: ignore[attr-defined]  # made at run time
-    height, width = symbolic_helper._parse_arg(size, "is")  # noqa: SLF001
-    rows, columns = (averaging_matrix(graph, tensor, axis, count) for axis, count in ((2, height), (3, width)))
-    return graph.op("MatMul", graph.op("MatMul", rows, tensor), graph.op("Transpose", columns, perm_i=(1, 0)))
+        return getattr(symbolic_opset9, name)(graph, tensor, size)
+    counts = symbolic_helper._parse_arg(size, "is")  # noqa: SLF001
+    rank = cast("int", symbolic_helper._get_tensor_rank(tensor))  # noqa: SLF001
+    axes = range(rank - len(counts), rank)
+    if "max" in name:
+        for axis, count in zip(axes, counts, strict=True):
+            tensor = windowed_maximum(graph, tensor, axis, count)
+        return tensor, None
+    for axis, count in zip(axes, counts, strict=True):
+        last = [*(other for other in range(rank) if other != axis), axis]
+        matrix = graph.op("Transpose", averaging_matrix(graph, tensor, axis, count), perm_i=(1, 0))
+        product = graph.op("MatMul", graph.op("Transpose", tensor, perm_i=last), matrix)
+        tensor = graph.op("Transpose", product, perm_i=[last.index(place) for place in range(rank)])
+    return tensor
 
 
 def constant_value(graph: Any, value: Any) -> Any:
@@ -10410,21 +10736,40 @@ def constant_value(graph: Any, value: Any) -> Any:
     return graph.op("Constant", value_t=torch.tensor(value))
 
 
+def adaptive_windows(graph: Any, tensor: Any, axis: int, count: int) -> tuple[Any, Any, Any]:
+    """The length of `axis`, and where each of `count` windows along it begins and ends (count x 1)."""
+    constant = functools.partial(constant_value, graph)
+    length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
+    first = graph.op("Div", graph.op("Mul", constant([[n] for n in range(count)]), length), constant(count))
+    # The place behind the last one is rounded up.
+    ends = graph.op("Mul", constant([[n + 1] for n in range(count)]), length)
+    return length, first, graph.op("Div", graph.op("Add", ends, constant(count - 1)), constant(count))
+
+
 def averaging_matrix(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     """The matrix (count x length of `axis`) of what each place adds to each of `count` averages."""
     from torch.onnx import JitScalarType
 
-    constant = functools.partial(constant_value, graph)
-    length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
-    places = graph.op("Range", constant(0), length, constant(1))
-    first = graph.op("Div", graph.op("Mul", constant([[n] for n in range(count)]), length), constant(count))
-    # The place behind the last one is rounded up.
-    ends = graph.op("Mul", constant([[n + 1] for n in range(count)]), length)
-    end = graph.op("Div", graph.op("Add", ends, constant(count - 1)), constant(count))
+    length, first, end = adaptive_windows(graph, tensor, axis, count)
+    places = graph.op("Range", constant_value(graph, 0), length, constant_value(graph, 1))
     inside = graph.op("And", graph.op("GreaterOrEqual", places, first), graph.op("Less", places, end))
     dtype = JitScalarType.from_value(tensor).onnx_type()
     ones = graph.op("Cast", inside, to_i=dtype)
     return graph.op("Div", ones, graph.op("Cast", graph.op("Sub", end, first), to_i=dtype))
+
+
+def windowed_maximum(graph: Any, tensor: Any, axis: int, count: int) -> Any:
+    """The maxima of `count` windows along `axis`; the last place of a shorter window is looked at twice."""
+    from torch.onnx import symbolic_helper
+
+    constant = functools.partial(constant_value, graph)
+    length, first, end = adaptive_windows(graph, tensor, axis, count)
+    widest = graph.op("Add", graph.op("Div", length, constant(count)), constant(2))
+    places = graph.op("Add", first, graph.op("Range", constant(0), widest, constant(1)))
+    windows = graph.op("Gather", tensor, graph.op("Min", places, graph.op("Sub", end, constant(1))), axis_i=axis)
+    newer = symbolic_helper.GLOBALS.export_onnx_opset_version >= 18
+    axes = ([constant([axis + 1])], {}) if newer else ([], {"axes_i": [axis + 1]})
+    return graph.op("ReduceMax", windows, *axes[0], **axes[1], keepdims_i=0)
 
 
 def symbolic_cumsum(graph: Any, tensor: Any, dim: Any, dtype: Any = None) -> Any:
