@@ -600,6 +600,7 @@ class Job(NamedTuple):
     step: TokenStep | None = None  # what is exported and then repeated, where `model` reads a text token by token
     parts: tuple[str, ...] = ()  # files of graphs made before, which become one: nothing is exported
     written: bool = True  # False for such a part, which is not kept
+    with_fixed_batch: Callable[[], Job] | None = None  # plans it once more, where nobody asked for a free batch
 
 
 class TokenStep(NamedTuple):
@@ -900,13 +901,16 @@ def produce(job: Job, options: Options, run: Run) -> Produced:
         time_limit(seconds) if is_archive(job.model) else contextlib.nullcontext(),
     ):
         higher = options.opset is None and not job.parts
-        produced, failures = first_or_undecided(attempts, make, job, higher=higher)
-        if produced is None and (fixed := with_fixed_batch(job, options)):
+        produced, failures = first_success(attempts, make, higher=higher)
+        if produced is None and (undecided := [error.produced for _, error in failures if error.produced]):
+            produced = undecided[0]
+            LOG.warn(f"{produced.attempt}: {fixed_decisions(job)}: compare the graph with your own data")
+        if produced is None and job.with_fixed_batch:
             LOG.info(f"every exporter failed ({reasons_of(failures)}); once more with a batch that is not free")
-            again = functools.partial(make, job=fixed)
-            produced, others = first_or_undecided(attempts, again, fixed, higher=higher)
+            again = functools.partial(make, job=job.with_fixed_batch())
+            produced, others = first_success(attempts, again, higher=higher)
             if produced:
-                LOG.warn(f"the batch is fixed ({shape_text(fixed.specs[0].dims)}): {reasons_of(failures)}")
+                LOG.warn(f"the batch is fixed ({shape_text(produced.job.specs[0].dims)}): {reasons_of(failures)}")
                 failures = others
         if produced is None:
             raise every_attempt_failed(failures, make, job, options)
@@ -996,39 +1000,6 @@ def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> P
         undecided.produced = produced._replace(path=kept / path.name, light=kept / light.name)
         raise undecided
     return produced
-
-
-def first_or_undecided(
-    attempts: Sequence[Attempt], make: Callable[[Attempt], Produced], job: Job, *, higher: bool
-) -> tuple[Produced | None, list[tuple[Attempt, AttemptError]]]:
-    """first_success, or the first that passes but was not shown to follow what the model decides by values."""
-    produced, failures = first_success(attempts, make, higher=higher)
-    if produced is None and (undecided := [error.produced for _, error in failures if error.produced]):
-        produced = undecided[0]
-        LOG.warn(f"{produced.attempt}: {fixed_decisions(job)}: compare the graph with your own data")
-    return produced, failures
-
-
-def with_fixed_batch(job: Job, options: Options) -> Job | None:
-    """The same job with the batch that its specs have and no other; None where it is not free or asked for."""
-    special = job.parts or job.step or job.further_checks or batch_is_explicit(options)
-    fixed = [{axis: spec.dims[axis] for axis, name in spec.axes.items() if name == BATCH} for spec in job.specs]
-    if special or not any(fixed):
-        return None
-    specs = [
-        spec._replace(axes={axis: name for axis, name in spec.axes.items() if axis not in sizes})
-        for spec, sizes in zip(job.specs, fixed, strict=True)
-    ]
-    cases = [
-        case
-        for case in job.cases
-        if all(
-            case.inputs[spec.name].shape[axis] == size
-            for spec, sizes in zip(specs, fixed, strict=True)
-            for axis, size in sizes.items()
-        )
-    ]
-    return job._replace(specs=specs, cases=cases, traced=case_tensors(cases[0], job)) if cases else None
 
 
 def every_attempt_failed(
@@ -7593,6 +7564,7 @@ def plan_module(
     And for several kinds of values, and the user's own `samples`.
     """
     reference, given = settle_inputs(model, loaded, known, options, samples)
+    fixed = functools.partial(plan_module, model, loaded, known, fixed_batch(options, reference.specs), samples)
     base = {name: spec.dims[axis] for spec in reference.specs for axis, name in spec.axes.items()}
     small, large = dict(base), dict(base)
     for turn, name in enumerate(name for name in base if name != BATCH):
@@ -7616,7 +7588,7 @@ def plan_module(
             LOG.warn(
                 f"the batch axis is fixed at {batch}: the model rejects other batch sizes, or returns other outputs"
             )
-            return plan_module(model, loaded, known, fixed_batch(options, reference.specs), samples)
+            return fixed()
         if case is None:
             raise UsageError(f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static")
         cases.append(case)
@@ -7628,7 +7600,15 @@ def plan_module(
         check_deterministic(reference, given, {}, GIVEN_SEED)  # once more, after other inputs
         cases += [sample_case(file, sample, reference, options) for file, sample in samples.items()]
     traced = reference.tensors({name: max(2, size) for name, size in base.items()}, seed=0)
-    return Job(model, reference.specs, list(given.outputs), traced, cases, options.output.name)
+    return Job(
+        model,
+        reference.specs,
+        list(given.outputs),
+        traced,
+        cases,
+        options.output.name,
+        with_fixed_batch=fixed if BATCH in base and not batch_is_explicit(options) else None,
+    )
 
 
 def value_cases(reference: Reference, sizes: Mapping[str, int], given: Case) -> list[Case]:
@@ -8178,7 +8158,7 @@ def round_down(pool: ir.Node, model: ir.Model) -> None:
     pool.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 0)
     if pool.attributes.get_int("count_include_pad", 0) and (counted < 1).any():
         average = pool.outputs[0]
-        average.name = f"{average.name}_of_all"
+        average.name, average.shape = f"{average.name}_of_all", None
         share = ir.tensor(counted.astype(cast("ir.DataType", average.dtype).numpy()), name=f"{average.name}_counted")
         graph = cast("ir.Graph", pool.graph)
         constant = ir.node("Constant", [], {"value": share})
@@ -10760,14 +10740,14 @@ def averaging_matrix(graph: Any, tensor: Any, axis: int, count: int) -> Any:
 
 def windowed_maximum(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     """The maxima of `count` windows along `axis`; the last place of a shorter window is looked at twice."""
-    from torch.onnx import symbolic_helper
+    from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
 
     constant = functools.partial(constant_value, graph)
     length, first, end = adaptive_windows(graph, tensor, axis, count)
     widest = graph.op("Add", graph.op("Div", length, constant(count)), constant(2))
     places = graph.op("Add", first, graph.op("Range", constant(0), widest, constant(1)))
     windows = graph.op("Gather", tensor, graph.op("Min", places, graph.op("Sub", end, constant(1))), axis_i=axis)
-    newer = symbolic_helper.GLOBALS.export_onnx_opset_version >= 18
+    newer = GLOBALS.export_onnx_opset_version >= 18
     axes = ([constant([axis + 1])], {}) if newer else ([], {"axes_i": [axis + 1]})
     return graph.op("ReduceMax", windows, *axes[0], **axes[1], keepdims_i=0)
 

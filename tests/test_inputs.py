@@ -78,7 +78,7 @@ def test_nothing_tells(tmp_path: Path) -> None:
     """A model without layers that tell, and that rejects the default: the error says what to pass."""
     torch.save(nn.Sequential(nn.Flatten(), nn.Bilinear(3, 3, 2)).eval(), tmp_path / "model.pt")
     result = run_forked("-i", str(tmp_path / "model.pt"), "-o", str(tmp_path / "m.onnx"))
-    check_error(result, 2, "pass the right --input-shape, e.g. 1,3,224,224")
+    check_error(result, 2, "pass the right --input-shape, such as 1,3,224,224")
 
 
 def test_named_and_typed_shape(tmp_path: Path) -> None:

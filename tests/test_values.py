@@ -124,6 +124,45 @@ class Best(nn.Module):
     def forward(self, x):
         return x.topk(2)
 
+class Entries(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.u, self.v = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, features):
+        return self.u(features["u"]) - self.v(features["v"])
+
+class Listed(nn.Module):
+    def forward(self, images):
+        return images[0] * 2 - images[1]
+
+class Resized(nn.Module):
+    def forward(self, x, size):
+        return nn.functional.interpolate(x, size=(int(size[0]), int(size[1])))
+
+class Sampled(nn.Module):
+    def forward(self, x, rate: int):
+        if rate not in (8000, 16000):
+            raise ValueError("not such a rate")
+        return x[:, ::2] if rate == 16000 else x
+
+class Rows(nn.Module):  # a list of as many entries as the batch that it is traced with
+    def forward(self, x):
+        return torch.stack([row * (place + 1) for place, row in enumerate(x.unbind())]) + len(x.tolist())
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.LazyConv2d(4, 3), nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).mean((2, 3)))
+
+class Spectrogram(nn.Module):
+    def forward(self, x):
+        parts = torch.stft(x, 64, 16, window=torch.hann_window(64), center=False, return_complex=True)
+        return torch.view_as_real(parts).permute(0, 3, 1, 2)
+
 class Counting(nn.Module):  # remembers the largest value so far
     def __init__(self):
         super().__init__()
@@ -286,8 +325,21 @@ def test_samples_that_do_not_fit(
 
 
 @pytest.mark.parametrize(
-    ("name", "shapes", "inputs"),
+    ("name", "options", "inputs"),
     [
+        (
+            "Entries",
+            ("features.u:1,4", "features.v:1,5"),
+            lambda: {"features.u": torch.randn(3, 4), "features.v": torch.randn(3, 5)},
+        ),
+        ("Entries", ("u:1,4", "v:1,5"), lambda: {"features.u": torch.randn(3, 4), "features.v": torch.randn(3, 5)}),
+        ("Listed", ("images.0:2,4", "images.1:2,4"), lambda: {f"images.{i}": torch.randn(3, 4) for i in (0, 1)}),
+        (
+            "Resized",
+            ("x:1,3,8,8", "--input-value", "size=6,7"),
+            lambda: {"x": torch.randn(2, 3, 8, 8), "size": torch.tensor([6, 7])},
+        ),
+        ("Spectrogram", ("1,800",), lambda: {"input": torch.randn(2, 800)}),
         ("Named", ("values:1,4",), lambda: {"values": torch.randn(3, 4)}),
         ("Pruned", ("1,4",), lambda: {"input": torch.randn(3, 4)}),
         (
@@ -298,15 +350,19 @@ def test_samples_that_do_not_fit(
     ],
 )
 def test_what_users_write(
-    name: str, shapes: tuple[str, ...], inputs: Callable[[], dict[str, torch.Tensor]], classes: Path, tmp_path: Path
+    name: str, options: tuple[str, ...], inputs: Callable[[], dict[str, torch.Tensor]], classes: Path, tmp_path: Path
 ) -> None:
-    """Arguments that have to be named, masks of pruned weights, and lengths, of which PyTorch rejects zero."""
-    result, model = convert(classes, name, tmp_path, "--input-shape", *shapes)
+    """Arguments that have to be named, dicts, lists, sizes, lengths (of which PyTorch rejects zero), pruned weights."""
+    result, model = convert(classes, name, tmp_path, "--input-shape", *options)
     assert result.code == 0, result.err
     given = inputs()
     found = onnx_outputs(tmp_path / "model.onnx", {key: value.numpy() for key, value in given.items()})
     with torch.no_grad():
-        expected = model(**given) if len(given) > 1 or name == "Named" else model(*given.values())
+        if name in ("Entries", "Listed"):
+            entries = {key.partition(".")[2]: value for key, value in given.items()}
+            expected = model(entries if name == "Entries" else list(entries.values()))
+        else:
+            expected = model(**given) if len(given) > 1 or name == "Named" else model(*given.values())
     np.testing.assert_allclose(next(iter(found.values())), expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -329,3 +385,83 @@ def test_scripts_that_need_more(classes: Path, tmp_path: Path, monkeypatch: pyte
         arrays = [value.numpy() for value in given.values()]
         found = next(iter(onnx_outputs(path, dict(zip(names, arrays, strict=True))).values()))
         np.testing.assert_allclose(found, model(*given.values()).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_of_a_script(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument that is a plain number: the error says what to type, and typed it becomes a constant."""
+    monkeypatch.syspath_prepend(classes)
+    model = importlib.import_module("value_models").Sampled().eval()
+    torch.jit.save(torch.jit.script(model), str(tmp_path / "rate.pt"))
+    command = ("-i", str(tmp_path / "rate.pt"), "-o", str(tmp_path / "model.onnx"), "--input-shape", "1,8")
+    check_error(run_forked(*command), 5, "argument rate is int", "pass --input-value rate=NUMBER")
+    result = run_forked(*command, "--input-value", "rate=16000")
+    assert result.code == 0, result.err
+    assert any("rate is 16000 in the graph" in line for line in lines(result, "WARN"))
+    value = torch.randn(3, 8)
+    found = next(iter(onnx_outputs(tmp_path / "model.onnx", {"input": value.numpy()}).values()))
+    np.testing.assert_array_equal(found, model(value, 16000).numpy())
+
+
+def test_values_from_the_users_data(classes: Path, tmp_path: Path) -> None:
+    """Sizes that no drawn numbers are: those of the sample are taken, and it is told that nothing else was tried."""
+    np.savez(tmp_path / "data.npz", x=np.ones((1, 3, 8, 8), np.float32), size=np.array([6, 7]))
+    result, model = convert(classes, "Resized", tmp_path, "--verify-data", str(tmp_path / "data.npz"))
+    assert result.code == 0, result.err
+    assert any("size" in line for line in lines(result, "WARN"))
+    given = {"x": torch.randn(1, 3, 8, 8), "size": torch.tensor([6, 7])}
+    found = onnx_outputs(tmp_path / "model.onnx", {name: value.numpy() for name, value in given.items()})
+    np.testing.assert_allclose(next(iter(found.values())), model(**given).numpy(), rtol=1e-5)
+
+
+def test_a_batch_that_tracing_fixes(classes: Path, tmp_path: Path) -> None:
+    """Delivered with that batch and a warning; refused where the user asked for a free one."""
+    result, model = convert(classes, "Rows", tmp_path, "--input-shape", "3,4")
+    assert result.code == 0, result.err
+    assert any("the batch is fixed (3x4)" in line for line in lines(result, "WARN")), result.err
+    assert axes(tmp_path / "model.onnx")["input"] == [3, 4]
+    assert largest_difference(model, tmp_path / "model.onnx", torch.randn(3, 4)) < 1e-6
+    result, _ = convert(classes, "Rows", tmp_path, "--input-shape", "3,4", "--dynamic-axes", "0")
+    assert result.code in (5, 6), result.err
+
+
+def test_lazy_layers(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They become what they stand for when they are first called, with the weights of a state dict."""
+    monkeypatch.syspath_prepend(classes)
+    model = importlib.import_module("value_models").Lazy()
+    model.eval()(torch.zeros(1, 3, 8, 8))
+    torch.save(model.state_dict(), tmp_path / "lazy.pth")
+    result = run_forked(
+        "-i", str(tmp_path / "lazy.pth"), "-o", str(tmp_path / "model.onnx"), "--model-class", "value_models:Lazy",
+        "--input-shape", "1,3,8,8", env={"PYTHONPATH": str(classes)},
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert largest_difference(model, tmp_path / "model.onnx", torch.randn(2, 3, 8, 8)) < 1e-5
+
+
+POOLS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "average": (lambda: torch.nn.AvgPool2d(3, 3, 1, ceil_mode=True), (20, 21)),
+    "average of what is there": (
+        lambda: torch.nn.AvgPool2d(3, 3, 1, ceil_mode=True, count_include_pad=False),
+        (20, 16),
+    ),
+    "maximum": (lambda: torch.nn.MaxPool2d(3, 3, 1, ceil_mode=True), (20, 16)),
+    "adaptive average": (lambda: torch.nn.AdaptiveAvgPool3d((3, 2, 4)), (5, 7, 6)),
+    "adaptive maximum": (lambda: torch.nn.AdaptiveMaxPool2d((3, 5)), (8, 9)),
+}
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("name", POOLS)
+def test_pools(name: str, last: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """Windows that begin in the padding, or of several widths: right, and declared as what comes out, at opset 14."""
+    build, size = POOLS[name]
+    convolution = torch.nn.Conv3d if len(size) == 3 else torch.nn.Conv2d
+    rest = [] if last else [torch.nn.ReLU(), convolution(4, 2, 1)]
+    model = torch.nn.Sequential(convolution(3, 4, 1), build(), *rest).eval()
+    torch.save(model, tmp_path / "pool.pt")
+    shape = ",".join(map(str, (1, 3, *size)))
+    command = ("-i", str(tmp_path / "pool.pt"), "-o", str(tmp_path / "model.onnx"), "--input-shape", shape)
+    result = run_forked(*command, "--opset", "14")
+    assert result.code == 0, result.err
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+    assert largest_difference(model, tmp_path / "model.onnx", torch.randn(2, 3, *size)) < 1e-5
