@@ -7873,26 +7873,48 @@ def remove_node(node: ir.Node) -> None:
 
 
 def export_dynamo(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Model:  # noqa: ARG001
-    """Export through torch.export; a ScriptModule is turned into an exported program first."""
+    """Export through torch.export; a ScriptModule is turned into an exported program first.
+
+    What a free axis may be is left to torch.export; where it finds none, or fixes it, the axis is told by name.
+    """
+    from torch.onnx._internal.exporter._errors import TorchExportError
+
+    names = [spec.name for spec in job.specs]
     if isinstance(flat.inner, torch.jit.ScriptModule):
         from torch._export.converter import TS2EPConverter
 
-        flat = flat_module(
-            TS2EPConverter(flat.inner, tuple(job.traced)).convert().module(), [spec.name for spec in job.specs]
-        )
-    shapes = tuple(dict.fromkeys(spec.axes, torch.export.Dim.AUTO) for spec in job.specs)
-    with stored_weights_as(flat, in_memory):
-        program = torch.onnx.export(
-            flat,
-            tuple(job.traced),
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=(shapes,),
-            input_names=[spec.name for spec in job.specs],
-            output_names=job.outputs,
-            verbose=False,
-        )
-    return cast("torch.onnx.ONNXProgram", program).model
+        flat = flat_module(TS2EPConverter(flat.inner, tuple(job.traced)).convert().module(), names)
+    symbols = {name for spec in job.specs for name in spec.axes.values()}
+    failure: Exception | None = None
+    for sizes in (dict.fromkeys(symbols, torch.export.Dim.AUTO), {name: torch.export.Dim(name) for name in symbols}):
+        shapes = tuple({axis: sizes[name] for axis, name in spec.axes.items()} for spec in job.specs)
+        try:
+            with stored_weights_as(flat, in_memory):
+                program = torch.onnx.export(
+                    flat,
+                    tuple(job.traced),
+                    dynamo=True,
+                    opset_version=opset,
+                    dynamic_shapes=(shapes,),
+                    input_names=names,
+                    output_names=job.outputs,
+                    verbose=False,
+                )
+        except TorchExportError as error:
+            failure = failure or error
+            continue
+        model = cast("torch.onnx.ONNXProgram", program).model
+        given = dict(zip(names, model.graph.inputs, strict=False))
+        fixed = [spec.name for spec in job.specs if any(has_size(given.get(spec.name), axis) for axis in spec.axes)]
+        if not fixed:
+            return model
+        failure = failure or AttemptError(f"torch.export fixes an axis of {fixed[0]} that is free in PyTorch")
+    raise cast("Exception", failure)
+
+
+def has_size(value: ir.Value | None, axis: int) -> bool:
+    """Whether an axis of a graph's input has a size that is a number."""
+    return value is not None and value.shape is not None and isinstance(value.shape[axis], int)
 
 
 EXPORTERS = {"torchscript": export_torchscript, "dynamo": export_dynamo}
