@@ -188,6 +188,11 @@ def and_more(items: Collection[object], shown: int, limit: int = 100) -> str:
     return ", ".join(shorten(str(item), limit) for item in itertools.islice(items, shown)) + more
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 input`, `2 inputs`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def word_set(text: str) -> frozenset[str]:
     """The words of a table."""
     return frozenset(text.split())
@@ -299,6 +304,7 @@ class Log:
         self.advance: Callable[[int], None] = lambda _: None  # tells how many bytes were copied, during `copying`
         self.current: int | None = None  # a file where each step is named when it begins (see STEP_VARIABLE)
         self.attempt = ""  # that the steps belong to: the graph, the exporter and the opset
+        self.held: list[str] | None = None  # the warnings of an attempt, which may come to nothing
         self.seconds: dict[str, float] = {}  # that steps of each kind took: the kind is what precedes the colon
 
     def line(self, prefix: str, text: str) -> None:
@@ -313,7 +319,19 @@ class Log:
 
     def warn(self, text: str) -> None:
         """What the user should know although the conversion goes on."""
-        self.line("WARN", text)
+        if self.held is None:
+            self.line("WARN", text)
+        else:
+            self.held.append(text)
+
+    @contextlib.contextmanager
+    def holding_warnings(self) -> Iterator[list[str]]:
+        """Collect the warnings, for whoever knows in the end whether they matter."""
+        before, self.held = self.held, []
+        try:
+            yield self.held
+        finally:
+            self.held = before
 
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[None]:
@@ -488,11 +506,6 @@ class Source(NamedTuple):
     why: str
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 input`, `2 inputs`."""
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
 def is_text(name: object) -> bool:
     """Whether `name` is text that can be written down: half a surrogate pair cannot."""
     return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
@@ -651,10 +664,11 @@ class AttemptError(Exception):
 
     `slight`: the largest difference from PyTorch, where it is so small that a user may accept it. `case`: the inputs
     for which the model does not hold. `note`: what tracing fixed. `produced`: a graph that passed, but was not shown to
-    follow what the model decides by values.
+    follow what the model decides by values. `numbers`: the graph runs, and values differ.
     """
 
     note = ""
+    numbers = False
     produced: Produced | None = None
 
     def __init__(
@@ -686,6 +700,7 @@ class Produced(NamedTuple):
     path: Path
     light: Path  # the same graph, with the weights of `path` (see write_graph)
     differences: list[Difference]
+    warnings: Sequence[str] = ()  # that hold for this attempt, and not for others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,7 +785,7 @@ def convert(source: Source, options: Options, run: Run) -> dict[str, Any]:
         if lasting or not run.streamed:
             raise
         LOG.info(f"{error}")
-        LOG.info("once more with all weights in memory")
+        LOG.info("once more with all weights in memory, should the model need them there")
         empty_staging(run.staging)
         run = Run(run.staging, in_memory=True, crashed=run.crashed)
         convert_once(source, options, run)
@@ -905,7 +920,7 @@ def produce(job: Job, options: Options, run: Run) -> Produced:
         if produced is None and (undecided := [error.produced for _, error in failures if error.produced]):
             produced = undecided[0]
             LOG.warn(f"{produced.attempt}: {fixed_decisions(job)}: compare the graph with your own data")
-        if produced is None and job.with_fixed_batch:
+        if produced is None and job.with_fixed_batch and not any(error.numbers for _, error in failures):
             LOG.info(f"every exporter failed ({reasons_of(failures)}); once more with a batch that is not free")
             again = functools.partial(make, job=job.with_fixed_batch())
             produced, others = first_success(attempts, again, higher=higher)
@@ -914,6 +929,8 @@ def produce(job: Job, options: Options, run: Run) -> Produced:
                 failures = others
         if produced is None:
             raise every_attempt_failed(failures, make, job, options)
+    for warning in produced.warnings:
+        LOG.warn(warning)
     if options.opset is None and produced.attempt.opset != DEFAULT_OPSET and not job.parts:
         why = reasons_of(failures) or f"the {produced.attempt.exporter} exporter starts there"
         LOG.warn(f"opset {produced.attempt.opset} instead of {DEFAULT_OPSET}: {why}")
@@ -946,13 +963,20 @@ def first_success(
 def make_graph(attempt: Attempt, job: Job, options: Options, run: Run) -> Produced:
     """One attempt; where tracing fixed what another case needs, once more with that case's inputs."""
     try:
-        return make_graph_once(attempt, job, options, run)
+        with LOG.holding_warnings() as warned:
+            return make_graph_once(attempt, job, options, run)._replace(warnings=warned)
     except AttemptError as error:
+        error.produced = error.produced and error.produced._replace(warnings=warned)
         if not error.note or error.case is None or error.case is job.cases[0]:  # the traced sizes themselves
             raise
         LOG.info(f"{attempt}: {error}; it is traced again with those inputs")
-        with contextlib.suppress(AttemptError), traced_whole_numbers(job.model):  # the first one's reason is told
-            return make_graph_once(attempt, job._replace(traced=case_tensors(error.case, job)), options, run)
+        again = job._replace(traced=case_tensors(error.case, job))
+        with (
+            contextlib.suppress(AttemptError),  # the first one's reason is told
+            traced_whole_numbers(job.model),
+            LOG.holding_warnings() as warned,
+        ):
+            return make_graph_once(attempt, again, options, run)._replace(warnings=warned)
         raise
 
 
@@ -1908,7 +1932,9 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     if adapter:
         merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
     if extra := sorted(told["unexpected_keys"]):
-        LOG.info(f"{cls.__name__} has no place for {len(extra)} tensors of the checkpoint, such as {extra[0]}")
+        LOG.info(
+            f"{cls.__name__} has no place for {plural(len(extra), 'tensor')} of the checkpoint, such as {extra[0]}"
+        )
     heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
     return FolderModel(model.eval().requires_grad_(requires_grad=False).to(options.device), task, heads)
 
@@ -2520,7 +2546,9 @@ def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
                 merge_layer(model.get_submodule(name), parts, name, adapter.settings)
             except (AttributeError, ValueError) as error:
                 raise misfit(f"{name}: {error}") from None
-    LOG.info(f"adapter: merged into {len(adapter.layers)} layers of {adapter.base}; {len(own)} tensors replaced")
+    LOG.info(
+        f"adapter: merged into {len(adapter.layers)} layers of {adapter.base}; {plural(len(own), 'tensor')} replaced"
+    )
 
 
 def merge_layer(layer: Any, parts: Mapping[str, Tensor], name: str, settings: Settings) -> None:
@@ -3146,7 +3174,7 @@ def find_architecture(shapes: Mapping[str, Sequence[int]]) -> Recognition | None
     if not candidates:
         return None
     arguments = "".join(f", {key}={value}" for key, value in told.items())
-    explanation = f"{texts[0]}{arguments}, by the names and shapes of its {len(shapes)} tensors"
+    explanation = f"{texts[0]}{arguments}, by the names and shapes of its {plural(len(shapes), 'tensor')}"
     if len(candidates) > 1:
         explanation = f"{len(texts)} models have these tensors but need not compute the same: {'; '.join(texts)}"
     return Recognition(tuple(candidates), told, explanation)
@@ -3245,10 +3273,9 @@ def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], 
         arguments = {**recognition.arguments, **options.model_args}
         return replace(options, model_class=recognition.candidates[0][0], model_args=arguments)
     some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in list(weights)[:2])
-    raise UsageError(
-        f"{options.input} holds weights only ({len(weights)} tensors: {some}, ...); {recognition.explanation}; pass "
-        "--model-class with their class: a torchvision or timm name, or package.module:Class"
-    )
+    what = f"{options.input} holds weights only ({plural(len(weights), 'tensor')}: {some}, ...)"
+    advice = "pass --model-class with their class: a torchvision or timm name, or package.module:Class"
+    raise UsageError(f"{what}; {recognition.explanation}; {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3461,7 +3488,7 @@ def check_sizes(settings: object, weights: Mapping[str, Tensor]) -> None:
             words = key.lower().split("_")
             if words[-1] in COUNT_WORDS and value > 4 * len(weights) + 1000:
                 raise DamagedFileError(
-                    f"config.json asks for {key} {value}, but the weights have {len(weights)} tensors"
+                    f"config.json asks for {key} {value}, but the weights have {plural(len(weights), 'tensor')}"
                 )
             if SIZE_WORDS.intersection(words) and not UNBOUNDED_WORDS.intersection(words) and value > elements:
                 raise DamagedFileError(f"config.json asks for {key} {value}, but the weights have {elements} numbers")
@@ -3477,7 +3504,7 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     prefix = common_prefix(weights, expected) or part_prefix(weights, expected)
     if prefix:
         left = [name for name in weights if not name.startswith(prefix)]
-        others = f"; {len(left)} tensors of other parts are left out ({', '.join(left[:3])})" if left else ""
+        others = f"; {plural(len(left), 'tensor')} of other parts left out ({', '.join(left[:3])})" if left else ""
         LOG.info(f"weights: {prefix!r} is taken off the names{others}")
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     for name in expected.keys() - weights.keys():
@@ -3870,7 +3897,7 @@ def check_shard(name: str, wanted: set[str], found: Collection[str]) -> None:
     """Raise DamagedFileError where a shard has not all the tensors that its index says."""
     missing = sorted(wanted.difference(found))
     if missing:
-        raise DamagedFileError(f"the shard {name} lacks {len(missing)} tensors ({', '.join(missing[:3])})")
+        raise DamagedFileError(f"the shard {name} lacks {plural(len(missing), 'tensor')} ({', '.join(missing[:3])})")
 
 
 def load_torchscript(source: Source, *, trust: bool) -> Loaded:
@@ -7181,7 +7208,7 @@ class ValueWatch:
         from torch.overrides import TorchFunctionMode
 
         reads, note = [getattr(torch.Tensor, name) for name in self.READS], self.note
-        library = os.path.dirname(torch.__file__)  # noqa: PTH120
+        library = torch_folder()
 
         class Mode(TorchFunctionMode):
             def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -7294,7 +7321,8 @@ def check_finite(case: Case) -> None:
             raise ConversionError(
                 ExitStatus.VERIFY,
                 f"PyTorch's own output {name!r} holds {kind} for random {case.label}, so nothing can be compared; "
-                "check the weights, or pass --no-verify to export without proof",
+                "give inputs that the model is for (--verify-data, --input-value), or check the weights; "
+                "--no-verify exports without proof",
             )
 
 
@@ -7976,7 +8004,7 @@ def repeat_for_tokens(model: ir.Model, single: Job, whole: Job) -> None:
     graph = model.graph
     restore_inputs(graph, single)
     if len(graph.outputs) != len(single.outputs):
-        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(single.outputs)}")
+        raise AttemptError(f"its graph has {plural(len(graph.outputs), 'output')}, the model {len(single.outputs)}")
     inputs = {value.name: ir.Value(name=value.name, type=value.type) for value in graph.inputs}
     answers = dict(zip(single.outputs, graph.outputs, strict=True))
     nodes = list(graph)
@@ -8048,7 +8076,7 @@ def empty_cache(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Valu
 
 def tracing_notes(caught: Iterable[warnings.WarningMessage]) -> str:
     """A note on the model's own source lines where a tensor became a Python value, which tracing then fixed."""
-    library = str(Path(torch.__file__).parent)
+    library = torch_folder()
     lines = [
         f"{Path(warning.filename).name}({warning.lineno})"
         for warning in caught
@@ -8069,9 +8097,8 @@ def fixed_decisions(job: Job) -> str:
         for place in places
         if len({tuple(case.decisions.get(place, ())) for case in job.cases}) == 1
     )
-    return (
-        f"{and_more(same, 3)} off a tensor for each of {len(job.cases)} inputs, and tracing keeps that" if same else ""
-    )
+    what = f"{and_more(same, 3)} off a tensor for all {len(job.cases)} inputs tried, and tracing keeps that"
+    return what if same else ""
 
 
 def explain_failure(error: Exception, flat: nn.Module, inputs: list[Tensor]) -> str:
@@ -8118,7 +8145,7 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
     common.RemoveUnusedNodesPass()(model)
     restore_inputs(graph, job)
     if len(graph.outputs) != len(job.outputs):
-        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(job.outputs)}")
+        raise AttemptError(f"its graph has {plural(len(graph.outputs), 'output')}, the model {len(job.outputs)}")
     strip_wrapper_names(graph)
     for spec, value in zip(job.specs, graph.inputs, strict=True):
         value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
@@ -8725,12 +8752,15 @@ def verify(path: Path, job: Job, options: Options) -> list[Difference]:
         if bad:
             worst = max(bad, key=lambda item: item.largest - item.allowed)
             slight = all(item.largest <= SLIGHT * item.allowed for item in bad)
-            raise AttemptError(worst.problem, exported=True, slight=worst.largest if slight else None, case=case)
+            failure = AttemptError(worst.problem, exported=True, slight=worst.largest if slight else None, case=case)
+            failure.numbers = not math.isinf(worst.largest)
+            raise failure
         differences += found
     if job.further_checks:
         differences += job.further_checks(session, job, options)
-    if not differences:
-        raise AttemptError("PyTorch's own answers are too unstable to compare with", exported=True)
+    if not differences:  # whatever the exporter
+        advice = "convert trained weights, compare your own data (--verify-data), or pass --no-verify"
+        raise ConversionError(ExitStatus.VERIFY, f"PyTorch's own answers are too unstable to compare with; {advice}")
     return differences
 
 
@@ -8967,9 +8997,9 @@ def describe_success(report: Mapping[str, Any]) -> str:
         usual = [difference for difference in differences if "(" not in difference["case"]]
         shapes = len({difference["case"] for difference in usual})
         worst = max(difference["largest"] for difference in usual)
-        proof = f"verified at {shapes} shape{'s' if shapes > 1 else ''}, largest difference {worst:.2g}"
+        proof = f"verified at {plural(shapes, 'shape')}, largest difference {worst:.2g}"
         samples = {item["case"] for item in differences if f" ({SAMPLE} " in item["case"]}
-        proof += f", and with {len(samples)} sample{'s' if len(samples) > 1 else ''} of yours" if samples else ""
+        proof += f", and with {plural(len(samples), 'sample')} of yours" if samples else ""
     names = " and ".join(graph["output"] for graph in report.get("graphs", [report]))
     return f"{names} ({size:.1f} MB, opset {report['opset']}, {report['exporter']} exporter), {proof}"
 
@@ -9822,6 +9852,11 @@ def with_constants(model: torch.jit.ScriptModule, options: Options) -> tuple[tor
     for name, value in plain.items():
         LOG.warn(f"{name} is {value} in the graph, a constant (--input-value)")
     return scripted.eval(), replace(options, input_value=[pair for pair in options.input_value if pair[0] not in plain])
+
+
+def torch_folder() -> str:
+    """Where torch's own code lies: a source line is one of its, and not of torchvision, if its path begins so."""
+    return os.path.join(os.path.dirname(torch.__file__), "")  # noqa: PTH118, PTH120
 
 
 class Arguments(NamedTuple):

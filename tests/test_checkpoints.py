@@ -167,7 +167,7 @@ def test_lightning_through_the_command(folder: Path, net: nn.Module, tmp_path: P
     assert result.code == 0, result.err
     told = "\n".join(lines(result, "INFO"))
     assert "from the entry 'state_dict'" in told
-    assert "'model.' is taken off the names; 1 tensors of other parts are left out (loss.weight)" in told
+    assert "'model.' is taken off the names; 1 tensor of other parts left out (loss.weight)" in told
     assert "hyper_parameters tell width=5" in told
     check_answers(net, tmp_path / "m.onnx")
 

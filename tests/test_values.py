@@ -140,6 +140,10 @@ class Resized(nn.Module):
     def forward(self, x, size):
         return nn.functional.interpolate(x, size=(int(size[0]), int(size[1])))
 
+class Chosen(nn.Module):
+    def forward(self, x, kind):
+        return {55: x, 77: x * 2}[int(kind[0])]
+
 class Sampled(nn.Module):
     def forward(self, x, rate: int):
         if rate not in (8000, 16000):
@@ -403,12 +407,13 @@ def test_numbers_of_a_script(classes: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_values_from_the_users_data(classes: Path, tmp_path: Path) -> None:
-    """Sizes that no drawn numbers are: those of the sample are taken, and it is told that nothing else was tried."""
-    np.savez(tmp_path / "data.npz", x=np.ones((1, 3, 8, 8), np.float32), size=np.array([6, 7]))
-    result, model = convert(classes, "Resized", tmp_path, "--verify-data", str(tmp_path / "data.npz"))
+    """Numbers that no drawn ones are: those of the sample are taken, and it is told that nothing else was tried."""
+    np.savez(tmp_path / "data.npz", x=np.ones((1, 4), np.float32), kind=np.array([77]))
+    result, model = convert(classes, "Chosen", tmp_path, "--verify-data", str(tmp_path / "data.npz"))
     assert result.code == 0, result.err
-    assert any("size" in line for line in lines(result, "WARN"))
-    given = {"x": torch.randn(1, 3, 8, 8), "size": torch.tensor([6, 7])}
+    assert any("input kind: its values are the same" in line for line in lines(result, "WARN")), result.err
+    assert any("value_models.py" in line and "reads 77 off" in line for line in lines(result, "WARN")), result.err
+    given = {"x": torch.randn(3, 4), "kind": torch.tensor([77])}
     found = onnx_outputs(tmp_path / "model.onnx", {name: value.numpy() for name, value in given.items()})
     np.testing.assert_allclose(next(iter(found.values())), model(**given).numpy(), rtol=1e-5)
 
