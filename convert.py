@@ -2084,7 +2084,8 @@ def graphs_of(found: FolderModel, folder: Path, options: Options) -> list[Graph]
     if found.of_timm:
         return [timm_graph(found.model, "logits" if found.model.num_classes else "pooler_output")]
     if found.task == "text-generation":
-        return [decoder_graph(found, cached=not options.no_cache, verified=not options.no_verify)]
+        specs = decoder_specs(found.model)
+        return [decoder_graph(found, specs, cached=not options.no_cache, verified=not options.no_verify)]
     if found.task in GENERATION_TASKS and found.model.config.is_encoder_decoder:
         encoder = encoder_graph(found)
         return [encoder, *decoder_graphs(found, encoder)]
@@ -2103,7 +2104,8 @@ def merged_decoder(model: Any, jobs: Sequence[Job], options: Options, run: Run) 
         what = "nothing can be compared, since PyTorch itself cannot generate with this model"
         with explained(ExitStatus.VERIFY, what, "repair config.json, or pass --no-verify for graphs without proof"):
             expected = generate_from_encoder(model, encoder)
-        check = functools.partial(check_encoder_decoder, expected, specs, run.produced)
+        encode = functools.partial(encode_example, run.produced, options)
+        check = functools.partial(check_generation, expected, specs, encode)
     parts = (first.file, following.file)
     return first._replace(
         specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check, parts=parts, written=True
@@ -2118,8 +2120,7 @@ def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
         if spec.name in case.inputs
         for axis, symbol in spec.axes.items()
     }
-    inputs = {spec.name: np.zeros(spec.resized({PAST: 0, **sizes}), numpy_dtype(spec)) for spec in specs}
-    inputs |= {**case.inputs, CACHE_FLAG: np.array([cached])}
+    inputs = zeros_for(specs, {PAST: 0, **sizes}) | case.inputs | {CACHE_FLAG: np.array([cached])}
     handed = {name.replace("past_key_values", "present", 1): array for name, array in case.inputs.items()}
     outputs = case.outputs | {name: array for name, array in handed.items() if ".encoder." in name}
     return Case(f"{case.label} {CACHE_FLAG}:{cached}", inputs, outputs)
@@ -3326,14 +3327,8 @@ def without_initialisation() -> Iterator[None]:
     names = [
         name for name in dir(init) if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_", name)
     ]
-    originals = {name: getattr(init, name) for name in names}
-    for name in names:
-        setattr(init, name, lambda tensor, *_, **__: tensor)
-    try:
+    with patched(init, **dict.fromkeys(names, lambda tensor, *_, **__: tensor)):
         yield
-    finally:
-        for name, function in originals.items():
-            setattr(init, name, function)
 
 
 MAX_SHARED = 1 << 20  # a size up to which nothing takes long, whatever the weights are
@@ -5904,6 +5899,8 @@ def example_tensors(
             limit = min(1000, getattr(config, "max_2d_position_embeddings", 1000) - 1)
             corners = torch.randint(0, limit // 2, (*shape[:-1], 2), generator=generator)
             made[spec.name] = torch.cat([corners, corners + limit // 3], -1)  # left, top, right, bottom
+        elif spec.name.startswith("past_") and not sizes[PAST]:  # states before the first token
+            made[spec.name] = torch.zeros(shape, dtype=spec.dtype)
         else:
             made[spec.name] = torch.randn(shape, generator=generator).to(spec.dtype)
     return [made[spec.name] for spec in specs]
@@ -6043,18 +6040,9 @@ def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
     return InputSpec(name, (2, 96, bins), dtype, {0: BATCH, 1: "frames"}), sizes
 
 
-def named_call(model: nn.Module, names: Sequence[str], choose: Callable[[Any], dict[str, Tensor]]) -> nn.Module:
-    """A module that takes tensors by position, calls `model` with them by name and returns what `choose` picks."""
-
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            return choose(self.inner(**dict(zip(names, inputs, strict=True)), return_dict=True))
-
-    return Named()
+def named_call(model: nn.Module, specs: Sequence[InputSpec], choose: Callable[[Any], dict[str, Tensor]]) -> nn.Module:
+    """A module that calls `model` with its inputs by name and returns what `choose` picks."""
+    return as_module(model, specs, lambda inner, given: choose(inner(**given, return_dict=True)))
 
 
 def task_outputs(task: str, missing: Collection[str]) -> Callable[[Any], dict[str, Tensor]]:
@@ -6095,23 +6083,12 @@ ACTIVATIONS = word_set(
 SentenceStep = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 
 
-def sentence_call(model: Any, names: Sequence[str], steps: Sequence[Callable[..., Tensor]]) -> nn.Module:
-    """A module that returns the model's states and the sentence's vector, which `steps` make of them."""
-
-    class Sentence(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given = dict(zip(names, inputs, strict=True))
-            states = self.inner(**given, return_dict=True).last_hidden_state
-            vector = states
-            for step in steps:
-                vector = step(states, given["attention_mask"], vector)
-            return {"last_hidden_state": states, "sentence_embedding": vector}
-
-    return Sentence()
+def sentence_call(steps: Sequence[SentenceStep], model: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's states, and the sentence's vector, which `steps` make of them."""
+    vector = states = model(**given, return_dict=True).last_hidden_state
+    for step in steps:
+        vector = step(states, given["attention_mask"], vector)
+    return {"last_hidden_state": states, "sentence_embedding": vector}
 
 
 def single_graph(found: FolderModel, folder: Path) -> Graph:
@@ -6141,29 +6118,20 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
             for turn, size in enumerate(text_sizes(config))
         )
         if task == "feature-extraction" and not found.steps and has_states(config):
-            return stateful_graph(found, specs, cached=False, verified=False)
-    names = [spec.name for spec in specs]
-    module = named_call(model, names, task_outputs(task, found.missing))
-    if found.steps and "attention_mask" in names:
-        module = sentence_call(model, names, found.steps)
+            return decoder_graph(found, specs, cached=False, verified=False)
+    module = named_call(model, specs, task_outputs(task, found.missing))
+    if found.steps and any(spec.name == "attention_mask" for spec in specs):
+        module = as_module(model, specs, functools.partial(sentence_call, found.steps))
     return Graph("model", module, specs, functools.partial(example_tensors, specs, config), sizes)
 
 
 def timm_graph(model: Any, output: str) -> Graph:
     """The graph of a model of timm: images of the size that it was made for, and its one `output`."""
-
-    class Images(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-            return {output: self.inner(pixel_values)}
-
     size = preprocessing(model, None).size or ()  # three: timm_model saw to it
     spec = InputSpec("pixel_values", (2, *size), float_dtype(model), {0: BATCH})
     sizes = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
-    return Graph("model", Images(), [spec], functools.partial(example_tensors, [spec], None), sizes)
+    module = as_module(model, [spec], lambda inner, given: {output: inner(*given.values())})
+    return Graph("model", module, [spec], functools.partial(example_tensors, [spec], None), sizes)
 
 
 def cache_layer(key: Tensor, value: Tensor) -> Any:
@@ -6188,16 +6156,16 @@ def cache_of(tensors: Sequence[Tensor]) -> Any:
     return cache
 
 
-def cache_tensors(cache: Any, prefix: str = "", kind: str = "", recurrent: str = "") -> dict[str, Tensor]:
+def cache_tensors(layers: Iterable[Any], kind: str = "", recurrent: str = "") -> dict[str, Tensor]:
     """`present.N.key` and `present.N.value` of every layer (for encoder-decoder models `present.N.decoder.key`).
 
     Layers with states have `present_conv.N` and, under the name of `recurrent`, `present_ssm.N`.
     """
     named = {}
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(layers):
         if getattr(layer, "keys", None) is not None:
-            named[f"{prefix}.{index}{kind}.key"], named[f"{prefix}.{index}{kind}.value"] = layer.keys, layer.values
-        named |= {f"{prefix}_{name}": states[turn] for name, states, turn in state_places(layer, index, recurrent)}
+            named[f"present.{index}{kind}.key"], named[f"present.{index}{kind}.value"] = layer.keys, layer.values
+        named |= {f"present_{name}": states[turn] for name, states, turn in state_places(layer, index, recurrent)}
     return named
 
 
@@ -6211,64 +6179,81 @@ def state_places(layer: Any, index: int, recurrent: str) -> list[tuple[str, dict
     return found
 
 
-def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
+class Decoder(NamedTuple):
+    """How a decoder is called beside its text inputs."""
+
+    argument: str  # the cache's name
+    layers: list[Any]  # of a cache after a single token: what is in them is replaced
+    recurrent: str  # what its recurrent states are called
+    choose: Callable[[Any], dict[str, Tensor]]  # the task's outputs, each batch x tokens x ...
+
+
+def decoder_specs(model: Any) -> list[InputSpec]:
+    """The inputs of a decoder that reads a text from its beginning."""
+    names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes_argument(model, name)]
+    return [InputSpec(name, (2, DECODER_SIZES[0][SEQUENCE]), torch.int64, {0: BATCH, 1: SEQUENCE}) for name in names]
+
+
+def decoder_graph(found: FolderModel, specs: list[InputSpec], *, cached: bool, verified: bool) -> Graph:
     """The graph of a decoder: prefill (an empty past) and decoding in one, or without a cache.
 
-    A `verified` one is compared by generating text, too.
+    One with states (mamba, lfm2, qwen3_next) becomes a loop over the tokens, in prefill as in decoding; without a cache
+    its states begin with zeros, and what they become is no output. A `verified` graph is compared by generating text,
+    too.
     """
-    model, dtype = found.model, float_dtype(found.model)
-    names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes_argument(model, name)]
-    dims, axes = (2, DECODER_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
-    specs = [InputSpec(name, dims, torch.int64, axes) for name in names]
-    config = model.config.get_text_config(decoder=True)
-    if has_states(config):
-        return stateful_graph(found, specs, cached=cached, verified=verified)
+    model, config, step = found.model, found.model.config.get_text_config(decoder=True), None
     examples = functools.partial(example_tensors, specs, config, left=True)
-    if not cached:
-        module = named_call(model, names, task_outputs(found.task, ()))
-        return Graph("model", module, specs, examples, TEXT_SIZES)
-    past = cache_specs(cache_probe(model, "past_key_values"), dtype)
-    specs = [*growing_masks(specs), *past]
+    choose, stateful = task_outputs(found.task, ()), has_states(config)
+    if not cached and not stateful:
+        return Graph("model", named_call(model, specs, choose), specs, examples, TEXT_SIZES)
+    decoder = probe_decoder(model, choose)
+    past = cache_specs(decoder, float_dtype(model))
+    every = [*(spec._replace(axes={0: BATCH, 1: TOTAL}) if "mask" in spec.name else spec for spec in specs), *past]
+    call = functools.partial(call_with_cache, decoder)
+    if stateful:
+        LOG.info("its states go from token to token: the graph is a loop over the tokens")
+        step = token_step(decoder, model, every, config)
+        if verified and weight_bytes(model) < HEAVY_BYTES:
+            check_steps(decoder, model, step, every, config)
+        call = functools.partial(read_text, decoder, step)
+        if not cached:
+            return Graph("model", as_module(model, specs, call), specs, examples, TEXT_SIZES, step=step)
     sizes, tokens = decoder_sizes(model, config, past)
-    examples = functools.partial(example_tensors, specs, config, left=True)
-    check = None
+    examples, check = functools.partial(example_tensors, every, config, left=True), None
     if verified and model.can_generate():
-        check = functools.partial(check_generation, generate(model, config, tokens), specs)
-    return Graph("model", cached_call(model, names), specs, examples, sizes, check)
+        check = functools.partial(check_generation, generate_text(model, config, tokens), every, dict)
+    return Graph("model", as_module(model, every, call), every, examples, sizes, check, step)
 
 
-def cache_probe(model: Any, argument: str) -> Any:
-    """The cache after a single token, for its shapes: stored weights are not read for that.
+def probe_decoder(model: Any, choose: Callable[[Any], dict[str, Tensor]]) -> Decoder:
+    """How the model is called, with its cache after a single token: stored weights are not read for its shapes.
 
     Raises ConversionError (EXPORT) where the model keeps what it remembers elsewhere.
     """
+    argument = "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad(), blank_weights(model):
-        cache = getattr(model(input_ids=token, use_cache=True), argument, None)
+        cache: Any = getattr(model(input_ids=token, use_cache=True), argument, None)
     if not hasattr(cache, "layers"):
-        what = (
-            f"{type(model).__name__} keeps what it remembers outside of transformers' cache, where no graph can have it"
-        )
+        what = f"{type(model).__name__} does not keep its past in a cache of transformers, and a graph needs it there"
         raise ConversionError(ExitStatus.EXPORT, f"{what}; try another --task, or --no-cache")
-    return cache
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
+    recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in settings) else "recurrent"
+    return Decoder(argument, cache.layers, recurrent, choose)
 
 
-def growing_masks(specs: Sequence[InputSpec]) -> list[InputSpec]:
-    """`specs` with masks that span the past, too."""
-    return [spec._replace(axes={0: BATCH, 1: TOTAL}) if "mask" in spec.name else spec for spec in specs]
-
-
-def cache_specs(probe: Any, dtype: torch.dtype, recurrent: str = "") -> list[InputSpec]:
-    """The inputs for a cache like `probe`, which holds what a single token left."""
-    found = []
-    for name, tensor in cache_tensors(probe, "present", recurrent=recurrent).items():
+def cache_specs(decoder: Decoder, dtype: torch.dtype) -> list[InputSpec]:
+    """The inputs for the cache of a decoder."""
+    specs = []
+    for name, tensor in cache_tensors(decoder.layers, recurrent=decoder.recurrent).items():
         _, *rest = tensor.shape
         if name.startswith("present."):
             heads, _, size = rest
-            found.append(InputSpec(past_name(name), (2, heads, 6, size), dtype, {0: BATCH, 2: PAST}))
+            specs.append(InputSpec(past_name(name), (2, heads, 6, size), dtype, {0: BATCH, 2: PAST}))
         else:
-            found.append(InputSpec(past_name(name), (2, *rest), tensor.dtype, {0: BATCH}))
-    return found
+            specs.append(InputSpec(past_name(name), (2, *rest), tensor.dtype, {0: BATCH}))
+    return specs
 
 
 def decoder_sizes(model: Any, config: Any, past: Sequence[InputSpec]) -> tuple[tuple[dict[str, int], ...], int]:
@@ -6276,9 +6261,7 @@ def decoder_sizes(model: Any, config: Any, past: Sequence[InputSpec]) -> tuple[t
     every, tokens = (*DECODER_SIZES, *window_sizes(config, [spec.dims for spec in past])), GENERATED
     if (size := weight_bytes(model)) >= HEAVY_BYTES:
         every, tokens = DECODER_SIZES[:2], FEW_GENERATED
-        LOG.info(
-            f"verify: each pass reads {size_text(size)}, so it is {len(every)} sizes and {tokens} generated tokens"
-        )
+        LOG.info(f"verify: each pass reads {size_text(size)}, so only {len(every)} sizes and {tokens} generated tokens")
     return tuple({**size, TOTAL: size[PAST] + size[SEQUENCE]} for size in every), tokens
 
 
@@ -6289,145 +6272,90 @@ def has_states(config: Any) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
-def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bool, verified: bool) -> Graph:
-    """The graph of a model with states (mamba, lfm2, qwen3_next): a loop over the tokens, in prefill as in decoding.
+def take_past(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The cache among the inputs `given`, taken out of them."""
+    return {name: given.pop(name) for name in list(given) if name.startswith("past_")}
 
-    Without a cache the states begin with zeros, and what they become is no output.
-    """
-    model, config = found.model, found.model.config.get_text_config(decoder=True)
-    LOG.info("its states go from token to token: the graph is a loop over the tokens")
-    argument = "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
-    probe = cache_probe(model, argument)
-    # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
-    recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in config.to_dict()) else "recurrent"
-    past = cache_specs(probe, float_dtype(model), recurrent)
-    names, states = [spec.name for spec in specs], [spec.name for spec in past]
-    way = StatefulCall(model, names, states, argument, probe.layers, recurrent, task_outputs(found.task, ()))
-    every = [*growing_masks(specs), *past]
-    one = {BATCH: 2, PAST: 6, SEQUENCE: 1, TOTAL: 7}
+
+def call_with_cache(decoder: Decoder, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs for the tokens and the cache after them."""
+    cache = cache_with(decoder, take_past(given))
+    output = model(**given, **{decoder.argument: cache}, use_cache=True, return_dict=True)
+    return {**decoder.choose(output), **cache_tensors(cache.layers, recurrent=decoder.recurrent)}
+
+
+def token_step(decoder: Decoder, model: Any, specs: Sequence[InputSpec], config: Any) -> TokenStep:
+    """The work on one token of each row, with the mask up to it and the cache."""
+    sizes = {BATCH: 2, PAST: 6, SEQUENCE: 1, TOTAL: 7}
     single = [
         spec._replace(
-            dims=spec.resized(one), axes={axis: symbol for axis, symbol in spec.axes.items() if symbol != SEQUENCE}
+            dims=spec.resized(sizes), axes={axis: name for axis, name in spec.axes.items() if name != SEQUENCE}
         )
-        for spec in every
+        for spec in specs
     ]
-    module, traced = token_call(way), on_device_of(model, stateful_examples(single, config, one, 0))
+    module = as_module(model, single, functools.partial(read_token, decoder))
+    traced = on_device_of(model, example_tensors(single, config, sizes, 0, left=True))
     with torch.no_grad(), blank_weights(model):
-        step = TokenStep(module, single, traced, list(module(*traced)))
-    if verified and weight_bytes(model) < HEAVY_BYTES:
-        check_steps(way, module, every)
-    if not cached:
-        examples = functools.partial(example_tensors, specs, config, left=True)
-        return Graph("model", text_call(way, module, cached=False), list(specs), examples, TEXT_SIZES, step=step)
-    sizes, tokens = decoder_sizes(model, config, past)
-    examples = functools.partial(stateful_examples, every, config)
-    check = functools.partial(check_generation, generate(model, config, tokens), every) if verified else None
-    return Graph("model", text_call(way, module, cached=True), every, examples, sizes, check, step)
+        return TokenStep(module, single, traced, list(module(*traced)))
 
 
-def stateful_examples(specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
-    """Example inputs of a decoder; where no token is past, the states are zeros."""
-    tensors = example_tensors(specs, config, sizes, seed, left=True)
-    if not sizes[PAST]:
-        for spec, tensor in zip(specs, tensors, strict=True):
-            if spec.name.startswith("past_"):
-                tensor.zero_()
-    return tensors
-
-
-class StatefulCall(NamedTuple):
-    """How a model with states is called."""
-
-    model: Any
-    names: list[str]  # of its inputs
-    past: list[str]  # of the cache's tensors
-    argument: str  # the cache's name
-    layers: list[Any]  # of a cache: what is in them is replaced
-    recurrent: str  # what its recurrent states are called
-    choose: Callable[[Any], dict[str, Tensor]]  # the task's outputs, each batch x tokens x ...
-
-
-def token_call(way: StatefulCall) -> nn.Module:
-    """A module that takes one token of each row, the mask up to it and the cache; outputs and the cache after it.
+def read_token(decoder: Decoder, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs for one token of each row, and the cache after it.
 
     A padded token leaves the states as they were: transformers hides it from them in a whole text, but not alone.
     """
-    attends = any(name.startswith("past_key_values") for name in way.past)
-
-    class Token(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = way.model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given = dict(zip([*way.names, *way.past], inputs, strict=True))
-            before = {name: given.pop(name) for name in way.past}
-            mask = given["attention_mask"]
-            if not attends:  # nothing looks back at padding
-                del given["attention_mask"]
-            cache = cache_with(way, before)
-            output = self.inner(**given, **{way.argument: cache}, use_cache=True, return_dict=True)
-            result = {**way.choose(output), **cache_tensors(cache, "present", recurrent=way.recurrent)}
-            for name, after in result.items():
-                if name.startswith("present_"):
-                    real = mask[:, -1].to(torch.bool).view(-1, *[1] * (after.dim() - 1))
-                    result[name] = torch.where(real, after, before[past_name(name)])
-            return without_padding(result, mask)
-
-    return Token()
+    before, mask = dict(given), given["attention_mask"]
+    if not any(name.startswith("past_key_values") for name in given):  # nothing looks back at padding
+        del given["attention_mask"]
+    result = call_with_cache(decoder, model, given)
+    for name, after in result.items():
+        if name.startswith("present_"):
+            real = mask[:, -1].to(torch.bool).view(-1, *[1] * (after.dim() - 1))
+            result[name] = torch.where(real, after, before[past_name(name)])
+    return without_padding(result, mask)
 
 
-def text_call(way: StatefulCall, step: nn.Module, *, cached: bool) -> nn.Module:
-    """A module with the inputs and outputs of the graph, which reads a whole text as PyTorch does.
+def read_text(decoder: Decoder, step: TokenStep, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs for a whole text, as PyTorch reads it, and the cache after it where one is given.
 
     Not every model goes on from a past with more than one token: there it is `step` by step.
     """
-
-    class Text(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = way.model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given, before = dict(zip(way.names, inputs, strict=False)), inputs[len(way.names) :]
-            mask = given["attention_mask"]
-            if mask.shape == given["input_ids"].shape:  # nothing is past
-                output = self.inner(**given, use_cache=True, return_dict=True)
-                cache = cache_tensors(output[way.argument], "present", recurrent=way.recurrent) if cached else {}
-                return without_padding({**way.choose(output), **cache}, mask)
-            return run_by_token(step, given, before)
-
-    return Text()
+    past, mask = take_past(given), given["attention_mask"]
+    if mask.shape != given["input_ids"].shape:
+        return run_by_token(step, given, [*past.values()])
+    output = model(**given, use_cache=True, return_dict=True)
+    cache = cache_tensors(output[decoder.argument].layers, recurrent=decoder.recurrent) if past else {}
+    return without_padding({**decoder.choose(output), **cache}, mask)
 
 
-def run_by_token(step: nn.Module, given: Mapping[str, Tensor], before: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What `step` makes of the tokens one after the other, beginning with the cache `before`."""
+def run_by_token(step: TokenStep, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What `step` makes of the tokens one after the other, beginning with the cache `past`."""
     length, answers = given["input_ids"].shape[1], []
-    past = given["attention_mask"].shape[1] - length
+    before = given["attention_mask"].shape[1] - length
     for turn in range(length):
         token = {name: tensor[:, turn : turn + 1] for name, tensor in given.items()}
-        token["attention_mask"] = given["attention_mask"][:, : past + turn + 1]
-        answers.append(step(*token.values(), *before))
-        before = [value for name, value in answers[-1].items() if name.startswith("present")]
+        token["attention_mask"] = given["attention_mask"][:, : before + turn + 1]
+        answers.append(step.module(*token.values(), *past))
+        past = [value for name, value in answers[-1].items() if name.startswith("present")]
     return {
         name: value if name.startswith("present") else torch.cat([answer[name] for answer in answers], 1)
         for name, value in answers[-1].items()
     }
 
 
-def check_steps(way: StatefulCall, step: nn.Module, specs: Sequence[InputSpec]) -> None:
+def check_steps(decoder: Decoder, model: Any, step: TokenStep, specs: Sequence[InputSpec], config: Any) -> None:
     """Raise ConversionError (VERIFY) where transformers reads a text otherwise than its tokens one after the other.
 
     Only the latter can be exported. zamba2 and nemotron_h bound their time steps from below in whole texts alone.
     """
-    config = way.model.config.get_text_config(decoder=True)
     sizes = {BATCH: 1, PAST: 0, SEQUENCE: STEPPED, TOTAL: STEPPED}
-    tensors = on_device_of(way.model, stateful_examples(specs, config, sizes, 0))
-    given = dict(zip(way.names, tensors, strict=False))
+    tensors = on_device_of(model, example_tensors(specs, config, sizes, 0, left=True))
+    given = dict(zip([spec.name for spec in specs], tensors, strict=True))
+    past = take_past(given)
     with torch.no_grad():
-        whole = way.choose(way.model(**given, use_cache=True, return_dict=True))
-        single = run_by_token(step, given, tensors[len(way.names) :])
-    for name, expected in whole.items():
+        text = decoder.choose(model(**given, use_cache=True, return_dict=True))
+        single = run_by_token(step, given, [*past.values()])
+    for name, expected in text.items():
         apart, scale = (single[name] - expected).abs().max().item(), expected.abs().max().item()
         if apart > STEPS_APART * scale and expected.dtype is not torch.float16:
             raise ConversionError(
@@ -6437,16 +6365,16 @@ def check_steps(way: StatefulCall, step: nn.Module, specs: Sequence[InputSpec]) 
             )
 
 
-def cache_with(way: StatefulCall, tensors: Mapping[str, Tensor]) -> Any:
-    """A cache with the layers of `way` that holds `tensors`; models write into copies of the states."""
+def cache_with(decoder: Decoder, tensors: Mapping[str, Tensor]) -> Any:
+    """A cache with the layers of `decoder` that holds `tensors`; models write into copies of the states."""
     from transformers.cache_utils import DynamicCache, LinearAttentionAndFullAttentionLayer
 
     cache = DynamicCache()
     cache.layers = []
-    for index, like in enumerate(way.layers):
+    for index, like in enumerate(decoder.layers):
         pair = [tensors[name] for part in ("key", "value") if (name := f"past_key_values.{index}.{part}") in tensors]
         layer = cache_layer(*pair) if pair else copy.copy(like)
-        if states := state_places(like, index, way.recurrent):
+        if states := state_places(like, index, decoder.recurrent):
             if pair:  # both in one layer, whatever window it has
                 layer = LinearAttentionAndFullAttentionLayer(like.number_of_states)
                 vars(layer).update({**vars(like), **vars(cache_layer(*pair))})
@@ -6459,127 +6387,110 @@ def cache_with(way: StatefulCall, tensors: Mapping[str, Tensor]) -> Any:
 
 
 class Generated(NamedTuple):
-    """A batch of prompts and what PyTorch generates for them greedily."""
+    """A batch of prompts and what PyTorch generates for them greedily, all as numpy arrays."""
 
-    prompt: Tensor  # int64, batch x length
-    mask: Tensor  # int64, batch x length: zeros where the rows are padded on the left
-    tokens: Any  # numpy int64, batch x count
-    logits: Any  # numpy, batch x count x vocabulary
+    prompt: Any  # int64, batch x length
+    mask: Any  # int64, batch x length: zeros where the rows are padded on the left
+    tokens: Any  # int64, batch x count
+    logits: Any  # batch x count x vocabulary
 
 
-def greedy(config: Any, start: int | None, count: int) -> Any:
-    """Settings for `count` tokens, always the likeliest, and nothing that changes or ends that."""
-    from transformers import GenerationConfig
+def generate(model: Any, config: Any, count: int, prompt: Tensor, mask: Tensor, **given: Tensor) -> Generated:
+    """What `model` generates by transformers' own loop: `count` tokens, always the likeliest, whatever its settings."""
+    from transformers import GenerationConfig, GenerationMixin
 
     settings = GenerationConfig(max_new_tokens=count, do_sample=False, num_beams=1, eos_token_id=-1)
     settings.pad_token_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
-    settings.decoder_start_token_id = start
+    settings.decoder_start_token_id = int(prompt[0, 0])  # of a decoder behind an encoder
     settings.output_logits = settings.return_dict_in_generate = True
-    return settings
-
-
-def generate(model: Any, config: Any, count: int) -> Generated:
-    """The `count` tokens that `model` generates, by transformers' own loop, without any of its generation settings."""
-    spec = InputSpec("input_ids", (2, 6), torch.int64)
-    mask = padding_mask(*spec.dims, left=True)
-    prompt = padded_ids(config, token_ids(config, spec.dims, torch.Generator().manual_seed(5)), mask)
+    moved: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in given.items()}
     with torch.no_grad():
-        result = model.generate(
-            prompt.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy(config, None, count)
-        )
-    logits = torch.stack(result.logits, 1)
-    return Generated(prompt, mask, to_numpy(result.sequences[:, prompt.shape[1] :]), to_numpy(logits))
+        result: Any = GenerationMixin.generate(model, **moved, generation_config=settings)
+    tokens, logits = to_numpy(result.sequences[:, prompt.shape[1] :]), to_numpy(torch.stack(result.logits, 1))
+    return Generated(prompt.numpy(), mask.numpy(), tokens, logits)
 
 
-def check_generation(
-    expected: Generated, specs: Sequence[InputSpec], session: Any, job: Job, options: Options
-) -> list[Difference]:
-    """Generate with the exported graph, prefill and then token by token, and compare; raises AttemptError.
+def generate_text(model: Any, config: Any, count: int) -> Generated:
+    """What `model` generates after two prompts, the second of them padded."""
+    mask = padding_mask(2, 6, left=True)
+    prompt = padded_ids(config, token_ids(config, mask.shape, torch.Generator().manual_seed(5)), mask)
+    return generate(model, config, count, prompt, mask, inputs=prompt, attention_mask=mask)
 
-    Where PyTorch's own best two tokens lie closer than rounding, what follows is another text and is not compared.
-    """
+
+def generate_from_encoder(model: Any, encoder: Job) -> Generated:
+    """What `model` generates for the encoder's first example."""
+    case, config = encoder.cases[0], model.config
+    starts = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
+    start = next((token for token in starts if isinstance(token, int)), 0)
+    inputs = {name: torch.tensor(array) for name, array in case.inputs.items()}
+    prompt = torch.full((len(next(iter(inputs.values()))), 1), start)
+    return generate(model, config, GENERATED, prompt, torch.ones_like(prompt), **inputs, decoder_input_ids=prompt)
+
+
+def text_inputs(ids: Any, mask: Any) -> Arrays:
+    """Tokens, the mask of these and of all before them, and the positions that follow from that."""
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def zeros_for(specs: Iterable[InputSpec], sizes: Mapping[str, int]) -> Arrays:
+    """Zeros for all inputs, at `sizes`."""
+    return {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
+
+
+def generate_with(session: Any, expected: Generated, specs: Sequence[InputSpec], encoded: Arrays) -> Any:
+    """The exported graph's logits (batch x count x vocabulary) as it generates: prefill, then token by token."""
     names = [output.name for output in session.get_outputs()]
-    batch, length = expected.prompt.shape
-    mask, ids = expected.mask.numpy(), expected.prompt.numpy()
-    cache = {
-        spec.name: np.zeros(spec.resized({BATCH: batch, PAST: 0}), numpy_dtype(spec))
-        for spec in specs
-        if spec.name.startswith("past_")
-    }
-    steps = []
-    count = expected.tokens.shape[1]
-    for _ in range(count):
-        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
-        wanted = {spec.name: given[spec.name] for spec in specs}
-        results = dict(zip(names, session.run(None, wanted), strict=True))
+    ids, mask = expected.prompt, expected.mask
+    steps: list[Any] = []
+    length = encoded["encoder_hidden_states"].shape[1] if encoded else 0
+    given = zeros_for(specs, {BATCH: len(ids), PAST: 0, ENCODER_SEQUENCE: length}) | encoded
+    for _ in range(expected.tokens.shape[1]):
+        given |= {**text_inputs(ids, mask), CACHE_FLAG: np.array([bool(steps)])}
+        results = dict(zip(names, session.run(None, {spec.name: given[spec.name] for spec in specs}), strict=True))
         steps.append(results.pop("logits")[:, -1])
-        cache = {past_name(name): value for name, value in results.items()}
+        given |= {past_name(name): value for name, value in results.items()}
         ids = steps[-1].argmax(-1)[:, None]
-        mask = np.concatenate([mask, np.ones((batch, 1), mask.dtype)], 1)
-    label = f"{count} tokens after {batch}x{length}"
-    found = compare_generated(expected, np.stack(steps, 1), label, job, options)
-    if any(item.problem for item in found) and options.atol is None and options.rtol is None:
+        mask = np.concatenate([mask, np.ones_like(ids)], 1)
+    return np.stack(steps, 1)
+
+
+def check_generation(  # noqa: PLR0913, PLR0917
+    expected: Generated, specs: Sequence[InputSpec], encode: Callable[[], Arrays], session: Any, job: Job,
+    options: Options,
+) -> list[Difference]:  # fmt: skip
+    """Generate with the exported graph and compare with PyTorch; raises AttemptError.
+
+    `encode` gives what an encoder answers, and nothing where there is none. Where PyTorch's own best two tokens lie
+    closer than rounding, what follows is another text and is not compared.
+    """
+    encoded = encode()
+    label = f"{expected.tokens.shape[1]} tokens after {shape_text(expected.prompt.shape)}"
+    found = compare_generated(expected, generate_with(session, expected, specs, encoded), label, job, options)
+    by_default = options.atol is None and options.rtol is None
+    if by_default and not encoded and any(item.problem for item in found):
         found = compare_in_float64(full_text_case(expected, specs, job, options), {}, found, job, options)
-    return raise_on_difference(found, label)
+    if bad := [item for item in found if item.problem]:
+        raise AttemptError(f"generating {label}: {bad[0].problem}", exported=True)
+    return found
 
 
 def full_text_case(expected: Generated, specs: Sequence[InputSpec], job: Job, options: Options) -> Case:
     """The prompts and what was generated, read by PyTorch in one pass: how far it rounds in that is then known."""
-    ids = np.concatenate([expected.prompt.numpy(), expected.tokens[:, :-1]], 1)
-    mask = np.concatenate([expected.mask.numpy(), np.ones_like(expected.tokens[:, :-1])], 1)
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(-1) - 1, 0)}
-    for spec in specs:
-        given.setdefault(spec.name, np.zeros(spec.resized({BATCH: len(ids), PAST: 0}), numpy_dtype(spec)))
+    ids = np.concatenate([expected.prompt, expected.tokens[:, :-1]], 1)
+    mask = np.concatenate([expected.mask, np.ones_like(expected.tokens[:, :-1])], 1)
+    given = zeros_for(specs, {BATCH: len(ids), PAST: 0}) | text_inputs(ids, mask)
     inputs = {spec.name: given[spec.name] for spec in specs}
     outputs = call_model(job.model, [torch.tensor(x, device=options.device) for x in inputs.values()], list(inputs))
     return Case("", inputs, {name: to_numpy(tensor) for name, tensor in outputs.items()})
 
 
-def generate_from_encoder(model: Any, encoder: Job) -> Generated:
-    """What `model` generates for the encoder's first example, by transformers' own loop without any settings."""
-    from transformers import GenerationMixin
-
-    case, config = encoder.cases[0], model.config
-    starts = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
-    start = next((token for token in starts if isinstance(token, int)), 0)
-    inputs: dict[str, Any] = {
-        spec.name: torch.tensor(case.inputs[spec.name], device=model.device) for spec in encoder.specs
-    }
-    prompt = torch.full((len(next(iter(inputs.values()))), 1), start, device=model.device)
-    with torch.no_grad():
-        result: Any = GenerationMixin.generate(
-            model, **inputs, decoder_input_ids=prompt, generation_config=greedy(config, start, GENERATED)
-        )
-    logits = torch.stack(result.logits, 1)
-    prompt = prompt.cpu()
-    return Generated(prompt, torch.ones_like(prompt), to_numpy(result.sequences[:, 1:]), to_numpy(logits))
-
-
-def check_encoder_decoder(  # noqa: PLR0913, PLR0917
-    expected: Generated, specs: Sequence[InputSpec], produced: Mapping[str, Produced], session: Any, job: Job,
-    options: Options,
-) -> list[Difference]:  # fmt: skip
-    """Generate with both graphs, the encoder being the first of `produced`, and compare with PyTorch.
-
-    Raises AttemptError.
-    """
+def encode_example(produced: Mapping[str, Produced], options: Options) -> Arrays:
+    """What the exported encoder, the first of `produced`, answers to its first example."""
     encoder = next(iter(produced.values()))
-    case = encoder.job.cases[0]
-    states = open_session(encoder.light, options.device).run(["last_hidden_state"], case.inputs)[0]
-    names = [output.name for output in session.get_outputs()]
-    sizes = {BATCH: len(states), PAST: 0, ENCODER_SEQUENCE: states.shape[1]}
-    given: Arrays = {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
-    given |= {"encoder_hidden_states": states, "encoder_attention_mask": case.inputs.get("attention_mask")}
-    ids, steps = expected.prompt.numpy(), []
-    for step in range(GENERATED):
-        given |= {"input_ids": ids, CACHE_FLAG: np.array([step > 0])}
-        results = dict(zip(names, session.run(None, {spec.name: given[spec.name] for spec in specs}), strict=True))
-        steps.append(results.pop("logits")[:, -1])
-        given |= {past_name(name): value for name, value in results.items()}
-        ids = steps[-1].argmax(-1)[:, None]
-    label = f"{GENERATED} tokens"
-    return raise_on_difference(compare_generated(expected, np.stack(steps, 1), label, job, options), label)
+    inputs = encoder.job.cases[0].inputs
+    states = open_session(encoder.light, options.device).run(["last_hidden_state"], inputs)[0]
+    return {"encoder_hidden_states": states, "encoder_attention_mask": inputs.get("attention_mask")}
 
 
 def compare_generated(expected: Generated, logits: Any, label: str, job: Job, options: Options) -> list[Difference]:
@@ -6589,14 +6500,6 @@ def compare_generated(expected: Generated, logits: Any, label: str, job: Job, op
         same = next((step for step, token in enumerate(tokens) if token != expected.tokens[row][step]), len(tokens) - 1)
         case = Case(label, {}, {"logits": expected.logits[row, : same + 1]})
         found.append(compare(case, "logits", logits[row, : same + 1], job, options))
-    return found
-
-
-def raise_on_difference(found: list[Difference], label: str) -> list[Difference]:
-    """`found`, unless there is a problem among it; raises AttemptError."""
-    bad = [item for item in found if item.problem]
-    if bad:
-        raise AttemptError(f"generating {label}: {bad[0].problem}", exported=True)
     return found
 
 
@@ -6638,23 +6541,6 @@ def routed_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return result
 
 
-def cached_call(model: Any, names: Sequence[str]) -> nn.Module:
-    """A module that takes `names` and a flat cache, and returns the logits and the grown cache."""
-
-    class Cached(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            arguments = dict(zip(names, inputs, strict=False))
-            cache = cache_of(inputs[len(names) :])
-            output = self.inner(**arguments, past_key_values=cache, use_cache=True, return_dict=True)
-            return {"logits": output.logits, **cache_tensors(output.past_key_values, "present")}
-
-    return Cached()
-
-
 def encoder_graph(found: FolderModel) -> Graph:
     """The encoder of an encoder-decoder model: text or sound in, last_hidden_state out."""
     model = found.model
@@ -6664,7 +6550,7 @@ def encoder_graph(found: FolderModel) -> Graph:
     else:
         audio, sizes = audio_spec(model)
         specs = [audio]
-    module = named_call(encoder, [spec.name for spec in specs], task_outputs("feature-extraction", {"pooler_output"}))
+    module = named_call(encoder, specs, task_outputs("feature-extraction", {"pooler_output"}))
     examples = functools.partial(example_tensors, specs, model.config.get_text_config())
     return Graph("encoder_model", module, specs, examples, sizes)
 
@@ -6674,49 +6560,42 @@ def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, ...]:
 
     transformers.js and Optimum know the names of the inputs from Optimum's merged decoders.
     """
-    model, dtype = found.model, float_dtype(found.model)
+    model, dtype, config = found.model, float_dtype(found.model), found.model.config.get_text_config(decoder=True)
     tensors = on_device_of(model, encoder.examples(encoder.sizes[0], 0))
-    given = zip([spec.name for spec in encoder.specs], tensors, strict=True)
     with torch.no_grad():
+        given = zip([spec.name for spec in encoder.specs], tensors, strict=True)
         encoded = model.get_encoder()(**dict(given), return_dict=True)
     frames = encoded.last_hidden_state
     free = any(axis != BATCH for spec in encoder.specs for axis in spec.axes.values())
-    states = {0: BATCH, **({1: ENCODER_SEQUENCE} if free else {})}
+    fixed = {} if free else {ENCODER_SEQUENCE: frames.shape[1]}
+    axes = {0: BATCH, 1: ENCODER_SEQUENCE} if free else {0: BATCH}
     specs = [InputSpec("input_ids", (2, 5), torch.int64, {0: BATCH, 1: SEQUENCE})]
     if model.main_input_name == "input_ids":
-        specs.insert(0, InputSpec("encoder_attention_mask", tuple(frames.shape[:2]), torch.int64, states))
-    fed = InputSpec("encoder_hidden_states", tuple(frames.shape), dtype, states)
-    first = encoder_decoder_call(model, type(encoded), [*(spec.name for spec in specs), fed.name], cached=False)
-    lengths = {ENCODER_SEQUENCE: frames.shape[1]}
+        specs.insert(0, InputSpec("encoder_attention_mask", tuple(frames.shape[:2]), torch.int64, axes))
+    first_specs = [*specs, InputSpec("encoder_hidden_states", tuple(frames.shape), dtype, axes)]
+    call = functools.partial(call_encoder_decoder, type(encoded))
+    first = as_module(model, first_specs, call)
     with torch.no_grad():
-        tensors = example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0)
-        answer = first(*on_device_of(model, tensors))
-    past = [
-        InputSpec(
-            past_name(name),
-            tuple(tensor.shape),
-            dtype,
-            {0: BATCH, 2: PAST} if ".decoder." in name else {0: BATCH, **({2: ENCODER_SEQUENCE} if free else {})},
-        )
+        answer = first(*on_device_of(model, example_tensors(first_specs, config, {}, 0)))
+    lengths = {"decoder": {2: PAST}, "encoder": {2: ENCODER_SEQUENCE} if free else {}}
+    next_specs = specs + [
+        InputSpec(past_name(name), tuple(tensor.shape), dtype, {0: BATCH, **lengths[name.split(".")[2]]})
         for name, tensor in answer.items()
         if name.startswith("present")
     ]
-    next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
-    config = model.config.get_text_config(decoder=True)
-    few = on_device_of(
-        model, example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0)
-    )
+    following = as_module(model, next_specs, call)
+    few = on_device_of(model, example_tensors(next_specs, config, NEXT_SIZES[0] | fixed, 0))
     return tuple(
         Graph(
             file,
             module,
             inputs,
             functools.partial(example_tensors, inputs, config),
-            tuple({**size, TOTAL: size[PAST] + size[SEQUENCE], **({} if free else lengths)} for size in sizes),
+            tuple({**size, TOTAL: size[PAST] + size[SEQUENCE], **fixed} for size in sizes),
         )
         for file, module, inputs, sizes in (
-            ("decoder_model", first, [*specs, fed], FIRST_SIZES),
-            ("decoder_with_past_model", next_ones, [*specs, *past], sizes_after_past(next_ones, few)),
+            ("decoder_model", first, first_specs, FIRST_SIZES),
+            ("decoder_with_past_model", following, next_specs, sizes_after_past(following, few)),
         )
     )
 
@@ -6731,51 +6610,33 @@ def sizes_after_past(decoder: nn.Module, few: Sequence[Tensor]) -> tuple[dict[st
     return NEXT_SIZES
 
 
-def encoder_decoder_call(model: Any, answer: type, names: Sequence[str], *, cached: bool) -> nn.Module:
-    """The decoder: new tokens and the encoder's answer (`cached`: what it made of it) in, logits and caches out.
+def call_encoder_decoder(answer: type, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The logits for new tokens, and the caches after them.
 
-    `answer` is the class of the encoder's output: some models read more of it than the states.
+    In the beginning both caches; where they are given, only the decoder's, which grows. `answer` is the class of the
+    encoder's output: some models read more of it than the states, of which later calls need the sizes alone.
     """
     from transformers.cache_utils import EncoderDecoderCache
 
-    width = model.get_encoder().config.hidden_size
-
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given = dict(zip(names, inputs, strict=True))
-            past = [value for name, value in given.items() if name.startswith("past_key_values")]
-            own, cross = ([x for n, x in enumerate(past) if n % 4 in pair] for pair in ((0, 1), (2, 3)))
-            caches = EncoderDecoderCache(cache_of(own), cache_of(cross))
-            states = cross[0].new_zeros(cross[0].shape[0], cross[0].shape[2], width) if cached else None
-            mask = given.get("encoder_attention_mask")
-            output = self.inner(
-                encoder_outputs=answer(given["encoder_hidden_states"] if states is None else states),
-                decoder_input_ids=given["input_ids"],
-                past_key_values=caches,
-                use_cache=True,
-                return_dict=True,
-                **({} if mask is None else {"attention_mask": mask}),
-            )
-            return {"logits": output.logits, **encoder_decoder_tensors(output.past_key_values, cached=cached)}
-
-    return Decoder()
-
-
-def encoder_decoder_tensors(caches: Any, *, cached: bool) -> dict[str, Tensor]:
-    """Both caches by name, layer by layer; of those that were given (`cached`) only the decoder's, which has grown."""
-    own = cache_tensors(caches.self_attention_cache, "present", ".decoder")
-    cross = {} if cached else cache_tensors(caches.cross_attention_cache, "present", ".encoder")
-    return dict(sorted((own | cross).items(), key=lambda item: cache_place(item[0])))
-
-
-def cache_place(name: str) -> tuple[int, str, str]:
-    """Sorts `present.10.decoder.key` by number, then `decoder`, then `key`."""
-    _, layer, part, kind = name.split(".")
-    return int(layer), part, kind
+    past = list(take_past(given).values())
+    own, cross = ([tensor for n, tensor in enumerate(past) if n % 4 in pair] for pair in ((0, 1), (2, 3)))
+    if past:
+        sizes = cross[0].shape[0], cross[0].shape[2], model.get_encoder().config.hidden_size
+        given["encoder_hidden_states"] = cross[0].new_zeros(*sizes)
+    output = model(
+        encoder_outputs=answer(given["encoder_hidden_states"]),
+        decoder_input_ids=given["input_ids"],
+        past_key_values=EncoderDecoderCache(cache_of(own), cache_of(cross)),
+        use_cache=True,
+        return_dict=True,
+        **({"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}),
+    )
+    caches = output.past_key_values
+    named = cache_tensors(caches.self_attention_cache.layers, ".decoder")
+    if not past:
+        named |= cache_tensors(caches.cross_attention_cache.layers, ".encoder")
+    ordered = sorted(named, key=lambda name: (int(name.split(".")[1]), name))
+    return {"logits": output.logits, **{name: named[name] for name in ordered}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7721,9 +7582,7 @@ def export_dynamo(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Mod
     if isinstance(flat.inner, torch.jit.ScriptModule):
         from torch._export.converter import TS2EPConverter
 
-        flat = flat_module(
-            TS2EPConverter(flat.inner, tuple(job.traced)).convert().module(), [spec.name for spec in job.specs]
-        )
+        flat = flat_module(TS2EPConverter(flat.inner, tuple(job.traced)).convert().module(), job.specs)
     shapes = tuple(dict.fromkeys(spec.axes, torch.export.Dim.AUTO) for spec in job.specs)
     with stored_weights_as(flat, in_memory):
         program = torch.onnx.export(
@@ -7755,12 +7614,12 @@ def plan_attempts(exporter: str, opset: int | None) -> list[Attempt]:
 
 def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, str]:
     """One exporter's model, and a note on what it may have fixed; raises AttemptError with what stood in the way."""
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
+    disable_fused_attention()
     whole = job
     if job.step is not None:
         module, specs, traced, outputs = job.step
         job = job._replace(model=module, specs=specs, traced=traced, outputs=outputs, cases=[], step=None)
-    flat = flat_module(job.model, [spec.name for spec in job.specs])
+    flat = flat_module(job.model, job.specs)
     if not isinstance(job.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
     try:
@@ -7793,69 +7652,78 @@ def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, st
     return model, tracing_notes(caught)
 
 
-def repeat_for_tokens(model: ir.Model, single: Job, whole: Job) -> None:
+def repeat_for_tokens(model: ir.Model, single: Job, text: Job) -> None:
     """Turn the graph of one token in place into that of a text, a Loop around it; raises AttemptError.
 
-    The cache goes from turn to turn, what is said of each token is stacked up, and the weights stay outside.
+    The cache goes from turn to turn, the outputs for each token are stacked, and the weights stay outside.
     """
     from onnx_ir.tape import Tape
 
-    graph = model.graph
+    graph, before, begin, end = model.graph, Tape(), Tape(), Tape()  # nodes before the loop, and at both ends of a turn
     restore_inputs(graph, single)
-    if len(graph.outputs) != len(single.outputs):
-        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(single.outputs)}")
-    inputs = {value.name: ir.Value(name=value.name, type=value.type) for value in graph.inputs}
-    answers = dict(zip(single.outputs, graph.outputs, strict=True))
-    nodes = list(graph)
-    graph.outputs.clear()
-    graph.remove(nodes)
-    outer, first, last = Tape(), Tape(), Tape()  # around the loop, and at both ends of a turn
-
-    def numbers(tape: Tape, *values: int) -> ir.Value:
-        return tape.op("Constant", [], {"value": ir.tensor(values)})
-
-    def size(name: str, axis: int) -> ir.Value:
-        return outer.op("Gather", [outer.op("Shape", [inputs[name]]), numbers(outer, axis)], {"axis": 0})
-
+    outputs = dict(zip(single.outputs, checked_outputs(graph, single), strict=True))
+    nodes = take_nodes(graph)
+    for value in itertools.chain.from_iterable(node.outputs for node in nodes):
+        value.shape = None  # that of a single token, and of a past that now grows
+    inputs = {str(value.name): ir.Value(name=value.name, type=value.type) for value in graph.inputs}
     turn = ir.Value(name="loop/turn", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     going = ir.Value(name="loop/going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
-    place = first.op("Reshape", [turn, numbers(first, 1)])
-    batch, length = size("input_ids", 0), size("input_ids", 1)
-    kept, begun, given = [], [], {spec.name for spec in whole.specs}
-    for spec, value in zip(single.specs, graph.inputs, strict=True):
-        if spec.name.startswith("past_"):
-            own = ir.Value(name=f"loop/{spec.name}", type=value.type)
-            kept.append(own)
-            begun.append(inputs[spec.name] if spec.name in given else empty_cache(spec, batch, outer))
-        elif TOTAL in spec.axes.values():
-            behind = outer.op("Sub", [size(spec.name, 1), length])
-            end = first.op("Add", [first.op("Add", [behind, place]), numbers(first, 1)])
-            own = first.op("Slice", [inputs[spec.name], numbers(first, 0), end, numbers(first, 1)])
-        else:
-            own = first.op("Gather", [inputs[spec.name], place], {"axis": 1})
-        ir.convenience.replace_all_uses_with(value, own)
-    states = [name for name in single.outputs if name.startswith("present")]
-    told = [name for name in single.outputs if name not in states]
-    zero = last.op("Constant", [], {"value": ir.tensor(0)})
-    ends = [
-        last.op("Identity", [going]),
-        *(answers[name] for name in states),
-        *(last.op("Gather", [answers[name], zero], {"axis": 1}) for name in told),
-    ]
-    for node in nodes:  # of a single token and a past that now grows
-        for value in node.outputs:
-            value.shape = None
-    body = ir.Graph([turn, going, *kept], ends, nodes=[*first.nodes, *nodes, *last.nodes], name="token")
-    trips = outer.op("Squeeze", [length])
-    left = outer.op_multi_out("Loop", [trips, None, *begun], {"body": body}, num_outputs=len(ends) - 1)
-    results = dict(zip([*states, *told], left, strict=True))
-    results |= {name: outer.op("Transpose", [results[name]], {"perm": (1, 0, 2)}) for name in told}
-    for name, value in results.items():
-        value.type = answers[name].type
-    name_nodes([*outer.nodes, *first.nodes, *last.nodes])
-    graph.inputs[:] = [inputs[spec.name] for spec in whole.specs]
-    graph.extend(outer.nodes)
-    graph.outputs.extend(results[name] for name in whole.outputs)
+    batch, length = (size_on(before, inputs["input_ids"], axis) for axis in (0, 1))
+    past = [spec for spec in single.specs if spec.name.startswith("past_")]
+    given = {spec.name for spec in text.specs}
+    initial = [inputs[spec.name] if spec.name in given else empty_cache(spec, batch, before) for spec in past]
+    current = text_at(single, inputs, length, turn, (before, begin))
+    current |= {spec.name: ir.Value(name=f"loop/{spec.name}", type=inputs[spec.name].type) for spec in past}
+    for value in graph.inputs:
+        ir.convenience.replace_all_uses_with(value, current[str(value.name)])
+    kept = [name for name in single.outputs if name.startswith("present")]
+    stacked = [name for name in single.outputs if name not in kept]
+    first = constant_on(before, 0)
+    ends = [end.op("Identity", [going]), *(outputs[name] for name in kept)]
+    ends += [end.op("Gather", [outputs[name], first], {"axis": 1}) for name in stacked]
+    body_inputs = [turn, going, *(current[spec.name] for spec in past)]
+    body = ir.Graph(body_inputs, ends, nodes=[*begin.nodes, *nodes, *end.nodes], name="token")
+    loop = [before.op("Squeeze", [length]), None, *initial]
+    results = before.op_multi_out("Loop", loop, {"body": body}, num_outputs=len(ends) - 1)
+    named = dict(zip([*kept, *stacked], results, strict=True))
+    named |= {name: before.op("Transpose", [named[name]], {"perm": (1, 0, 2)}) for name in stacked}
+    for name, value in named.items():
+        value.type = outputs[name].type
+    name_nodes([*before.nodes, *begin.nodes, *end.nodes])
+    graph.inputs[:] = [inputs[spec.name] for spec in text.specs]
+    graph.extend(before.nodes)
+    graph.outputs.extend(named[name] for name in text.outputs)
+
+
+def text_at(
+    single: Job, inputs: Mapping[str, ir.Value], length: ir.Value, turn: ir.Value, tapes: Sequence[ir.tape.Tape]
+) -> dict[str, ir.Value]:
+    """What of a text's `inputs` one turn of the loop reads: its token, and the mask up to that, which spans the past.
+
+    The nodes go to the `tapes`: that of the nodes before the loop, and that of a turn.
+    """
+    before, begin = tapes
+    zero, one = constant_on(before, [0]), constant_on(before, [1])
+    place = begin.op("Reshape", [turn, one])
+    parts = {}
+    for spec in single.specs:
+        if TOTAL in spec.axes.values():
+            past = before.op("Sub", [size_on(before, inputs[spec.name], 1), length])
+            stop = begin.op("Add", [before.op("Add", [past, one]), place])
+            parts[spec.name] = begin.op("Slice", [inputs[spec.name], zero, stop, one])
+        elif not spec.name.startswith("past_"):
+            parts[spec.name] = begin.op("Gather", [inputs[spec.name], place], {"axis": 1})
+    return parts
+
+
+def constant_on(tape: ir.tape.Tape, number: int | list[int]) -> ir.Value:
+    """A constant (int64)."""
+    return tape.op("Constant", [], {"value": ir.tensor(number)})
+
+
+def size_on(tape: ir.tape.Tape, value: ir.Value, axis: int) -> ir.Value:
+    """The size of an axis of `value` (1)."""
+    return tape.op("Gather", [tape.op("Shape", [value]), constant_on(tape, [axis])])
 
 
 def name_nodes(nodes: Iterable[ir.Node]) -> None:
@@ -7868,8 +7736,8 @@ def name_nodes(nodes: Iterable[ir.Node]) -> None:
 
 def empty_cache(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Value:
     """The cache before the first token: no keys and values, and states of zeros, for `batch` (1) rows."""
-    sizes = [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:]
-    shape = tape.op("Concat", [batch, tape.op("Constant", [], {"value": ir.tensor(sizes)})], {"axis": 0})
+    sizes = constant_on(tape, [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:])
+    shape = tape.op("Concat", [batch, sizes], {"axis": 0})
     return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, numpy_dtype(spec)))})
 
 
@@ -7943,15 +7811,9 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
     restore_branch_outputs(graph)
     common.RemoveUnusedNodesPass()(model)
     restore_inputs(graph, job)
-    if len(graph.outputs) != len(job.outputs):
-        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(job.outputs)}")
     strip_wrapper_names(graph)
-    for place, value in enumerate(graph.outputs):
-        if value in graph.outputs[:place]:  # a tensor that is returned twice is two outputs
-            node = ir.node("Identity", [value], outputs=[ir.Value(type=value.type, shape=value.shape)])
-            graph.append(node)
-            graph.outputs[place] = node.outputs[0]
-    for value, name in zip(graph.outputs, job.outputs, strict=True):
+    common.OutputFixPass()(model)  # a tensor that is returned twice is two outputs
+    for value, name in zip(checked_outputs(graph, job), job.outputs, strict=True):
         value.name = name
     for spec, value in zip(job.specs, graph.inputs, strict=True):
         value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
@@ -7967,21 +7829,19 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
     return model
 
 
-def restore_branch_outputs(graph: ir.Graph) -> None:
-    """Let every output of a branch come from a node of that branch: onnx-ir 0.2 also takes the Identity that is it."""
-    branches = [
-        attribute.as_graph()
-        for node in graph.all_nodes()
-        for attribute in node.attributes.values()
-        if attribute.type == ir.AttributeType.GRAPH
-    ]
-    for branch in branches:
-        for index, value in enumerate(branch.outputs):
-            producer = value.producer()
-            if producer is None or producer.graph is not branch:
-                node = ir.node("Identity", [value], outputs=[ir.Value(name=f"{value.name}/branch", type=value.type)])
-                branch.append(node)
-                branch.outputs[index] = node.outputs[0]
+def checked_outputs(graph: ir.Graph, job: Job) -> list[ir.Value]:
+    """The graph's outputs; raises AttemptError where there are not as many as the model's."""
+    if len(graph.outputs) != len(job.outputs):
+        raise AttemptError(f"its graph has {len(graph.outputs)} outputs, the model {len(job.outputs)}")
+    return list(graph.outputs)
+
+
+def take_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes of a graph, taken out of it for another one."""
+    nodes = list(graph)
+    graph.outputs.clear()
+    graph.remove(nodes)
+    return nodes
 
 
 def restore_inputs(graph: ir.Graph, job: Job) -> None:
@@ -8102,9 +7962,7 @@ def branch_of(
             weights[key] = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
         ir.convenience.replace_all_uses_with(value, weights[key])
     found = {str(value.name): value for value in graph.outputs}
-    nodes = list(graph)
-    graph.outputs.clear()
-    graph.remove(nodes)
+    nodes = take_nodes(graph)
     for name in names:
         if name not in found:
             given = inputs[past_name(name)]
@@ -9589,20 +9447,29 @@ def flatten_outputs(value: Any) -> dict[str, Tensor]:
     return found
 
 
-def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """`model` as the exporters like it: tensors in by position, a flat tuple of tensors out, no gradients."""
-    by_name = is_called_by_name(model, names)
+def as_module(model: nn.Module, specs: Sequence[InputSpec], call: Callable[[Any, dict[str, Tensor]], Any]) -> nn.Module:
+    """A module that takes the tensors of `specs` by position, and returns what `call` makes of `model` and them."""
+    names = [spec.name for spec in specs]
 
-    class Flat(nn.Module):
+    class Called(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = model
 
-        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-            result = self.inner(**dict(zip(names, inputs, strict=True))) if by_name else self.inner(*inputs)
-            return tuple(flatten_outputs(result).values())
+        def forward(self, *inputs: Tensor) -> Any:
+            return call(self.inner, dict(zip(names, inputs, strict=True)))
 
-    return Flat()
+    return Called()
+
+
+def flat_module(model: nn.Module, specs: Sequence[InputSpec]) -> nn.Module:
+    """`model` as the exporters like it: tensors in by position, a flat tuple of tensors out, no gradients."""
+    by_name = is_called_by_name(model, [spec.name for spec in specs])
+
+    def call(inner: Any, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(flatten_outputs(inner(**given) if by_name else inner(*given.values())).values())
+
+    return as_module(model, specs, call)
 
 
 def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -10288,14 +10155,17 @@ def has_own_code(options: Options) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# workarounds: what torch, torchvision, timm and ultralytics need to be told, each with the version it was seen in
+# workarounds: what torch, torchvision, onnx-ir and ultralytics need to be told, each with the version it was seen in
+#
+# Each names the fault and where it is known; tests/test_workarounds.py fails for one that is no longer needed.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def import_torchvision() -> None:
     """Import torchvision, and leave out torch's compiler, which takes as long to import as the rest of torch.
 
-    One file of torchvision 0.29 (ops/roi_align.py) asks torch._dynamo a question, and only if a kernel is missing.
+    ops/roi_align.py imports it for a question that it asks only where a kernel is missing (seen in torchvision 0.29.1):
+    https://github.com/pytorch/vision/pull/8436 meant to avoid that.
     """
 
     def is_compile_supported(device_type: str) -> bool:
@@ -10314,10 +10184,11 @@ def import_torchvision() -> None:
 
 
 def import_ultralytics() -> None:
-    """Import ultralytics without what it does by the way.
+    """Import ultralytics without its side effects.
 
-    ultralytics.utils writes a settings file into the home directory, asks the network whether it is there, sets
-    variables for libraries that are loaded later, and lets its checks run pip.
+    ultralytics.utils writes a settings file into the home directory, asks whether the network is there, sets variables
+    for libraries that are loaded later, and lets its checks run pip (seen in ultralytics 8.4.190):
+    https://github.com/ultralytics/ultralytics/pull/26214 describes YOLO_AUTOINSTALL.
     """
     import tempfile
 
@@ -10333,30 +10204,43 @@ def import_ultralytics() -> None:
             os.environ |= before
 
 
+def disable_fused_attention() -> None:
+    """Let nn.TransformerEncoderLayer run without the fused operator that no exporter knows (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/issues/177013
+    """
+    torch.backends.mha.set_fastpath_enabled(False)
+
+
 @functools.cache
 def register_symbolics() -> None:
-    """Give the TorchScript exporter of torch 2.14 the translations that its own are wrong or missing for."""
-    from torch.onnx import register_custom_op_symbolic
-
-    register_custom_op_symbolic("aten::repeat_interleave", symbolic_repeat, 13)
-    register_custom_op_symbolic("aten::adaptive_avg_pool2d", symbolic_average, 13)
-    register_custom_op_symbolic("aten::cumsum", symbolic_cumsum, 13)
-    register_custom_op_symbolic("aten::unfold", symbolic_unfold, 13)
-    register_custom_op_symbolic("aten::as_strided", symbolic_strided, 13)
-    register_custom_op_symbolic("aten::log_sigmoid", symbolic_log_sigmoid, 9)
-    register_custom_op_symbolic("aten::floor_divide", symbolic_floor_divide, 10)
-    register_custom_op_symbolic("aten::atan2", symbolic_atan2, 9)
+    """Give the TorchScript exporter translations where its own are wrong or missing, from some opset on."""
+    for name, symbolic, opset in (
+        ("repeat_interleave", symbolic_repeat, 13),
+        ("adaptive_avg_pool2d", symbolic_average, 13),
+        ("cumsum", symbolic_cumsum, 13),
+        ("unfold", symbolic_unfold, 13),
+        ("as_strided", symbolic_strided, 13),
+        ("log_sigmoid", symbolic_log_sigmoid, 9),
+        ("floor_divide", symbolic_floor_divide, 10),
+        ("atan2", symbolic_atan2, 9),
+    ):
+        torch.onnx.register_custom_op_symbolic(f"aten::{name}", symbolic, opset)
 
 
 def symbolic_log_sigmoid(graph: Any, tensor: Any) -> Any:
-    """-softplus(-x); torch's own, the logarithm of the sigmoid, is -inf from -104 on in float32 (seen in 2.14.1)."""
+    """-softplus(-x); the exporter's own, log(sigmoid(x)), is -inf from -104 on in float32 (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/pull/14830
+    """
     return graph.op("Neg", graph.op("Softplus", graph.op("Neg", tensor)))
 
 
 def symbolic_atan2(graph: Any, y: Any, x: Any) -> Any:
-    """The angle of (x, y) from -pi to pi; torch's own is NaN at the origin and does not see -0 (seen in 2.14.1).
+    """The angle of (x, y) from -pi to pi; the exporter's own is NaN at the origin and ignores -0 (torch 2.14.1).
 
-    0/0 is replaced, and y/0 is an infinity, whose arc tangent is pi/2.
+    https://github.com/pytorch/pytorch/issues/162570. 0/0 is replaced, and y/0 is an infinity, whose arc tangent is
+    pi/2.
     """
     from torch.onnx import JitScalarType
 
@@ -10373,9 +10257,10 @@ def symbolic_atan2(graph: Any, y: Any, x: Any) -> Any:
 
 
 def symbolic_floor_divide(graph: Any, tensor: Any, other: Any) -> Any:
-    """Division towards minus infinity, of integers too: torch's own truncates these (seen in 2.14.1).
+    """Division towards minus infinity, of integers too: the exporter's own truncates these (seen in torch 2.14.1).
 
-    Mod has the sign of the divisor, so that what it leaves is divided without a remainder.
+    https://github.com/pytorch/pytorch/pull/86146. Mod has the sign of the divisor, so that what it leaves is divided
+    without a remainder.
     """
     from torch.onnx import symbolic_helper, symbolic_opset9
 
@@ -10386,7 +10271,11 @@ def symbolic_floor_divide(graph: Any, tensor: Any, other: Any) -> Any:
 
 
 def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
-    """repeat_interleave as the exporter has it, which adds to `dim` in place: other nodes share that constant."""
+    """repeat_interleave as the exporter has it, which adds to `dim` in place: other nodes share that constant.
+
+    Seen in torch 2.14.1: `dim += len(input_sizes)` in torch/onnx/_internal/torchscript_exporter/symbolic_opset13.py of
+    https://github.com/pytorch/pytorch.
+    """
     from torch.onnx import symbolic_helper, symbolic_opset13
 
     axis = None if symbolic_helper._is_none(dim) else symbolic_helper._maybe_get_const(dim, "t").clone()  # noqa: SLF001
@@ -10394,7 +10283,10 @@ def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, outp
 
 
 def symbolic_average(graph: Any, tensor: Any, size: Any) -> Any:
-    """adaptive_avg_pool2d as the exporter has it; as two products where the image is no known multiple of `size`."""
+    """adaptive_avg_pool2d as the exporter has it; as two products where the image is no known multiple of `size`.
+
+    The exporter refuses these (seen in torch 2.14.1): https://github.com/pytorch/pytorch/issues/64806.
+    """
     from torch.onnx import symbolic_helper, symbolic_opset9
     from torch.onnx.errors import SymbolicValueError
 
@@ -10428,7 +10320,10 @@ def averaging_matrix(graph: Any, tensor: Any, axis: int, count: int) -> Any:
 
 
 def symbolic_cumsum(graph: Any, tensor: Any, dim: Any, dtype: Any = None) -> Any:
-    """Cumsum as the exporter has it, which adds up truth values without making numbers of them."""
+    """Cumsum as the exporter has it, which gives it truth values, for which ONNX has none (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/pull/40044
+    """
     from torch.onnx import JitScalarType, symbolic_opset11
 
     if JitScalarType.from_value(tensor) == JitScalarType.BOOL:
@@ -10437,7 +10332,10 @@ def symbolic_cumsum(graph: Any, tensor: Any, dim: Any, dtype: Any = None) -> Any
 
 
 def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> Any:
-    """Tensor.unfold as one look-up: the exporter writes out every window, and knows no dimension of unknown length."""
+    """Tensor.unfold as one look-up: the exporter's own knows no axis of free length (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/issues/69889. Where it knows the length it writes out every window.
+    """
     from torch.onnx import symbolic_helper
 
     constant = functools.partial(constant_value, graph)
@@ -10453,7 +10351,10 @@ def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> 
 
 
 def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: Any = None) -> Any:
-    """as_strided of a contiguous tensor as one look-up: the exporter's own takes only strides that are constants."""
+    """as_strided of a contiguous tensor as one look-up: the exporter's own takes strides for constants (torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/issues/90607
+    """
     from torch.onnx import symbolic_helper
 
     constant = functools.partial(constant_value, graph)
@@ -10473,8 +10374,9 @@ def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: 
 def fixed_resize() -> Iterator[None]:
     """Let torchvision's detectors resize, while they are traced, to the size that they resize to otherwise.
 
-    Their tracing branch computes the scale in float32 (torchvision 0.29, detection/transform.py), so that one in
-    eight image sizes comes out a pixel smaller than in PyTorch; this one uses float64, as their ordinary branch does.
+    Their tracing branch computes the scale in float32 (seen in torchvision 0.29.1, detection/transform.py), so that one
+    in eight image sizes comes out a pixel smaller than in PyTorch; this one uses float64, as their ordinary branch
+    does. https://github.com/pytorch/vision/pull/3862
     """
     transform = sys.modules.get("torchvision.models.detection.transform")
     if transform is None:
@@ -10536,9 +10438,10 @@ def tracing_stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
 
 
 def unbind_indices(tensor: Tensor, dim: int = 0) -> Any:
-    """Stand-in for unbind, which loops over a tensor call: those over what is nonzero go over all places.
+    """Stand-in for unbind, which loops over a tensor call: loops over nonzero() trace every index, not only the hits.
 
-    Mixtures of experts loop so over the experts that tokens were routed to; the others get no tokens.
+    Mixtures of experts loop so over the experts that tokens were routed to; the others get no tokens. Seen in
+    transformers 5.23: https://github.com/huggingface/transformers/issues/38518.
     """
     node = torch._C._get_value_trace(tensor).node()  # type: ignore[attr-defined]  # noqa: SLF001  (its stubs lack it)
     sizes: Sequence[int] = node.input().type().sizes() if node.kind() == "aten::nonzero" else ()
@@ -10546,7 +10449,10 @@ def unbind_indices(tensor: Tensor, dim: int = 0) -> Any:
 
 
 def strides_from_sizes(tensor: Tensor, dim: int | None = None) -> Any:
-    """Stand-in for the strides of a contiguous tensor."""
+    """Stand-in for the strides of a contiguous tensor, which a trace keeps as numbers (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/issues/90607
+    """
     if not tensor.is_contiguous():
         return NotImplemented
     strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.dim()))
@@ -10554,7 +10460,10 @@ def strides_from_sizes(tensor: Tensor, dim: int | None = None) -> Any:
 
 
 def tensor_of_numbers(data: Any, **options: Any) -> Any:
-    """Stand-in for making a tensor of traced numbers, single ones or in lists."""
+    """Stand-in for making a tensor of traced numbers, which become constants (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/issues/42966
+    """
     return as_tensor(data).to(options.get("device"), options.get("dtype")) if holds_tensor(data) else NotImplemented
 
 
@@ -10571,7 +10480,10 @@ def holds_tensor(data: Any) -> bool:
 
 
 def traced_extremum(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, **options: Any) -> Any:
-    """Stand-in for the smaller or larger of two numbers of which one is traced."""
+    """Stand-in for the smaller or larger of two numbers, one of them traced: a trace keeps the choice (torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/pull/32458
+    """
     pair = len(values) == 2 and not options and holds_tensor(values)
     return operator(*map(as_tensor, values)) if pair else NotImplemented
 
@@ -10580,7 +10492,8 @@ def traced_extremum(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, 
 def traced_whole_numbers(model: nn.Module) -> Iterator[None]:
     """Let int() of a traced number, in the Python modules that define the model, be a traced number.
 
-    For a second try: not all code takes the class that stands in for int.
+    A trace would keep the number (seen in torch 2.14.1): https://github.com/pytorch/pytorch/issues/42966. For a second
+    try: not all code takes the class that stands in for int.
     """
 
     class Whole(type):
@@ -10619,8 +10532,32 @@ def patched(owner: Any, **stand_ins: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def restore_branch_outputs(graph: ir.Graph) -> None:
+    """Let every output of a branch come from a node of that branch, as ONNX wants it.
+
+    IdentityEliminationPass takes the Identity that is all of a branch (seen in onnx-ir 1.1.0):
+    https://github.com/onnx/ir-py/issues/120.
+    """
+    branches = [
+        attribute.as_graph()
+        for node in graph.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
+    ]
+    for branch in branches:
+        for index, value in enumerate(branch.outputs):
+            producer = value.producer()
+            if producer is None or producer.graph is not branch:
+                node = ir.node("Identity", [value], outputs=[ir.Value(name=f"{value.name}/branch", type=value.type)])
+                branch.append(node)
+                branch.outputs[index] = node.outputs[0]
+
+
 class Complex:
-    """A tensor of complex numbers as two real ones: exporters know no others, and rotary embeddings need no more."""
+    """A tensor of complex numbers as two real ones: exporters know no others, and rotary embeddings need no more.
+
+    Seen in torch 2.14.1: https://github.com/pytorch/pytorch/issues/59246.
+    """
 
     def __init__(self, real: Tensor, imaginary: Tensor) -> None:
         self.real, self.imaginary = real, imaginary
