@@ -28,6 +28,7 @@ import collections
 import contextlib
 import copy
 import ctypes
+import difflib
 import enum
 import errno
 import fcntl
@@ -36,20 +37,24 @@ import functools
 import gc
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
+import lzma
 import math
 import mmap
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -60,6 +65,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from inspect import Parameter, signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
@@ -86,12 +92,15 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
     import torch
+    import transformers
     from torch import Tensor, nn
+    from torch.onnx import symbolic_helper
 
     T = TypeVar("T")
 else:
     ast, np, onnx, ir = Lazy("ast", "ast"), Lazy("numpy", "np"), Lazy("onnx", "onnx"), Lazy("onnx_ir", "ir")
-    torch, nn = Lazy("torch", "torch"), Lazy("torch.nn", "nn")
+    torch, nn, transformers = Lazy("torch", "torch"), Lazy("torch.nn", "nn"), Lazy("transformers", "transformers")
+    symbolic_helper = Lazy("torch.onnx.symbolic_helper", "symbolic_helper")
 
 __version__ = "0.1.0"
 
@@ -1414,8 +1423,6 @@ def count_elements(pairs: Iterable[tuple[str, int]]) -> dict[str, Any]:
 
 def command_for(source: Source, *extra: str) -> str:
     """The command that converts `source`."""
-    import shlex
-
     target = source.path.resolve().with_suffix(".onnx").name
     if source.kind is Kind.HUGGINGFACE:
         target = f"{source.path.resolve().name}-onnx/"
@@ -2162,14 +2169,11 @@ def label_metadata(config: Any) -> dict[str, str]:
 
 def prepare_for_export(model: Any) -> None:
     """Let mixtures of experts and chunked attention run as exporters can follow them, after PyTorch's answers."""
-    from transformers import PreTrainedConfig
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
+    transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
     model.set_experts_implementation("pt2onnx")
     for module in model.modules():
         config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
+        if isinstance(config, transformers.PreTrainedConfig):
             config.onnx_export = True  # Longformer and LED look for it
 
 
@@ -2400,8 +2404,6 @@ def base_from_option(name: str, recorded: str, settings: Settings, options: Opti
 
 def base_advice(folder: Path, recorded: str) -> str:
     """The option that supplies an adapter's base, ready to be copied where the recorded name is harmless."""
-    import shlex
-
     usual = "pass --base FOLDER, or --base OWNER/MODEL to download it"
     if not recorded.isprintable() or len(recorded.encode(errors="replace")) > 200 or recorded.startswith("-"):
         return usual
@@ -2963,8 +2965,6 @@ class Recognition(NamedTuple):
 @functools.cache
 def read_architectures() -> Architectures:
     """The data file beside this script; raises UsageError where it is not there."""
-    import lzma
-
     try:
         content = json.loads(lzma.decompress(ARCHITECTURES.read_bytes()))
     except (OSError, lzma.LZMAError, ValueError) as error:
@@ -3299,8 +3299,6 @@ def resolve_model_class(name: str) -> Callable[..., nn.Module]:
 
 def library_model(name: str) -> Callable[..., nn.Module]:
     """The builder of that name, torchvision's first, or timm's; raises UsageError with near misses."""
-    import difflib
-
     own = import_library("torchvision.models")
     with contextlib.suppress(ValueError):
         return cast("Callable[..., nn.Module]", own.get_model_builder(name))
@@ -3322,8 +3320,7 @@ def without_initialisation() -> Iterator[None]:
 
     Only they are replaced, as a whole: a function that draws until the numbers fit would never end on its parts.
     """
-    from torch.nn import init
-
+    init = nn.init
     names = [
         name for name in dir(init) if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_", name)
     ]
@@ -3342,7 +3339,6 @@ def bounded_build(tensors: int, size: int) -> Iterator[None]:
     registered, and the memory is limited, so the end does not depend on what the settings are called. Raises
     DamagedFileError.
     """
-    from torch.nn.modules import module as registry
 
     def counting(what: str, limit: int) -> Callable[..., None]:
         places = itertools.count(1)
@@ -3356,8 +3352,8 @@ def bounded_build(tensors: int, size: int) -> Iterator[None]:
         return count
 
     hooks = [
-        registry.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
-        registry.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
+        nn.modules.module.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
+        nn.modules.module.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
     ]
     try:
         with memory_bound(RUN_BYTES + 4 * size, "building the model that it describes", "check its sizes"):
@@ -6139,9 +6135,7 @@ def cache_layer(key: Tensor, value: Tensor) -> Any:
 
     The sliding layers of transformers forget what is out of the window; the masks hide it just as well.
     """
-    from transformers.cache_utils import DynamicLayer
-
-    layer = DynamicLayer()
+    layer = transformers.cache_utils.DynamicLayer()
     layer.lazy_initialization(key, value)
     layer.keys, layer.values = key, value
     return layer
@@ -6149,9 +6143,7 @@ def cache_layer(key: Tensor, value: Tensor) -> Any:
 
 def cache_of(tensors: Sequence[Tensor]) -> Any:
     """A cache with the layers key, value, key, value, ..."""
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache()
+    cache = transformers.DynamicCache()
     cache.layers = [cache_layer(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
     return cache
 
@@ -6267,9 +6259,8 @@ def decoder_sizes(model: Any, config: Any, past: Sequence[InputSpec]) -> tuple[t
 
 def has_states(config: Any) -> bool:
     """Whether transformers gives this model's cache layers with states: state spaces and linear attention."""
-    from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
-
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
+    kind = transformers.cache_utils.LinearAttentionCacheLayerMixin
+    return any(isinstance(layer, kind) for layer in transformers.DynamicCache(config=config).layers)
 
 
 def take_past(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -6367,16 +6358,14 @@ def check_steps(decoder: Decoder, model: Any, step: TokenStep, specs: Sequence[I
 
 def cache_with(decoder: Decoder, tensors: Mapping[str, Tensor]) -> Any:
     """A cache with the layers of `decoder` that holds `tensors`; models write into copies of the states."""
-    from transformers.cache_utils import DynamicCache, LinearAttentionAndFullAttentionLayer
-
-    cache = DynamicCache()
+    cache = transformers.DynamicCache()
     cache.layers = []
     for index, like in enumerate(decoder.layers):
         pair = [tensors[name] for part in ("key", "value") if (name := f"past_key_values.{index}.{part}") in tensors]
         layer = cache_layer(*pair) if pair else copy.copy(like)
         if states := state_places(like, index, decoder.recurrent):
             if pair:  # both in one layer, whatever window it has
-                layer = LinearAttentionAndFullAttentionLayer(like.number_of_states)
+                layer = transformers.cache_utils.LinearAttentionAndFullAttentionLayer(like.number_of_states)
                 vars(layer).update({**vars(like), **vars(cache_layer(*pair))})
             layer.conv_states, layer.recurrent_states = dict(like.conv_states), dict(like.recurrent_states)
             for name, _, turn in states:
@@ -6397,15 +6386,13 @@ class Generated(NamedTuple):
 
 def generate(model: Any, config: Any, count: int, prompt: Tensor, mask: Tensor, **given: Tensor) -> Generated:
     """What `model` generates by transformers' own loop: `count` tokens, always the likeliest, whatever its settings."""
-    from transformers import GenerationConfig, GenerationMixin
-
-    settings = GenerationConfig(max_new_tokens=count, do_sample=False, num_beams=1, eos_token_id=-1)
+    settings = transformers.GenerationConfig(max_new_tokens=count, do_sample=False, num_beams=1, eos_token_id=-1)
     settings.pad_token_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
     settings.decoder_start_token_id = int(prompt[0, 0])  # of a decoder behind an encoder
     settings.output_logits = settings.return_dict_in_generate = True
     moved: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in given.items()}
     with torch.no_grad():
-        result: Any = GenerationMixin.generate(model, **moved, generation_config=settings)
+        result: Any = transformers.GenerationMixin.generate(model, **moved, generation_config=settings)
     tokens, logits = to_numpy(result.sequences[:, prompt.shape[1] :]), to_numpy(torch.stack(result.logits, 1))
     return Generated(prompt.numpy(), mask.numpy(), tokens, logits)
 
@@ -6616,8 +6603,6 @@ def call_encoder_decoder(answer: type, model: Any, given: dict[str, Tensor]) -> 
     In the beginning both caches; where they are given, only the decoder's, which grows. `answer` is the class of the
     encoder's output: some models read more of it than the states, of which later calls need the sizes alone.
     """
-    from transformers.cache_utils import EncoderDecoderCache
-
     past = list(take_past(given).values())
     own, cross = ([tensor for n, tensor in enumerate(past) if n % 4 in pair] for pair in ((0, 1), (2, 3)))
     if past:
@@ -6626,7 +6611,7 @@ def call_encoder_decoder(answer: type, model: Any, given: dict[str, Tensor]) -> 
     output = model(
         encoder_outputs=answer(given["encoder_hidden_states"]),
         decoder_input_ids=given["input_ids"],
-        past_key_values=EncoderDecoderCache(cache_of(own), cache_of(cross)),
+        past_key_values=transformers.EncoderDecoderCache(cache_of(own), cache_of(cross)),
         use_cache=True,
         return_dict=True,
         **({"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}),
@@ -7657,9 +7642,8 @@ def repeat_for_tokens(model: ir.Model, single: Job, text: Job) -> None:
 
     The cache goes from turn to turn, the outputs for each token are stacked, and the weights stay outside.
     """
-    from onnx_ir.tape import Tape
-
-    graph, before, begin, end = model.graph, Tape(), Tape(), Tape()  # nodes before the loop, and at both ends of a turn
+    graph = model.graph
+    before, begin, end = (ir.tape.Tape() for _ in range(3))  # nodes before the loop, and at both ends of a turn
     restore_inputs(graph, single)
     outputs = dict(zip(single.outputs, checked_outputs(graph, single), strict=True))
     nodes = take_nodes(graph)
@@ -9186,8 +9170,6 @@ def block_memory() -> Tensor:
 
 def call_with_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call an operator of torch with the values of stored tensors."""
-    from torch.utils._pytree import tree_map
-
     used: list[Any] = []
 
     def read(value: Any) -> Any:
@@ -9196,7 +9178,8 @@ def call_with_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
             return value.read()
         return value
 
-    result = func(*tree_map(read, args), **tree_map(read, kwargs))
+    args, kwargs = torch.utils._pytree.tree_map(read, (list(args), dict(kwargs)))  # noqa: SLF001
+    result = func(*args, **kwargs)
     for stored in used:
         stored.let_go()
     return result
@@ -9272,8 +9255,6 @@ def blank_maker(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
 
     All lie in one anonymous mapping that nothing but the kernel's page of zeros is behind.
     """
-    import mmap
-
     size = max((tensor.nbytes for tensor in tensors), default=0)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     zeros = torch.frombuffer(mmap.mmap(-1, size or 1, flags=flags), dtype=torch.uint8)
@@ -9360,13 +9341,11 @@ def map_file(path: Path) -> torch.UntypedStorage:
 
 def accepts(function: Callable[..., Any], argument: str, *, by_name: bool = False) -> bool:
     """Whether `function` names the keyword `argument` in its signature, or (unless `by_name`) takes any."""
-    import inspect
-
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = signature(function).parameters
     except (TypeError, ValueError):
         return False
-    any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    any_keyword = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
     return argument in parameters or (any_keyword and not by_name)
 
 
@@ -9377,8 +9356,6 @@ def shape_text(sizes: Iterable[int]) -> str:
 
 def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
     """Names of forward's tensor parameters in order, and how many of them it cannot do without."""
-    import inspect
-
     if isinstance(model, torch.jit.ScriptModule):
         arguments = cast("Any", model.forward).schema.arguments[1:]
         required = [argument for argument in arguments if not argument.has_default_value()]
@@ -9390,9 +9367,9 @@ def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
                     "wrap the model so that forward takes tensors only, and save it again",
                 )
         return [argument.name for argument in arguments], len(required)
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in several]
-    return [p.name for p in parameters], sum(p.default is inspect.Parameter.empty for p in parameters)
+    several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    parameters = [p for p in signature(model.forward).parameters.values() if p.kind not in several]
+    return [p.name for p in parameters], sum(p.default is Parameter.empty for p in parameters)
 
 
 def is_called_by_name(model: nn.Module, names: Sequence[str]) -> bool:
@@ -9403,12 +9380,10 @@ def is_called_by_name(model: nn.Module, names: Sequence[str]) -> bool:
 
 def takes_keywords_only(model: nn.Module) -> bool:
     """Whether forward's arguments have to be named."""
-    import inspect
-
     if isinstance(model, torch.jit.ScriptModule):
         return False
-    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
-    return inspect.Parameter.KEYWORD_ONLY in kinds
+    kinds = {parameter.kind for parameter in signature(model.forward).parameters.values()}
+    return Parameter.KEYWORD_ONLY in kinds
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
@@ -10118,8 +10093,6 @@ def import_library(module: str, *, named: bool = False) -> Any:
 
 def missing_from(full_name: str) -> str:
     """What to say of a module or class that the installed version of its package does not have."""
-    import importlib.metadata
-
     package = full_name.partition(".")[0]
     try:
         version = f" {importlib.metadata.version(package)}"
@@ -10190,8 +10163,6 @@ def import_ultralytics() -> None:
     for libraries that are loaded later, and lets its checks run pip (seen in ultralytics 8.4.190):
     https://github.com/ultralytics/ultralytics/pull/26214 describes YOLO_AUTOINSTALL.
     """
-    import tempfile
-
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="pt2onnx.") as folder:
         os.environ |= {"YOLO_CONFIG_DIR": folder, "MPLCONFIGDIR": folder, "YOLO_AUTOINSTALL": "false",
@@ -10242,9 +10213,7 @@ def symbolic_atan2(graph: Any, y: Any, x: Any) -> Any:
     https://github.com/pytorch/pytorch/issues/162570. 0/0 is replaced, and y/0 is an infinity, whose arc tangent is
     pi/2.
     """
-    from torch.onnx import JitScalarType
-
-    dtype = JitScalarType.from_value(y, JitScalarType.FLOAT).dtype()
+    dtype = torch.onnx.JitScalarType.from_value(y, torch.onnx.JitScalarType.FLOAT).dtype()
     zero, turn = (graph.op("Constant", value_t=torch.tensor(value, dtype=dtype)) for value in (0.0, math.pi))
     at_origin = graph.op("And", graph.op("Equal", x, zero), graph.op("Equal", y, zero))
 
@@ -10262,10 +10231,8 @@ def symbolic_floor_divide(graph: Any, tensor: Any, other: Any) -> Any:
     https://github.com/pytorch/pytorch/pull/86146. Mod has the sign of the divisor, so that what it leaves is divided
     without a remainder.
     """
-    from torch.onnx import symbolic_helper, symbolic_opset9
-
     if symbolic_helper._is_fp(tensor) or symbolic_helper._is_fp(other):  # noqa: SLF001
-        return graph.op("Floor", symbolic_opset9.true_divide(graph, tensor, other))
+        return graph.op("Floor", torch.onnx.symbolic_opset9.true_divide(graph, tensor, other))
     whole = graph.op("Sub", tensor, graph.op("Mod", tensor, other))
     return graph.op("Div", whole, other)
 
@@ -10273,10 +10240,10 @@ def symbolic_floor_divide(graph: Any, tensor: Any, other: Any) -> Any:
 def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
     """repeat_interleave as the exporter has it, which adds to `dim` in place: other nodes share that constant.
 
-    Seen in torch 2.14.1: `dim += len(input_sizes)` in torch/onnx/_internal/torchscript_exporter/symbolic_opset13.py of
-    https://github.com/pytorch/pytorch.
+    Seen in torch 2.14.1: `dim += len(input_sizes)` in torch/onnx/_internal/torchscript_exporter/symbolic_opset13.py
+    of https://github.com/pytorch/pytorch.
     """
-    from torch.onnx import symbolic_helper, symbolic_opset13
+    from torch.onnx import symbolic_opset13
 
     axis = None if symbolic_helper._is_none(dim) else symbolic_helper._maybe_get_const(dim, "t").clone()  # noqa: SLF001
     return symbolic_opset13.repeat_interleave(graph, tensor, repeats, axis, output_size)
@@ -10287,11 +10254,8 @@ def symbolic_average(graph: Any, tensor: Any, size: Any) -> Any:
 
     The exporter refuses these (seen in torch 2.14.1): https://github.com/pytorch/pytorch/issues/64806.
     """
-    from torch.onnx import symbolic_helper, symbolic_opset9
-    from torch.onnx.errors import SymbolicValueError
-
-    with contextlib.suppress(SymbolicValueError):
-        return symbolic_opset9.adaptive_avg_pool2d(graph, tensor, size)  # type: ignore[attr-defined]  # made at run time
+    with contextlib.suppress(torch.onnx.errors.SymbolicValueError):
+        return torch.onnx.symbolic_opset9.adaptive_avg_pool2d(graph, tensor, size)  # type: ignore[attr-defined]  # made at run time
     height, width = symbolic_helper._parse_arg(size, "is")  # noqa: SLF001
     rows, columns = (averaging_matrix(graph, tensor, axis, count) for axis, count in ((2, height), (3, width)))
     return graph.op("MatMul", graph.op("MatMul", rows, tensor), graph.op("Transpose", columns, perm_i=(1, 0)))
@@ -10304,8 +10268,6 @@ def constant_value(graph: Any, value: Any) -> Any:
 
 def averaging_matrix(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     """The matrix (count x length of `axis`) of what each place adds to each of `count` averages."""
-    from torch.onnx import JitScalarType
-
     constant = functools.partial(constant_value, graph)
     length = graph.op("Gather", graph.op("Shape", tensor), constant(axis), axis_i=0)
     places = graph.op("Range", constant(0), length, constant(1))
@@ -10314,7 +10276,7 @@ def averaging_matrix(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     ends = graph.op("Mul", constant([[n + 1] for n in range(count)]), length)
     end = graph.op("Div", graph.op("Add", ends, constant(count - 1)), constant(count))
     inside = graph.op("And", graph.op("GreaterOrEqual", places, first), graph.op("Less", places, end))
-    dtype = JitScalarType.from_value(tensor).onnx_type()
+    dtype = torch.onnx.JitScalarType.from_value(tensor).onnx_type()
     ones = graph.op("Cast", inside, to_i=dtype)
     return graph.op("Div", ones, graph.op("Cast", graph.op("Sub", end, first), to_i=dtype))
 
@@ -10324,10 +10286,10 @@ def symbolic_cumsum(graph: Any, tensor: Any, dim: Any, dtype: Any = None) -> Any
 
     https://github.com/pytorch/pytorch/pull/40044
     """
-    from torch.onnx import JitScalarType, symbolic_opset11
+    from torch.onnx import symbolic_opset11
 
-    if JitScalarType.from_value(tensor) == JitScalarType.BOOL:
-        tensor = graph.op("Cast", tensor, to_i=JitScalarType.INT64.onnx_type())
+    if torch.onnx.JitScalarType.from_value(tensor) == torch.onnx.JitScalarType.BOOL:
+        tensor = graph.op("Cast", tensor, to_i=torch.onnx.JitScalarType.INT64.onnx_type())
     return symbolic_opset11.cumsum(graph, tensor, dim, dtype)
 
 
@@ -10336,8 +10298,6 @@ def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> 
 
     https://github.com/pytorch/pytorch/issues/69889. Where it knows the length it writes out every window.
     """
-    from torch.onnx import symbolic_helper
-
     constant = functools.partial(constant_value, graph)
     axis, width, stride = (symbolic_helper._get_const(value, "i", "unfold") for value in (dim, size, step))  # noqa: SLF001
     rank = cast("int", symbolic_helper._get_tensor_rank(tensor))  # noqa: SLF001  (without one it fails below)
@@ -10355,8 +10315,6 @@ def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: 
 
     https://github.com/pytorch/pytorch/issues/90607
     """
-    from torch.onnx import symbolic_helper
-
     constant = functools.partial(constant_value, graph)
 
     def entries(numbers: Any) -> list[Any]:

@@ -229,7 +229,7 @@ def test_branches_of_an_identity() -> None:
 def test_importing_torchvision(command: str) -> None:
     """An import of torchvision brings torch's compiler, which it does not need."""
     code = f"{command}\nimport sys; print('torch._dynamo' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(product.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str("convert" not in command)
 
@@ -243,7 +243,7 @@ def test_importing_ultralytics(tmp_path: Path) -> None:
     ):
         home = tmp_path / str(silent)
         home.mkdir()
-        environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(Path(product.__file__).parent)}
+        environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, check=True)
         assert silent == (not list(home.rglob("*")))
 
