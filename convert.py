@@ -597,21 +597,9 @@ class Job(NamedTuple):
     cases: list[Case]
     file: str
     further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
-    step: TokenStep | None = None  # what is exported and then repeated, where `model` reads a text token by token
+    step: Job | None = None  # of a model with states: its work on one token, which is exported and then repeated
     parts: tuple[str, ...] = ()  # files of graphs made before, which become one: nothing is exported
     written: bool = True  # False for such a part, which is not kept
-
-
-class TokenStep(NamedTuple):
-    """A model's work on one token. The graph of a model with states repeats it: PyTorch's own loop cannot be traced.
-
-    `specs` are the inputs of a single token (batch x 1), the mask up to it, and the cache before it.
-    """
-
-    module: nn.Module
-    specs: list[InputSpec]
-    traced: list[Tensor]
-    outputs: list[str]
 
 
 class RejectedInputError(Exception):
@@ -632,7 +620,7 @@ class Graph(NamedTuple):
     examples: Examples
     sizes: tuple[dict[str, int], ...]
     further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
-    step: TokenStep | None = None
+    step: Job | None = None
 
 
 class Attempt(NamedTuple):
@@ -1400,8 +1388,8 @@ def inspect(source: Source, options: Options) -> dict[str, Any]:
         Kind.LEGACY_CHECKPOINT: inspect_checkpoint,
         Kind.TORCHSCRIPT: inspect_torchscript,
         Kind.EXPORTED_PROGRAM: inspect_program,
-        Kind.SAFETENSORS: inspect_safetensors,
-        Kind.SHARDED_WEIGHTS: inspect_shards,
+        Kind.SAFETENSORS: inspect_weight_files,
+        Kind.SHARDED_WEIGHTS: inspect_weight_files,
         Kind.HUGGINGFACE: inspect_folder,
     }
     unusual = f"{source.path}: what it holds is not what its classes need"
@@ -1520,26 +1508,16 @@ def join_weight_files(files: Iterable[WeightFacts]) -> WeightFacts:
     return WeightFacts(shapes, elements, facts | ({"globals": names} if names else {}))
 
 
-def inspect_safetensors(source: Source, options: Options) -> dict[str, Any]:
-    """A safetensors file: from its header alone."""
-    return describe_weights(source, inspect_weight_file(source), options)
-
-
-def inspect_shards(source: Source, options: Options) -> dict[str, Any]:
-    """An index of files of weights, each read by the rules of its own kind."""
-    files = []
-    for name, wanted in shard_files(source.path).items():
-        file = inspect_weight_file(detect_file(source.path.parent / name))
+def inspect_weight_files(source: Source, options: Options) -> dict[str, Any]:
+    """A safetensors file, from its header alone, or an index of files of weights, each by the rules of its own kind."""
+    shards = shard_files(source.path) if source.kind is Kind.SHARDED_WEIGHTS else {}
+    files = [inspect_weight_file(detect_file(source.path.parent / name)) for name in shards]
+    for (name, wanted), file in zip(shards.items(), files, strict=True):
         if "problem" not in file.facts:
             check_shard(name, wanted, file.shapes)
-        files.append(file)
-    return describe_weights(source, join_weight_files(files), options)
-
-
-def describe_weights(source: Source, file: WeightFacts, options: Options) -> dict[str, Any]:
-    """Tensors that lie in one file or in several: how many there are, and whose."""
-    facts = {"what": "weights without a model", **file.facts, **count_elements(file.elements)}
-    return facts | inspect_shapes(source, file.shapes, {}, options)
+    all_files = join_weight_files(files or [inspect_weight_file(source)])
+    facts = {"what": "weights without a model", **all_files.facts, **count_elements(all_files.elements)}
+    return facts | inspect_shapes(source, all_files.shapes, {}, options)
 
 
 def inspect_torchscript(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001  (one signature)
@@ -1673,10 +1651,9 @@ SIDE_FILES = re.compile(r"(?!.*\.index\.json|adapter_config\.json).*\.(json|txt|
 
 
 def copy_without_code(source: VettedFolder, target: Path, *, trust: bool, only: re.Pattern[str] | None = None) -> Path:
-    """A folder of links to the files of `source`, without those that are code, and with its settings as vetted.
+    """A folder of links to the files of `source`, without code and with vetted settings, for transformers to read.
 
-    transformers reads this folder, so that no setting of the original can reach it. With `trust` it has everything.
-    With `only`, it is the files of such names, which take the places of those that are in `target` already.
+    With `trust` it has everything. With `only`, files of such names replace those that `target` has already.
     """
     target.mkdir(parents=True, exist_ok=True)
     admit(target)
@@ -1695,9 +1672,9 @@ MAX_PARTS = 40  # configurations in each other: the largest known model has 12
 
 
 def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
-    """Take out of a file of settings what config_attribute drops; raises RefusedFileError for what it refuses.
+    """Drop the settings that config_attribute drops, in nested configurations too; other objects (labels) are data.
 
-    The same in its parts that are configurations themselves. Other objects, such as labels by number, are data.
+    Raises RefusedFileError for those that it refuses.
     """
     left: list[str] = []
     parts = itertools.count(1)
@@ -1734,7 +1711,7 @@ def part_class(owner: type, key: str, value: Mapping[str, Any]) -> Any:
 
 
 def read_config(folder: Path, weights: Mapping[str, Tensor], options: Options) -> Any:
-    """The configuration as transformers has it, whose sizes may be those of `weights`; raises InputError.
+    """The configuration as transformers has it; raises InputError.
 
     What the configuration's class does not know, and does not describe a network, is taken out of config.json.
     """
@@ -1747,7 +1724,7 @@ def read_config(folder: Path, weights: Mapping[str, Tensor], options: Options) -
         known = f"transformers {transformers.__version__} knows no model_type {shorten(repr(model_type), 60)}"
         raise DamagedFileError(f"{known}; check config.json, or pass the model as a file (torch.export.save)")
     with naming(options.input), bounded_build(len(weights), sum(tensor.nbytes for tensor in weights.values())):
-        check_sizes(settings, weights)
+        Settings(settings, "config.json").integer("num_labels", 0, MAX_ARGUMENT)  # each gets an entry of id2label
         if not trust:
             fit_settings(folder / "config.json", settings, configurations.CONFIG_MAPPING[model_type])
             if (file := folder / "generation_config.json").exists():
@@ -1783,7 +1760,7 @@ def class_of_model(name: object, config: Any) -> Any:
 
 
 def choose_task(config: Any, options: Options, adapter: Adapter | None, *, embeds_sentences: bool) -> tuple[str, Any]:
-    """The task and the class for it: --task, what an adapter was trained for, or what config.json's class is for.
+    """The task and its class: --task, what the adapter was trained for, or what the class in config.json is for.
 
     Raises UsageError that lists the tasks that fit.
     """
@@ -1821,9 +1798,9 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     adapter: Adapter | None,
     options: Options,
 ) -> FolderModel:
-    """The model with every weight that it needs, and with its `adapter`'s, in the dtype of --dtype.
+    """The model with its weights and its `adapter`'s, in the dtype of --dtype.
 
-    Raises InputError where one lacks or has another shape.
+    Raises InputError where a weight is missing or has another shape.
     """
     own = adapter.own if adapter else {}
     size = sum(tensor.nbytes for tensor in (*weights.values(), *own.values()))
@@ -1831,7 +1808,7 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     with naming(options.input), explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights) + len(own), size):
         if adapter:
             fit_config(folder, config, cls, adapter)
-        model, told = cls.from_pretrained(
+        model, report = cls.from_pretrained(
             None,
             config=config,
             state_dict=weights,
@@ -1841,43 +1818,40 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
             trust_remote_code=options.trust_remote_code,
             ignore_mismatched_sizes=True,  # they are an error of our own below
         )
-    resized = {name: sizes for name, *sizes in told["mismatched_keys"]}
+    resized = {name: sizes for name, *sizes in report["mismatched_keys"]}
     for name in sorted(resized.keys() - own.keys()):
         stored, wanted = resized[name]
         sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
         raise InputError(f"{options.input}: {sizes}; they do not belong together")
     unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
-    missing = sorted(told["missing_keys"] - own.keys())
+    missing = sorted(report["missing_keys"] - own.keys())
     needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
     if needed:
         what = f"{options.input} lacks weights that {cls.__name__} needs for {task}: {and_more(needed, 3)}"
         advice = "pass the --task that it was trained for, or the complete checkpoint"
         raise InputError(f"{what}; {advice}")
     if adapter:
-        merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
-    if extra := sorted(told["unexpected_keys"]):
+        merge_adapter(model, adapter, report["missing_keys"] | resized.keys())
+    if extra := sorted(report["unexpected_keys"]):
         LOG.info(f"{cls.__name__} has no place for {len(extra)} tensors of the checkpoint, such as {extra[0]}")
     heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
     return FolderModel(model.eval().requires_grad_(requires_grad=False).to(options.device), task, heads)
 
 
 def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
-    """The weights of a folder by transformers' names for their files, read inertly; ConversionError where one lacks.
+    """The weights of a folder, read inertly: safetensors first, whole or in shards, then pytorch_model.bin.
 
-    safetensors first, whole or in shards; then pytorch_model.bin.
+    Raises ConversionError where they are incomplete.
     """
-    for name in WEIGHT_FILES:
-        if (folder / name).exists():
-            file = folder / name
-            if name.endswith(".bin"):  # what may be wrong with it names it
-                file = file.resolve()
-            content = state_dict_of(load(detect_file(file), trust=trust).content)
-            if content is None:
-                raise InputError(f"{name} does not hold a state dict; save the model again")
-            return content
-    raise InputError(
-        f"its weights are incomplete: none of {', '.join(WEIGHT_FILES)} is there; copy or download the whole folder"
-    )
+    name = next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    if name is None:
+        names = ", ".join(WEIGHT_FILES)
+        raise InputError(f"its weights are incomplete: none of {names} is there; copy or download the whole folder")
+    file = (folder / name).resolve() if name.endswith(".bin") else folder / name  # messages name a pickle's own place
+    content = state_dict_of(load(detect_file(file), trust=trust).content)
+    if content is None:
+        raise InputError(f"{name} does not hold a state dict; save the model again")
+    return content
 
 
 def pretrained_settings(settings: Settings) -> dict[str, Any]:
@@ -1901,12 +1875,10 @@ def pretrained_settings(settings: Settings) -> dict[str, Any]:
 
 
 def timm_model(folder: Path, weights: dict[str, Tensor], options: Options, run: Run) -> FolderModel:
-    """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
-
-    It is a classifier, or without classes its features.
+    """The model of a folder that timm wrote (timm.models.save_for_hf): a classifier, or without classes its features.
 
     transformers 5.23's own class for it refuses what timm 1.0.31 writes (num_classes among the model_args, too). Raises
-    InputError for an architecture that timm does not know, and weights that do not fit it.
+    InputError for an architecture that timm does not know, and for weights that do not fit it.
     """
     timm = import_library("timm")
     with naming(options.input):
@@ -1918,7 +1890,6 @@ def timm_model(folder: Path, weights: dict[str, Tensor], options: Options, run: 
         if not name or names_a_place(name) or not timm.is_model(name):
             known = f"timm {timm.__version__} knows no architecture {shorten(repr(name), 60)}"
             raise DamagedFileError(f"{known}; check config.json")
-        check_sizes(settings.content, weights)
         size = sum(tensor.nbytes for tensor in weights.values())
         what, advice = f"{options.input}: timm cannot build {name} as config.json says", "repair config.json"
         with explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights), size), without_initialisation():
@@ -1952,8 +1923,7 @@ def module_folder(module: Settings) -> str:
 def sentence_steps(folder: VettedFolder, *, trust: bool) -> list[SentenceStep]:
     """What a sentence-transformers folder does with the states: functions of states, mask and the vector so far.
 
-    Raises InputError for a module that is not known. Without modules.json the mean, as
-    sentence-transformers itself does.
+    Without modules.json it is the mean, as in sentence-transformers. Raises InputError for an unknown module.
     """
     if "modules.json" not in folder.files:
         LOG.warn("no modules.json says how words become a sentence: it is their mean, as sentence-transformers does")
@@ -2050,17 +2020,9 @@ def check_options(options: Options) -> None:
     """Raise UsageError for options of the other modes."""
     if options.mode not in ("auto", "huggingface"):
         raise UsageError(f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files")
-    for name in (
-        "model_class",
-        "checkpoint_key",
-        "input_shape",
-        "dynamic_axes",
-        "model_args",
-        "allow_class",
-        "verify_data",
-    ):
-        if getattr(options, name):
-            flag = name.replace("_", "-")
+    flags = ("model-class", "checkpoint-key", "input-shape", "dynamic-axes", "model-args", "allow-class", "verify-data")
+    for flag in flags:
+        if getattr(options, flag.replace("-", "_")):
             raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out")
 
 
@@ -2196,9 +2158,9 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def check_side_files(folder: Path, options: Options) -> None:
-    """Before the work begins: would files of another model be replaced? Raises UsageError.
+    """Raise UsageError before the work begins where files of another model would be replaced.
 
-    Those that an earlier conversion left beside its graph, which is replaced too, may be, unless weights are there.
+    Those that an earlier conversion left beside its graph may be, unless weights are there.
     """
     targets = {file: options.folder / file.name for file in side_files(folder)}
     others = [
@@ -2300,14 +2262,12 @@ def check_adapter(settings: Settings) -> None:
     settings.name("task_type")
     for flag in ("use_dora", "use_rslora"):
         settings.flag(flag)
-    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+    for key, read, low in (("rank_pattern", Settings.integer, 1), ("alpha_pattern", Settings.number, -MAX_ARGUMENT)):
         patterns = settings.section(key) or Settings({}, key)
         if len(patterns.content) > MAX_PATTERNS:
             raise settings.misfit(key, f"one of {MAX_PATTERNS} patterns at most")
         for pattern in patterns.content:
-            patterns.integer(pattern, 1, MAX_ARGUMENT) if whole else patterns.number(
-                pattern, -MAX_ARGUMENT, MAX_ARGUMENT
-            )
+            read(patterns, pattern, low, MAX_ARGUMENT)
             check_layer_pattern(pattern, patterns.where)
 
 
@@ -2361,8 +2321,7 @@ def adapter_tensors(folder: Path, options: Options) -> dict[str, Tensor]:
 def base_folder(folder: Path, settings: Settings, options: Options) -> Path:
     """The folder of the model that an adapter belongs to: what --base names, else one inside the adapter's own folder.
 
-    A file is never followed to another place, on this machine or on the hub. Raises DamagedFileError, or
-    InputError, that says how to supply it.
+    A recorded path to another place, here or on the hub, is never followed. Raises InputError that says what to pass.
     """
     recorded = settings.name("base_model_name_or_path") or "."
     base = (
@@ -2419,24 +2378,24 @@ def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
     """Let `config`, and config.json in `folder`, have as many labels and tokens as the adapter's own tensors have."""
     with torch.device("meta"):
         expected = cls(copy.deepcopy(config)).state_dict()
-    told: dict[str, Any] = {"architectures": [cls.__name__]}
+    changes: dict[str, Any] = {"architectures": [cls.__name__]}
     for name, tensor in adapter.own.items():
         if name not in expected or not tensor.dim() or tensor.shape == expected[name].shape:
             continue
         if expected[name].shape[0] == config.num_labels:
             config.num_labels = tensor.shape[0]
-            told |= {"id2label": config.id2label, "label2id": config.label2id}
+            changes |= {"id2label": config.id2label, "label2id": config.label2id}
         elif expected[name].shape[0] == getattr(config, "vocab_size", None):
-            told["vocab_size"] = config.vocab_size = tensor.shape[0]
-    content = read_json(folder / "config.json") | told
+            changes["vocab_size"] = config.vocab_size = tensor.shape[0]
+    content = read_json(folder / "config.json") | changes
     rewrite_settings(folder / "config.json", content)
 
 
 def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
     """Replace the tensors of `model` that the adapter brings whole, and merge LoRA's products into its layers.
 
-    `lost` are those that the base's files do not have in their sizes. Raises InputError for a tensor that
-    has no place, and where another is tied to a lost one.
+    `lost` are tensors that the base's files lack or have in other sizes. Raises InputError for a tensor without a
+    place, and where another is tied to a lost one.
     """
 
     def misfit(what: str) -> ConversionError:
@@ -2918,14 +2877,6 @@ TRANSFORMERS_NAMES = (
 )
 
 
-class Size(NamedTuple):
-    """One axis of a tensor in ARCHITECTURES: `factor` times what is `unknown` ("C", "I", or "" for none), and more."""
-
-    factor: int
-    unknown: str
-    offset: int
-
-
 class Layout(NamedTuple):
     """The tensors that some models share, as numbers of the table; `head` is absent where the classifier is.
 
@@ -2991,27 +2942,20 @@ def read_architectures() -> Architectures:
     return Architectures(names, sizes, numbers, patterns, layouts, own)
 
 
-def parse_sizes(text: str) -> list[Size]:
-    """`4C+4x256x3x3`."""
-    sizes = []
-    for part in text.split("x"):
-        match = SIZE.fullmatch(part)
-        sizes.append(Size(int(match[1] or 1), match[2], int(match[3] or 0)) if match else Size(0, "", int(part)))
-    return sizes
-
-
-def solve_sizes(sizes: Sequence[Size], shape: Sequence[int]) -> dict[str, int] | None:
-    """What the unknowns are where `sizes` describe `shape`; None where they cannot."""
+def solve_sizes(sizes: str, shape: Sequence[int]) -> dict[str, int] | None:
+    """What the unknowns are where `sizes`, such as 4C+4x256x3x3, describe `shape`; None where they cannot."""
     found: dict[str, int] = {}
-    if len(sizes) != len(shape):
+    parts = sizes.split("x")
+    if len(parts) != len(shape):
         return None
-    for size, number in zip(sizes, shape, strict=True):
-        if not size.unknown:
-            if number != size.offset:
+    for part, number in zip(parts, shape, strict=True):
+        match = SIZE.fullmatch(part)
+        if not match:
+            if number != int(part):
                 return None
             continue
-        value, rest = divmod(number - size.offset, size.factor)
-        if rest or value < 1 or found.setdefault(size.unknown, value) != value:
+        value, rest = divmod(number - int(match[3] or 0), int(match[1] or 1))
+        if rest or value < 1 or found.setdefault(match[2], value) != value:
             return None
     return found
 
@@ -3025,16 +2969,16 @@ def match_tensors(shapes: Mapping[str, Sequence[int]]) -> dict[int, dict[str, in
         if number is not None:
             matches[number] = {}
         for pattern in known.patterns.get(name, ()):
-            found = solve_sizes(parse_sizes(known.sizes[pattern]), shape)
+            found = solve_sizes(known.sizes[pattern], shape)
             if found is not None:
                 matches[pattern] = found
     return matches
 
 
 def layout_fit(layout: Layout, matches: Mapping[int, Mapping[str, int]], count: int) -> dict[str, int] | None:
-    """The unknowns for which `layout` is exactly the `count` tensors that were matched; None where it is not.
+    """The unknowns for which `layout` is exactly the `count` tensors that were matched; None where there are none.
 
-    The number of classes is 0 where the classifier alone is absent, as timm builds it for num_classes=0.
+    C is 0 where the classifier alone is absent, as timm builds it for num_classes=0.
     """
     tensors = layout.tensors
     found: dict[str, int] = {}
@@ -3050,7 +2994,7 @@ def layout_fit(layout: Layout, matches: Mapping[int, Mapping[str, int]], count: 
 
 
 def arguments_for(member: str, unknowns: Mapping[str, int]) -> dict[str, Any] | None:
-    """The keyword arguments with which `member` of a layout is built; None where it cannot be built so.
+    """The keyword arguments that build `member` of a layout; None where it cannot be built so.
 
     torchvision's models have three input channels and a classifier.
     """
@@ -3099,23 +3043,13 @@ def describe_group(members: Sequence[str], unlike: Collection[str]) -> str:
     return first + (f" (the same as {', '.join(others)})" if others else "")
 
 
-def strip_prefixes(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
-    """`shapes` without counters and wrappers' names, then without each prefix that all names share (`model.`)."""
-    names = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
-    while names:
-        yield names
-        prefix = next(iter(names)).partition(".")[0] + "."
-        if not all(name.startswith(prefix) for name in names):
-            return
-        names = {name.removeprefix(prefix): shape for name, shape in names.items()}
-
-
 def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
-    """Whose weights have tensors of these names and `shapes`: models of torchvision and timm, or a transformers family.
+    """The models of torchvision and timm, or the family of transformers, that have tensors of these names and `shapes`.
 
     Raises ConversionError where the data file is missing or the weights are FSDP's flattened shards.
     """
-    variants = list(itertools.islice(strip_prefixes(shapes), 8))  # prefixes may be as deep as a file likes
+    tensors = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
+    variants = [{k.removeprefix(prefix): v for k, v in tensors.items()} for prefix in shared_prefixes(tensors)]
     for names in variants:
         found = find_architecture(names)
         if found:
@@ -3176,10 +3110,7 @@ def layout_difference(layout: Layout, names: Mapping[str, Sequence[int]], matche
 
 
 def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], options: Options) -> Options:
-    """The same options with the class that the `weights` in the checkpoint `content` tell.
-
-    Raises UsageError unless there is exactly one.
-    """
+    """The options with the class that the `weights` identify; UsageError unless there is exactly one."""
     recognition = choose_recorded(recognise({name: tuple(tensor.shape) for name, tensor in weights.items()}), content)
     if len(recognition.candidates) == 1:
         LOG.info(f"recognised: {recognition.explanation}")
@@ -3209,7 +3140,7 @@ COUNTERS = ("total_ops", "total_params", "n_averaged")
 # What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
 WRAPPED_NAME = re.compile(r"(module\.)*")
 MAX_GUESSES = 60  # arguments that the shapes suggest: each is a model that is built
-MAX_PREFIXES = 16  # that may be taken off all names, one after the other
+MAX_PREFIXES = 8  # that may be taken off all names, one after the other
 WRAPPER_PARTS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -3223,8 +3154,8 @@ class Weights(NamedTuple):
 def find_weights(content: Any, key: str | None) -> Weights:
     """The module or state dict inside a checkpoint: the one at `key` (--checkpoint-key), or the likeliest.
 
-    `key` is an entry, entries joined by dots, or what the names of the wanted tensors begin with. Raises
-    ConversionError that lists what there is, where nothing or more than one thing without a usual name is found.
+    `key` is an entry, entries joined by dots, or a prefix of the wanted tensors' names. Raises ConversionError that
+    lists what there is, where nothing is found, or several things without a usual name.
     """
     seen: set[int] = set()  # a file can name one mapping any number of times
 
@@ -3316,9 +3247,9 @@ def library_model(name: str) -> Callable[..., nn.Module]:
 
 @contextlib.contextmanager
 def without_initialisation() -> Iterator[None]:
-    """Let torch.nn.init's random functions do nothing: filling a large model takes seconds, and the file has all of it.
+    """Disable torch.nn.init's random functions: they take seconds for a large model, and the file has every value.
 
-    Only they are replaced, as a whole: a function that draws until the numbers fit would never end on its parts.
+    Only whole functions are replaced: one that draws until the numbers fit would never end on replaced parts.
     """
     init = nn.init
     names = [
@@ -3328,16 +3259,12 @@ def without_initialisation() -> Iterator[None]:
         yield
 
 
-MAX_SHARED = 1 << 20  # a size up to which nothing takes long, whatever the weights are
-
-
 @contextlib.contextmanager
 def bounded_build(tensors: int, size: int) -> Iterator[None]:
-    """Let what is built inside be no larger than the file's weights allow: `tensors` of them, of `size` bytes together.
+    """Limit what is built inside by the file's weights: `tensors` of them, of `size` bytes together.
 
     Arguments and settings from a file may ask for any number of layers. Parameters and modules are counted as they are
-    registered, and the memory is limited, so the end does not depend on what the settings are called. Raises
-    DamagedFileError.
+    registered, and memory is limited, whatever the settings are called. Raises DamagedFileError.
     """
 
     def counting(what: str, limit: int) -> Callable[..., None]:
@@ -3345,67 +3272,29 @@ def bounded_build(tensors: int, size: int) -> Iterator[None]:
 
         def count(*_: object) -> None:
             if next(places) > limit:
-                raise DamagedFileError(
-                    f"the model that it describes has more than {limit} {what}, the weights {tensors}"
-                )
+                what_else = f"and its weights are {tensors} tensors; check its settings"
+                raise DamagedFileError(f"the model that it describes has more than {limit} {what}, {what_else}")
 
         return count
 
-    hooks = [
-        nn.modules.module.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
-        nn.modules.module.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
-    ]
-    try:
-        with memory_bound(RUN_BYTES + 4 * size, "building the model that it describes", "check its sizes"):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-# The last words of settings that count parts which have weights of their own, and words of those that are sizes of one.
-COUNT_WORDS = word_set("layer layers block blocks depth depths stage stages")
-SIZE_WORDS = word_set(
-    """labels classes experts vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner
-    num n size sizes"""
-)
-UNBOUNDED_WORDS = word_set(
-    "max position positions length len chunk window cache params parameters samples steps theta tokens"
-)
-
-
-def check_sizes(settings: object, weights: Mapping[str, Tensor]) -> None:
-    """Raise DamagedFileError where config.json, at any depth, asks for what `weights` cannot have.
-
-    There are at most as many layers as tensors, and no dimension is larger than all tensors together. Layers may share
-    tensors, though, and a part that is not stored may be described: so there is room for both.
-    """
-    elements = max(sum(tensor.numel() for tensor in weights.values()), MAX_SHARED)
-    waiting: list[tuple[str, object]] = [("", settings)]
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting.extend(value.items())
-        elif isinstance(value, list):
-            waiting.extend((key, entry) for entry in value)
-        elif type(value) is int:
-            words = key.lower().split("_")
-            if words[-1] in COUNT_WORDS and value > 4 * len(weights) + 1000:
-                raise DamagedFileError(
-                    f"config.json asks for {key} {value}, but the weights have {len(weights)} tensors"
-                )
-            if SIZE_WORDS.intersection(words) and not UNBOUNDED_WORDS.intersection(words) and value > elements:
-                raise DamagedFileError(f"config.json asks for {key} {value}, but the weights have {elements} numbers")
+    hooks = nn.modules.module
+    with (
+        hooks.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
+        hooks.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
+        memory_bound(RUN_BYTES + 4 * size, "building the model that it describes", "check its sizes"),
+    ):
+        yield
 
 
 def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`weights` under the names of `model`: without wrappers' prefixes and counters, and of a larger model its part.
+    """`weights` under the names of `model`: without wrappers' prefixes and counters, and only the part that it has.
 
     The batch counters that PyTorch before 0.4.1 lacked are added. Raises UsageError where two parts fit.
     """
     expected = model.state_dict()
     weights = unwrap_names(weights)
-    prefix = common_prefix(weights, expected) or part_prefix(weights, expected)
+    shared = (prefix for prefix in shared_prefixes(weights) if any(k.removeprefix(prefix) in expected for k in weights))
+    prefix = next(shared, "") or part_prefix(weights, expected)
     if prefix:
         left = [name for name in weights if not name.startswith(prefix)]
         others = f"; {len(left)} tensors of other parts are left out ({', '.join(left[:3])})" if left else ""
@@ -3433,20 +3322,16 @@ def unwrap_names(weights: Mapping[str, T]) -> dict[str, T]:
     return {name[wraps:]: tensor for name, tensor in result.items()}
 
 
-def common_prefix(weights: Collection[str], expected: Collection[str]) -> str:
-    """What every name begins with and none of the class does: Lightning's `model.`; "" where there is none."""
-    shared = os.path.commonprefix(list(weights))  # noqa: RUF071  (of characters, up to a dot below)
-    ends = (match.end() for match in re.finditer(r"\.", shared))
-    for end in (0, *itertools.islice(ends, MAX_PREFIXES)):
-        if any(name[end:] in expected for name in weights):
-            return shared[:end]
-    return ""
+def shared_prefixes(names: Collection[str]) -> list[str]:
+    """What all names begin with, up to each of the first dots, the empty text first: Lightning's `model.`."""
+    shared = os.path.commonprefix(list(names))  # noqa: RUF071  (of characters)
+    return ["", *(shared[: match.end()] for match in itertools.islice(re.finditer(r"\.", shared), MAX_PREFIXES))]
 
 
 def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
-    """The prefix of the part that has exactly the class's names, of a checkpoint that holds more than that part.
+    """The prefix of the one part of a larger checkpoint that has exactly the class's names; "" where there is none.
 
-    Raises UsageError where several parts do.
+    Raises UsageError where there are several.
     """
 
     def lasting(names: Iterable[str]) -> set[str]:
@@ -3524,17 +3409,14 @@ def is_architecture_argument(name: object, value: object, depth: int = 0) -> boo
         return depth < 3 and len(value) <= 1000 and all(is_architecture_argument("", v, depth + 1) for v in value)
     if isinstance(value, (int, float)) and type(value) in (int, float):
         return -MAX_ARGUMENT <= value <= MAX_ARGUMENT  # NaN is not
-    return (
-        value is None
-        or type(value) is bool
-        or (type(value) is str and bool(re.fullmatch(r"\w{0,40}", value, re.ASCII)))
-    )
+    is_word = type(value) is str and re.fullmatch(r"\w{0,40}", value, re.ASCII) is not None
+    return is_word or value is None or type(value) is bool
 
 
 def architecture_arguments(given: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """The entries of `given`, arguments from a file, that may reach a builder; says in an [INFO] line which do not.
+    """The arguments from a file that may reach a builder; an [INFO] line names the others.
 
-    A builder's other arguments name places, URLs, weights, devices or functions: it would open or run them.
+    Those name places, URLs, weights, devices or functions, which the builder would open or run.
     """
     kept = {name: value for name, value in given.items() if is_architecture_argument(name, value)}
     if left := [name for name in given if name not in kept]:
@@ -3545,7 +3427,7 @@ def architecture_arguments(given: Mapping[Any, Any], where: str) -> dict[str, An
 def model_from_weights(
     name: str, given: Mapping[str, Any], tensors: Mapping[str, Tensor], hints: Mapping[str, Any]
 ) -> nn.Module:
-    """The class `name` with `tensors` loaded, every one of them; arguments not `given` are told by `hints` or shapes.
+    """The class `name` with all of `tensors` loaded; arguments not `given` come from `hints` or inferred from shapes.
 
     `hints` are the hyper_parameters that Lightning stores: those that the constructor names are tried first. Raises
     UsageError that lists what is missing, unexpected or of another shape.
@@ -3581,8 +3463,8 @@ def model_from_weights(
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """Load `weights` strictly, in the dtypes of the model; returns why they do not fit, or "".
 
-    load_state_dict itself judges, since modules may rename what older versions wrote (weight_norm's weight_g). It wants
-    the versions of the modules (`_metadata`), which not every file has: those of the installed classes.
+    load_state_dict decides, since modules may rename what older versions wrote (weight_norm's weight_g). It wants their
+    versions (`_metadata`), which not every file has: those of the installed classes are used.
     """
     own = model.state_dict()
     state = collections.OrderedDict(
@@ -3616,15 +3498,11 @@ def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any],
 def describe_misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """The first few missing, unexpected and mis-shaped names, and how many more."""
     expected = model.state_dict()
-    reshaped = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
-    kinds = (
-        ("missing", [key for key in expected if key not in weights]),
-        ("unexpected", [key for key in weights if key not in expected]),
-        (
-            "of another shape",
-            [f"{key} is {shape_text(weights[key].shape)}, not {shape_text(expected[key].shape)}" for key in reshaped],
-        ),
-    )
+    both = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
+    reshaped = [f"{key} is {shape_text(weights[key].shape)}, not {shape_text(expected[key].shape)}" for key in both]
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
     return "; ".join(f"{len(names)} {what} ({and_more(names, 3, 200)})" for what, names in kinds if names)
 
 
@@ -3666,85 +3544,55 @@ def load(source: Source, *, trust: bool) -> Loaded:
     return loaded
 
 
-# Bits of a number, and torch's name for it where it has one (safetensors 0.7's Dtype).
-SAFETENSORS_DTYPES = {
-    "BOOL": (8, "bool"),
-    "U8": (8, "uint8"),
-    "I8": (8, "int8"),
-    "F8_E5M2": (8, "float8_e5m2"),
-    "F8_E4M3": (8, "float8_e4m3fn"),
-    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
-    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
-    "F8_E8M0": (8, "float8_e8m0fnu"),
-    "F4": (4, None),
-    "F6_E2M3": (6, None),
-    "F6_E3M2": (6, None),
-    "I16": (16, "int16"),
-    "U16": (16, "uint16"),
-    "F16": (16, "float16"),
-    "BF16": (16, "bfloat16"),
-    "I32": (32, "int32"),
-    "U32": (32, "uint32"),
-    "F32": (32, "float32"),
-    "C64": (64, "complex64"),
-    "F64": (64, "float64"),
-    "I64": (64, "int64"),
-    "U64": (64, "uint64"),
-}
+# torch's names for the dtypes of safetensors 0.8; it has none for F4, F6_E2M3 and F6_E3M2.
+SAFETENSORS_DTYPES = dict(
+    pair.split(":")
+    for pair in word_set(
+        """BOOL:bool U8:uint8 I8:int8 I16:int16 U16:uint16 I32:int32 U32:uint32 I64:int64 U64:uint64 F16:float16
+        BF16:bfloat16 F32:float32 F64:float64 C64:complex64 F8_E5M2:float8_e5m2 F8_E4M3:float8_e4m3fn
+        F8_E5M2FNUZ:float8_e5m2fnuz F8_E4M3FNUZ:float8_e4m3fnuz F8_E8M0:float8_e8m0fnu"""
+    )
+)
+MAX_TENSOR_AXES = 64  # more than any operator of torch takes
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """The entries of a safetensors file by tensor name, checked against the file: the data lie end to end in it.
+    """The entries of a safetensors file by tensor name, which the library checks against each other and the file.
 
     Raises DamagedFileError. Format: 8 bytes with the length of a JSON object, that object, the data.
     """
+    from safetensors import SafetensorError, safe_open
+
     with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise DamagedFileError(f"its safetensors header would have {length} bytes; copy or download it again")
         text = file.read(length)
+    needed = 8 + length
     try:
-        needed = 8 + length
         if size >= needed:
             header: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=unique_keys)
             header.pop("__metadata__", None)
-            needed += check_extents(header, size - needed)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            needed += max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size >= needed:
+            safe_open(path, "np")
+            axes = max((len(entry["shape"]) for entry in header.values()), default=0)
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         advice = "copy or download it again"
         raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)}); {advice}") from None
     if size < needed:
-        raise DamagedFileError(
-            f"it is cut off: a safetensors file of {needed} bytes, {size} of which are there; copy or download it again"
-        )
+        what = f"a safetensors file of {needed} bytes, {size} of which are there"
+        raise DamagedFileError(f"it is cut off: {what}; copy or download it again")
+    if axes > MAX_TENSOR_AXES:
+        raise DamagedFileError(f"it has a tensor of {axes} axes, more than PyTorch takes; save it again")
     return header
-
-
-def check_extents(header: Mapping[str, Any], size: int) -> int:
-    """Compare shapes, dtypes and offsets of a safetensors header with each other and with the `size` of the data.
-
-    Returns the size that they tell, which is larger where the file is cut off; raises ValueError for what is damaged.
-    """
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = entry["data_offsets"]
-        numbers = [begin, stop, *entry["shape"]]
-        if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(numbers) > 66:
-            raise ValueError(f"the tensor {shorten(name, 60)!r} has a damaged shape or offset")
-        bits = math.prod(entry["shape"]) * SAFETENSORS_DTYPES[entry["dtype"]][0]
-        if begin != end or (stop - begin) * 8 != bits:
-            raise ValueError(f"the data of {shorten(name, 60)!r} overlap others, leave a gap or have another size")
-        end = stop
-    if end < size:
-        raise ValueError(f"{end} bytes of data are declared and {size} are there")
-    return end
 
 
 def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
     """The tensors of a safetensors file, which lie in the mapped file until somebody reads them."""
     header = safetensors_header(source.path)
-    names = {name: SAFETENSORS_DTYPES[name][1] for name in sorted({entry["dtype"] for entry in header.values()})}
-    unknown = [name for name, known in names.items() if known is None]
+    unknown = sorted({entry["dtype"] for entry in header.values()} - SAFETENSORS_DTYPES.keys())
     if unknown:
         raise DamagedFileError(f"it holds {', '.join(unknown)} numbers, which PyTorch lacks; save it in another dtype")
     mapped = map_file(source.path)
@@ -3753,7 +3601,7 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        dtype = getattr(torch, str(names[entry["dtype"]]))
+        dtype = getattr(torch, SAFETENSORS_DTYPES[entry["dtype"]])
         part = data[begin:end]
         aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
         tensors[name] = aligned.view(dtype).view(entry["shape"])
@@ -5836,11 +5684,10 @@ DECODER_SIZES = tuple(
     {BATCH: batch, PAST: past, SEQUENCE: new} for batch, past, new in ((2, 6, 5), (1, 0, 9), (3, 11, 1), (2, 0, 14))
 )
 # The decoder behind an encoder: without a past, and with one.
-ENCODED = ((2, 12), (1, 7), (3, 18))
 FIRST_SIZES, NEXT_SIZES = (
     tuple(
         {BATCH: batch, ENCODER_SEQUENCE: encoded, PAST: past, SEQUENCE: new}
-        for (batch, encoded), (past, new) in zip(ENCODED, lengths, strict=True)
+        for batch, encoded, (past, new) in zip((2, 1, 3), (12, 7, 18), lengths, strict=True)
     )
     for lengths in (((0, 5), (0, 1), (0, 8)), ((6, 3), (1, 1), (11, 1)))
 )
@@ -5955,15 +5802,9 @@ def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
 
 
 def config_number(config: Any, names: str, otherwise: int, high: int) -> int:
-    """The first of the attributes `names` of a configuration that is set, a whole number from 1 to `high`.
-
-    Raises InputError for one of another kind.
-    """
-    name = next((name for name in names.split() if getattr(config, name, None)), None)
-    value = getattr(config, name) if name else otherwise
-    if type(value) is not int or not 1 <= value <= high:
-        raise DamagedFileError(f"config.json: {name} is {shown(value)}, not a whole number from 1 to {high}; repair it")
-    return value
+    """The first of the attributes `names` of a configuration that is set; DamagedFileError unless it is 1 to `high`."""
+    settings = Settings({name: getattr(config, name, None) or None for name in names.split()}, "config.json")
+    return next(filter(None, (settings.integer(name, 1, high) for name in settings.content)), otherwise)
 
 
 def processor_size(settings: Settings) -> tuple[int, int, bool] | None:
@@ -5985,19 +5826,18 @@ def processor_size(settings: Settings) -> tuple[int, int, bool] | None:
 def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
     """Channels, height and width of the images, and whether the processor keeps their proportions.
 
-    Told by preprocessor_config.json, else by the model's own image_size; 3, 224 and 224 where nothing tells.
+    From preprocessor_config.json, else from the model's image_size; 3, 224 and 224 by default.
     """
     vision = getattr(config, "vision_config", config)
     channels = config_number(vision, "num_channels in_channels", IMAGE_CHANNELS, MAX_IMAGE_EDGE)
     file = folder / "preprocessor_config.json"
     if file.exists() and (size := processor_size(Settings(read_json(file), file.name))):
         return channels, *size
-    own = getattr(vision, "image_size", None)
-    if not isinstance(own, (int, list, tuple)):
+    settings = Settings({"image_size": getattr(vision, "image_size", None)}, "config.json")
+    if not isinstance(settings.content["image_size"], (int, list, tuple)):
         return channels, 224, 224, False
-    if not (edges := image_edges(own)):
-        what = f"whole numbers from 1 to {MAX_IMAGE_EDGE}"
-        raise DamagedFileError(f"config.json: image_size is {shown(own)}, not {what}; repair it")
+    if not (edges := image_edges(settings.content["image_size"])):
+        raise settings.misfit("image_size", f"whole numbers from 1 to {MAX_IMAGE_EDGE}")
     return channels, edges[0], edges[-1], False
 
 
@@ -6022,9 +5862,8 @@ def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
     batches: tuple[dict[str, int], ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
     bins = config_number(config, "num_mel_bins input_feat_per_channel", 80, MAX_IMAGE_EDGE)
     if name == "input_values" and getattr(config, "num_mel_bins", None) and getattr(config, "max_length", None):  # AST
-        return InputSpec(
-            name, (2, config_number(config, "max_length", 1, MAX_FRAMES), bins), dtype, {0: BATCH}
-        ), batches
+        frames = config_number(config, "max_length", 1, MAX_FRAMES)
+        return InputSpec(name, (2, frames, bins), dtype, {0: BATCH}), batches
     if name == "input_values":
         lengths = (AUDIO_SAMPLES, AUDIO_SAMPLES // 2 + 80, AUDIO_SAMPLES + 4321)
         sizes = tuple({**batch, "audio_length": length} for batch, length in zip(batches, lengths, strict=True))
@@ -6131,9 +5970,9 @@ def timm_graph(model: Any, output: str) -> Graph:
 
 
 def cache_layer(key: Tensor, value: Tensor) -> Any:
-    """One layer of a cache that holds `key` and `value` and grows, whatever window the model looks through.
+    """One layer of a cache that holds `key` and `value` and grows, whatever the model's window is.
 
-    The sliding layers of transformers forget what is out of the window; the masks hide it just as well.
+    transformers' sliding layers drop what is outside the window; the masks hide it just as well.
     """
     layer = transformers.cache_utils.DynamicLayer()
     layer.lazy_initialization(key, value)
@@ -6189,9 +6028,8 @@ def decoder_specs(model: Any) -> list[InputSpec]:
 def decoder_graph(found: FolderModel, specs: list[InputSpec], *, cached: bool, verified: bool) -> Graph:
     """The graph of a decoder: prefill (an empty past) and decoding in one, or without a cache.
 
-    One with states (mamba, lfm2, qwen3_next) becomes a loop over the tokens, in prefill as in decoding; without a cache
-    its states begin with zeros, and what they become is no output. A `verified` graph is compared by generating text,
-    too.
+    With states (mamba, lfm2, qwen3_next) it is a loop over the tokens, in prefill as in decoding; without a cache its
+    states begin as zeros and are no output. A `verified` graph is also compared by generating text.
     """
     model, config, step = found.model, found.model.config.get_text_config(decoder=True), None
     examples = functools.partial(example_tensors, specs, config, left=True)
@@ -6218,9 +6056,9 @@ def decoder_graph(found: FolderModel, specs: list[InputSpec], *, cached: bool, v
 
 
 def probe_decoder(model: Any, choose: Callable[[Any], dict[str, Tensor]]) -> Decoder:
-    """How the model is called, with its cache after a single token: stored weights are not read for its shapes.
+    """How the model is called, and its cache after one token, for whose shapes no stored weights are read.
 
-    Raises ConversionError (EXPORT) where the model keeps what it remembers elsewhere.
+    Raises ConversionError (EXPORT) where the model keeps its past elsewhere.
     """
     argument = "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
@@ -6275,8 +6113,11 @@ def call_with_cache(decoder: Decoder, model: Any, given: dict[str, Tensor]) -> d
     return {**decoder.choose(output), **cache_tensors(cache.layers, recurrent=decoder.recurrent)}
 
 
-def token_step(decoder: Decoder, model: Any, specs: Sequence[InputSpec], config: Any) -> TokenStep:
-    """The work on one token of each row, with the mask up to it and the cache."""
+def token_step(decoder: Decoder, model: Any, specs: Sequence[InputSpec], config: Any) -> Job:
+    """The model's work on one token of each row (batch x 1), with the mask up to it and the cache before it.
+
+    The graph of a model with states repeats it: PyTorch's own loop cannot be traced.
+    """
     sizes = {BATCH: 2, PAST: 6, SEQUENCE: 1, TOTAL: 7}
     single = [
         spec._replace(
@@ -6287,13 +6128,13 @@ def token_step(decoder: Decoder, model: Any, specs: Sequence[InputSpec], config:
     module = as_module(model, single, functools.partial(read_token, decoder))
     traced = on_device_of(model, example_tensors(single, config, sizes, 0, left=True))
     with torch.no_grad(), blank_weights(model):
-        return TokenStep(module, single, traced, list(module(*traced)))
+        return Job(module, single, list(module(*traced)), traced, [], "")
 
 
 def read_token(decoder: Decoder, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The outputs for one token of each row, and the cache after it.
 
-    A padded token leaves the states as they were: transformers hides it from them in a whole text, but not alone.
+    Padding leaves the states as they were: transformers masks it in a whole text, but not in a single token.
     """
     before, mask = dict(given), given["attention_mask"]
     if not any(name.startswith("past_key_values") for name in given):  # nothing looks back at padding
@@ -6306,10 +6147,10 @@ def read_token(decoder: Decoder, model: Any, given: dict[str, Tensor]) -> dict[s
     return without_padding(result, mask)
 
 
-def read_text(decoder: Decoder, step: TokenStep, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_text(decoder: Decoder, step: Job, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The outputs for a whole text, as PyTorch reads it, and the cache after it where one is given.
 
-    Not every model goes on from a past with more than one token: there it is `step` by step.
+    Not every model continues a past with more than one token: then it goes `step` by step.
     """
     past, mask = take_past(given), given["attention_mask"]
     if mask.shape != given["input_ids"].shape:
@@ -6319,14 +6160,14 @@ def read_text(decoder: Decoder, step: TokenStep, model: Any, given: dict[str, Te
     return without_padding({**decoder.choose(output), **cache}, mask)
 
 
-def run_by_token(step: TokenStep, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> dict[str, Tensor]:
+def run_by_token(step: Job, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> dict[str, Tensor]:
     """What `step` makes of the tokens one after the other, beginning with the cache `past`."""
     length, answers = given["input_ids"].shape[1], []
     before = given["attention_mask"].shape[1] - length
     for turn in range(length):
         token = {name: tensor[:, turn : turn + 1] for name, tensor in given.items()}
         token["attention_mask"] = given["attention_mask"][:, : before + turn + 1]
-        answers.append(step.module(*token.values(), *past))
+        answers.append(step.model(*token.values(), *past))
         past = [value for name, value in answers[-1].items() if name.startswith("present")]
     return {
         name: value if name.startswith("present") else torch.cat([answer[name] for answer in answers], 1)
@@ -6334,8 +6175,8 @@ def run_by_token(step: TokenStep, given: Mapping[str, Tensor], past: Sequence[Te
     }
 
 
-def check_steps(decoder: Decoder, model: Any, step: TokenStep, specs: Sequence[InputSpec], config: Any) -> None:
-    """Raise ConversionError (VERIFY) where transformers reads a text otherwise than its tokens one after the other.
+def check_steps(decoder: Decoder, model: Any, step: Job, specs: Sequence[InputSpec], config: Any) -> None:
+    """Raise ConversionError (VERIFY) where transformers reads a text otherwise than its tokens one by one.
 
     Only the latter can be exported. zamba2 and nemotron_h bound their time steps from below in whole texts alone.
     """
@@ -6448,8 +6289,8 @@ def check_generation(  # noqa: PLR0913, PLR0917
 ) -> list[Difference]:  # fmt: skip
     """Generate with the exported graph and compare with PyTorch; raises AttemptError.
 
-    `encode` gives what an encoder answers, and nothing where there is none. Where PyTorch's own best two tokens lie
-    closer than rounding, what follows is another text and is not compared.
+    `encode` gives the encoder's answer, if there is one. Where PyTorch's best two tokens lie closer than rounding, what
+    follows is another text and is not compared.
     """
     encoded = encode()
     label = f"{expected.tokens.shape[1]} tokens after {shape_text(expected.prompt.shape)}"
@@ -6502,10 +6343,10 @@ def window_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> list[dict[str,
 
 
 def routed_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """A mixture of experts as a graph without loops: each expert works on the tokens that were routed to it.
+    """A mixture of experts without a loop in the graph: each expert works on the tokens that were routed to it.
 
-    `self` is a transformers module of experts, with the attributes that transformers.integrations.moe's own
-    implementations read; tokens x hidden in and out. Those branch on values, or copy the weights for every token.
+    `self` is a transformers module of experts, with the attributes that transformers.integrations.moe's implementations
+    read; tokens x hidden in and out. Those branch on values, or copy the weights for every token.
     """
 
     def weights(name: str, expert: int) -> tuple[Tensor, Tensor | None]:
@@ -6543,7 +6384,7 @@ def encoder_graph(found: FolderModel) -> Graph:
 
 
 def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, ...]:
-    """The decoder of an encoder-decoder model, for the first tokens and, with what they left in the caches, the next.
+    """The decoder of an encoder-decoder model, for the first tokens, and for later ones with the caches of these.
 
     transformers.js and Optimum know the names of the inputs from Optimum's merged decoders.
     """
@@ -6598,10 +6439,10 @@ def sizes_after_past(decoder: nn.Module, few: Sequence[Tensor]) -> tuple[dict[st
 
 
 def call_encoder_decoder(answer: type, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The logits for new tokens, and the caches after them.
+    """The logits for new tokens and the caches after them: at first both, later only the decoder's, which grows.
 
-    In the beginning both caches; where they are given, only the decoder's, which grows. `answer` is the class of the
-    encoder's output: some models read more of it than the states, of which later calls need the sizes alone.
+    `answer` is the class of the encoder's output: some models read more of it than the states, of which later calls
+    need only the sizes.
     """
     past = list(take_past(given).values())
     own, cross = ([tensor for n, tensor in enumerate(past) if n % 4 in pair] for pair in ((0, 1), (2, 3)))
@@ -7600,10 +7441,7 @@ def plan_attempts(exporter: str, opset: int | None) -> list[Attempt]:
 def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, str]:
     """One exporter's model, and a note on what it may have fixed; raises AttemptError with what stood in the way."""
     disable_fused_attention()
-    whole = job
-    if job.step is not None:
-        module, specs, traced, outputs = job.step
-        job = job._replace(model=module, specs=specs, traced=traced, outputs=outputs, cases=[], step=None)
+    text, job = job, job.step or job
     flat = flat_module(job.model, job.specs)
     if not isinstance(job.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
@@ -7632,8 +7470,8 @@ def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, st
         warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
     if model.opset_imports.get("") != attempt.opset:
         raise AttemptError(f"it wrote opset {model.opset_imports.get('')} instead")
-    if whole.step is not None:
-        repeat_for_tokens(model, job, whole)
+    if text.step is not None:
+        repeat_for_tokens(model, job, text)
     return model, tracing_notes(caught)
 
 
@@ -7829,9 +7667,9 @@ def take_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 
 def restore_inputs(graph: ir.Graph, job: Job) -> None:
-    """Order the graph's inputs as the model's, and put back those that an exporter dropped.
+    """Order the graph's inputs as the model's, and restore those that an exporter dropped.
 
-    A dropped input is harmless only if no output depends on it; verification with other values decides that.
+    That is harmless if no output depends on them, which verification with other values shows.
     """
     found = {value.name: value for value in graph.inputs}
     if not set(found) <= {spec.name for spec in job.specs}:
@@ -7876,7 +7714,7 @@ def drop_output_shapes(path: Path, names: Collection[str]) -> None:
 
 
 def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str] | None:
-    """Names of an output's axes: those of the inputs' that they follow, or a name of their own where they vary.
+    """Names of an output's axes: those of the input axes that they follow, or their own where they vary.
 
     None where not even their number is the same for all inputs.
     """
@@ -7900,9 +7738,9 @@ def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str] | None
 
 
 def merge_decoders(first: Path, following: Path) -> ir.Model:
-    """One graph out of a decoder without and one with a past: an If on `use_cache_branch`, each weight stored once.
+    """One graph of a decoder without and one with a past: an If on `use_cache_branch`, each weight stored once.
 
-    The branch with a past hands the encoder's keys and values on as they came.
+    The branch with a past passes the encoder's keys and values through.
     """
     models = [ir.load(path) for path in (first, following)]
     inputs: dict[str, ir.Value] = {}
@@ -7956,10 +7794,10 @@ def branch_of(
 
 
 def write_graph(model: ir.Model, path: Path) -> Path:
-    """Serialise to `path`, with the weights in `path`.data where one file cannot hold them; synced to the disk.
+    """Serialise to `path`, with the weights in `path`.data where one file cannot hold them, and sync to the disk.
 
-    Returns a file with the same graph to check and run: of a large single file its twin, whose weights lie outside, in
-    `path`, so that nobody needs to have all of them in memory. Raises ConversionError (RESOURCES) for want of space.
+    Returns a file to check and run: for a large single file its twin, which refers to the weights in `path`, so that
+    nobody has to hold all of them in memory. Raises ConversionError (RESOURCES) where space is short.
     """
     size = sum(weight_of(value).nbytes for value in model.graph.initializers.values())
     check_space(path.parent, size)
@@ -7990,11 +7828,11 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def write_single_file(model: ir.Model, path: Path) -> Path:
-    """Serialise `model` with its large weights written straight from where they lie; they are taken out of `model`.
+    """Serialise `model` with its large weights written from where they lie; they are taken out of `model`.
 
-    The serialiser would copy them twice first. A protobuf message is its fields one after the other, so the weights can
-    follow the rest of the graph (https://protobuf.dev/programming-guides/encoding; numbers of the fields: onnx.proto).
-    Returns the twin (see write_graph), or `path` where it is small.
+    The serialiser would copy them twice. A protobuf message is a sequence of fields, so the weights can follow the rest
+    of the graph (https://protobuf.dev/programming-guides/encoding; field numbers: onnx.proto). Returns the twin (see
+    write_graph), or `path` where it is small.
     """
     large = [value for value in model.graph.initializers.values() if weight_of(value).nbytes >= STORED_BYTES]
     for value in large:
@@ -8059,9 +7897,9 @@ def write_twin(proto: onnx.ModelProto, placed: Iterable[PlacedWeight], path: Pat
 
 
 def aligned_head(fields: Mapping[str, Any], length: int, place: int) -> bytes:
-    """What stands before the `length` bytes of an initializer at `place` of the file, so that they begin aligned.
+    """What precedes the `length` bytes of an initializer at `place` of the file, so that they are aligned.
 
-    Runtimes may then use them where they lie. A doc_string of spaces fills the gap.
+    Runtimes can then use them in place. A doc_string of spaces fills the gap.
     """
     for spaces in range(2 * ALIGNMENT):
         head: bytes = onnx.TensorProto(**fields, doc_string=" " * spaces).SerializeToString()
@@ -8080,7 +7918,7 @@ def message_head(number: int, length: int, width: int = 1) -> bytes:
 def varint(number: int, width: int = 1) -> bytes:
     """A number as protobuf writes it: 7 bits a byte, the lowest first, the top bit set on all but the last.
 
-    It has `width` bytes or more; zeros at its end do not count.
+    It is padded to `width` bytes with zeros, which do not count.
     """
     low, rest = number & 0x7F, number >> 7
     return bytes([low | 0x80]) + varint(rest, width - 1) if rest or width > 1 else bytes([low])
@@ -9251,9 +9089,9 @@ def stored_weights_as(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Ite
 
 
 def blank_maker(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """What makes blanks of stored tensors, the largest of which is among `tensors`: all zeros, and without memory.
+    """Makes zeros without memory in place of stored tensors, the largest of which is among `tensors`.
 
-    All lie in one anonymous mapping that nothing but the kernel's page of zeros is behind.
+    All of them lie in one anonymous mapping, behind which is only the kernel's page of zeros.
     """
     size = max((tensor.nbytes for tensor in tensors), default=0)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
@@ -9274,9 +9112,9 @@ def blank_weights(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def weights_as_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While in context, `model` has no weights: it takes them after its other inputs, in the order of what is yielded.
+    """While in context, `model` takes its weights as inputs after its own: those that are yielded, in their order.
 
-    That are blanks of the stored ones, under the names of the state dict.
+    They are named as in the state dict, and blanks where they are stored ones.
     """
     places = list(weight_places(model))
     names: dict[int, str] = {}
@@ -9326,10 +9164,9 @@ MAPPED: dict[int, int] = {}  # where files lie in memory: the addresses of their
 
 
 def map_file(path: Path) -> torch.UntypedStorage:
-    """The bytes of a file, read when they are needed; who writes to them gets a copy of the page, not the file.
+    """The bytes of a file, read on demand; writing to them copies the page and leaves the file alone.
 
-    MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory. MAPPED
-    remembers the addresses.
+    MAP_NORESERVE sets no memory aside for such copies, so that a file may be larger than the memory.
     """
     flags = mmap.MAP_PRIVATE | MAP_NORESERVE
     with open_input(path) as file:
@@ -9393,9 +9230,9 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def flatten_outputs(value: Any) -> dict[str, Tensor]:
-    """Every tensor of nested outputs, in their order, under a name of its own: `output`, `logits`, `boxes`, `aux_0`.
+    """Every tensor of nested outputs, in order, under its own name: `output`, `logits`, `boxes`, `aux_0`.
 
-    Names that are the same once they are spelt as ONNX wants them get numbers.
+    Names that are equal once they are spelt as ONNX wants them are numbered.
     """
     found: dict[str, Tensor] = {}
 
@@ -9470,7 +9307,7 @@ def is_archive(model: nn.Module) -> bool:
 def without_kept_state(model: nn.Module) -> Iterator[None]:
     """Let the modules forget what they keep between calls, such as embeddings for the last length.
 
-    Exporters would take it for constants. It lies in attributes, or in a dict that is one: buffers, hooks, caches.
+    Exporters would take it for constants. It lies in attributes, or in dicts that are attributes: buffers, hooks.
     """
     attributes = [module.__dict__ for module in model.modules()]
     states = [
@@ -9507,9 +9344,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def choose_dtype(model: nn.Module, options: Options) -> None:
-    """Give a model the dtype of --dtype, by default float32 for half-precision weights, as folders and weights have it.
+    """Give a model the dtype of --dtype; by default half-precision weights become float32, as in folders.
 
-    Raises UsageError where that cannot be: an archive's code was written for its own dtype.
+    Raises UsageError where that is impossible: an archive's code was written for its own dtype.
     """
     dtype, wanted = float_dtype(model), getattr(torch, DTYPE_NAMES[options.dtype])
     if is_archive(model) and options.dtype != "fp32" and wanted is not dtype:
@@ -10511,6 +10348,10 @@ def restore_branch_outputs(graph: ir.Graph) -> None:
                 branch.outputs[index] = node.outputs[0]
 
 
+# Methods of tensors that do with a complex number what they do with its two parts.
+MOVING_METHODS = word_set("to unsqueeze squeeze view reshape flatten transpose permute expand repeat contiguous")
+
+
 class Complex:
     """A tensor of complex numbers as two real ones: exporters know no others, and rotary embeddings need no more.
 
@@ -10543,18 +10384,12 @@ class Complex:
     def __getitem__(self, key: Any) -> Complex:
         return Complex(self.real[key], self.imaginary[key])
 
-    def unsqueeze(self, dim: int) -> Complex:
-        """As a tensor's."""
-        return Complex(self.real.unsqueeze(dim), self.imaginary.unsqueeze(dim))
-
-    def to(self, device: torch.device) -> Complex:
-        """As a tensor's."""
-        return Complex(self.real.to(device), self.imaginary.to(device))
-
-    @property
-    def device(self) -> torch.device:
-        """As a tensor's."""
-        return self.real.device
+    def __getattr__(self, name: str) -> Any:
+        if name == "device":
+            return self.real.device
+        if name not in MOVING_METHODS:
+            raise AttributeError(name)
+        return lambda *values: Complex(getattr(self.real, name)(*values), getattr(self.imaginary, name)(*values))
 
 
 @contextlib.contextmanager
