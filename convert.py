@@ -2688,7 +2688,7 @@ def vet_folder(path: Path, *, trust: bool) -> VettedFolder:
     """
     files: dict[str, bytes] = {}
     findings = FolderFindings([], [])
-    try:
+    with naming(path):
         names = sorted(entry.name for entry in path.iterdir())
         values = 0
         for name in names:
@@ -2697,18 +2697,15 @@ def vet_folder(path: Path, *, trust: bool) -> VettedFolder:
                 files[name] = vetted_json(path / name, findings, trust=trust)
                 values += count_values(files[name])
             check_values(values, "its settings together")
-    except (RefusedFileError, DamagedFileError) as error:
-        raise ConversionError(error.status, f"{path}: {shorten(str(error), 1000)}") from None
     findings.ignored.extend(f"the file {name}" for name in names if name.endswith(CODE_FILES))
     if trust:
         LOG.warn(f"--trust-remote-code: code that comes with {path} may run")
         return VettedFolder(path, files)
     if findings.refused:
-        what = ", ".join(shorten(item, 120) for item in findings.refused[:4])
         advice = "pass --trust-remote-code if you trust its maker"
-        raise ConversionError(ExitStatus.REFUSED, f"{path}: {what}; {advice}")
+        raise ConversionError(ExitStatus.REFUSED, f"{path}: {and_more(findings.refused, 4, 120)}; {advice}")
     if findings.ignored:
-        what = ", ".join(shorten(item, 80) for item in findings.ignored[:6])
+        what = and_more(findings.ignored, 6, 80)
         LOG.warn(f"{path}: ignored, since it would run code: {what} (--trust-remote-code)")
     return VettedFolder(path, files)
 
@@ -2833,48 +2830,14 @@ def check_folder(vetted: VettedFolder) -> None:
 # recognise: whose weights these are, told by the names and shapes of the tensors
 #
 # Takes names and shapes, gives a class and its arguments. ARCHITECTURES lists the tensors of every model of
-# torchvision and timm, with the number of classes (C) and of input channels (I) left open, and which models of one
-# layout compute the same; tests/generators/architectures.py writes it.
+# torchvision and timm, with the number of classes (C) and of input channels (I) left open, which models of one layout
+# compute the same, and what tells the families of transformers apart; tests/generators/architectures.py writes it.
 # ---------------------------------------------------------------------------------------------------------------------
 
 SIZE = re.compile(r"(\d*)([CI])([+-]\d+)?")  # 4C+4: four times the number of classes, and four
 SHORT_NAME = 200  # characters, and this many names, in which patterns are searched: they look at a name again and again
 MAX_SEARCHED = 10_000
 NEAR = 0.5  # a layout of which less than half agrees is not worth naming
-# Names that only transformers writes, and the family that they tell; the first that occurs counts.
-TRANSFORMERS_NAMES = (
-    ("DETR", r"^(model\.)?(query_position_embeddings\.|backbone\.conv_encoder\.)"),
-    ("Whisper", r"^(model\.)?encoder\.conv2\.weight$(?s:.*)decoder\.layers\.0\.encoder_attn"),
-    ("SigLIP", r"^(siglip\.)?vision_model\.head\.probe$"),
-    ("CLIP", r"^(clip\.)?text_model\.encoder\.layers\.0\.self_attn|^(clip\.)?vision_model\.pre_layrnorm\."),
-    ("SAM", r"^vision_encoder\.layers\.0\.attn\.qkv\."),
-    ("BLIP", r"^text_(model|encoder|decoder)\..*\.layer\.0\.(crossattention|attention\.self)\.|^qformer\."),
-    ("wav2vec 2.0", r"^(wav2vec2\.|hubert\.|wavlm\.)?feature_extractor\.conv_layers\.0\.conv\.weight$"),
-    ("T5", r"^(decoder|encoder)\.block\.0\.layer\.0\.SelfAttention\.q\."),
-    ("BART", r"^(model\.)?decoder\.layers\.0\.encoder_attn\.k_proj\."),
-    ("GPT-2", r"^(transformer\.)?h\.0\.attn\.c_attn\."),
-    ("GPT-Neo", r"^(transformer\.)?h\.0\.attn\.attention\.q_proj\."),
-    ("GPT-J", r"^(transformer\.)?h\.0\.attn\.q_proj\."),
-    ("GPT-NeoX", r"^(gpt_neox\.)?layers\.0\.attention\.query_key_value\."),
-    ("BLOOM, Falcon", r"^(transformer\.)?h\.0\.self_attention\.query_key_value\."),
-    ("OPT", r"^(model\.)?decoder\.layers\.0\.self_attn\.q_proj\."),
-    ("Mamba", r"^(backbone\.|model\.)?layers\.0\.mixer\.in_proj\."),
-    ("Llama, Mistral, Qwen, Gemma", r"^(.*\.)?layers\.0\.self_attn\.(q|qkv)_proj\."),
-    ("DistilBERT", r"^(distilbert\.)?transformer\.layer\.0\.attention\.q_lin\."),
-    ("ALBERT", r"^(albert\.)?encoder\.albert_layer_groups\.0\."),
-    ("DeBERTa", r"^(deberta\.)?encoder\.(rel_embeddings\.|layer\.0\.attention\.self\.(query_proj|in_proj)\.)"),
-    ("RoBERTa", r"^(xlm_)?roberta\.encoder\.layer\.0\."),
-    ("ELECTRA", r"^electra\.encoder\.layer\.0\."),
-    ("Swin", r"^(swin\.|swinv2\.)?encoder\.layers\.0\.blocks\.0\.attention\.(self\.query|q_proj)\."),
-    ("SegFormer", r"^(segformer\.)?(encoder\.patch_embeddings\.0|stages\.0\.patch_embeddings)\.proj\."),
-    ("ConvNeXt", r"^(convnext\.|convnextv2\.)?encoder\.stages\.0\.layers\.0\.dwconv\."),
-    ("ResNet", r"^(resnet\.)?embedder\.embedder\.convolution\."),
-    ("BEiT", r"^beit\.(encoder\.layer|layers)\.0\."),
-    ("DINOv2", r"^(dinov2\.)?encoder\.layer\.0\.layer_scale1\."),
-    ("ViT, DeiT", r"^(vit\.|deit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\."),
-    ("MPNet", r"^(mpnet\.)?encoder\.layer\.0\.attention\.attn\.q\."),
-    ("BERT", r"^(\w+\.)?encoder\.layer\.0\.attention\.self\.query\."),
-)
 
 
 class Layout(NamedTuple):
@@ -2899,6 +2862,7 @@ class Architectures(NamedTuple):
     patterns: dict[str, list[int]]  # those with unknowns, by name
     layouts: list[Layout]
     torchvision: frozenset[str]  # the names that need no package
+    families: list[tuple[str, str]]  # of transformers, each with a pattern of names that only it writes
 
 
 class Recognition(NamedTuple):
@@ -2939,7 +2903,7 @@ def read_architectures() -> Architectures:
     ]
     members = itertools.chain.from_iterable(itertools.chain.from_iterable(layout.groups for layout in layouts))
     own = frozenset(re.findall(r"torchvision\.models:(\w+)", "\n".join(members)))
-    return Architectures(names, sizes, numbers, patterns, layouts, own)
+    return Architectures(names, sizes, numbers, patterns, layouts, own, content["families"])
 
 
 def solve_sizes(sizes: str, shape: Sequence[int]) -> dict[str, int] | None:
@@ -3056,10 +3020,8 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
             return found
     for names in variants:
         text = "\n".join(itertools.islice((name for name in names if len(name) <= SHORT_NAME), MAX_SEARCHED))
-        family = next(
-            (family for family, pattern in TRANSFORMERS_NAMES if re.search(pattern, text, re.MULTILINE)), None
-        )
-        if family:
+        families = read_architectures().families
+        if family := next((name for name, pattern in families if re.search(pattern, text, re.MULTILINE)), ""):
             advice = "their config is needed too: pass the folder that has config.json beside the weights"
             return Recognition((), {}, f"by their names they are of transformers ({family} or a relative); {advice}")
     return Recognition((), {}, nearest_architectures(variants))

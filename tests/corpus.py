@@ -2130,7 +2130,8 @@ def safetensors_items() -> list[Item]:
             lambda: safetensors({"a": tensor(0, 16)}, b"", length=80),
             "a safetensors file of 88 bytes, 70 of which are there"),
         "overlap": (lambda: safetensors({"a": tensor(0, 16), "b": tensor(8, 16)}, four), overlap_b),
-        "same-place": (lambda: safetensors({"a": tensor(0, 16), "b": tensor(0, 16)}, four), "invalid offset for tensor"),
+        "same-place": (
+            lambda: safetensors({"a": tensor(0, 16), "b": tensor(0, 16)}, four), "invalid offset for tensor"),
         "gap": (lambda: safetensors({"a": tensor(0, 4), "b": tensor(8, 16)}, four), overlap_b),
         "gap-at-the-start": (lambda: safetensors({"a": tensor(4, 16)}, four), overlap_a),
         "beyond-the-data": (
