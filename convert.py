@@ -1372,11 +1372,6 @@ def describe_graph(produced: Produced, options: Options) -> dict[str, Any]:
     }
 
 
-# torch._export.serde.schema.ScalarType, from 0 on.
-SCALAR_TYPES = ("unknown", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32",
-                "complex64", "complex128", "bool", "bfloat16")  # fmt: skip
-
-
 def inspect(source: Source, options: Options) -> dict[str, Any]:
     """What `source` is, as --json prints it; "problem" says why it would not convert. Raises ConversionError."""
     facts: dict[str, Any] = {"status": "ok", "path": str(source.path), "kind": source.kind.name.lower()}
@@ -1450,7 +1445,7 @@ def inspect_weights(source: Source, content: Mapping[Any, Any], options: Options
     if not isinstance(found.content, Mapping):
         return inspect_module(source, found.content) | {"what": f"a checkpoint with a model in its entry {found.key!r}"}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.content.items()}
-    dtypes = ((str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in found.content.values())
+    dtypes = ((dtype_name(tensor.dtype), tensor.numel()) for tensor in found.content.values())
     where = f"weights in the entry {found.key!r} of a checkpoint" if found.key else "weights without a model"
     return {"what": where, **count_elements(dtypes), **inspect_shapes(source, shapes, content, options)}
 
@@ -1489,7 +1484,7 @@ def inspect_weight_file(source: Source) -> WeightFacts:
         raise DamagedFileError(f"{source.path.name} does not hold weights")
     content, names, storages, problem = take_census(source)
     tensors = state_dict_of(content) or {}
-    elements = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors.values()]
+    elements = [(dtype_name(tensor.dtype), tensor.numel()) for tensor in tensors.values()]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return WeightFacts(shapes, elements or storages, {"globals": names, **problem})
 
@@ -1542,45 +1537,21 @@ def inspect_torchscript(source: Source, options: Options) -> dict[str, Any]:  # 
 
 
 def inspect_program(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001
-    """An exported program: from its JSON, after vetting."""
-    with zipfile.ZipFile(rewrite_exported_program(source.path)) as archive:
-        data = archive.read("model/models/model.json")
-    try:
-        inputs, stored = program_tensors(json.loads(data)["graph_module"])
-        counts = count_elements((dtype, math.prod(map(int, dims))) for _, dims, dtype in stored)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"models/model.json is damaged ({first_line(error)}); export it again") from None
+    """An exported program, loaded after vetting."""
+    loaded = load(source, trust=False)
+    named = zip(loaded.content.graph_signature.user_inputs, loaded.examples, loaded.free, strict=True)
+    inputs = [
+        f"{name}:{','.join(free.get(axis, str(size)) for axis, size in enumerate(shape.dims))}:{shape.dtype}"
+        for name, shape, free in named
+    ]
+    tensors = loaded.content.state_dict.values()
     return {
         "what": "an exported program",
-        **counts,
-        "inputs": " ".join(f"{name}:{','.join(dims)}:{dtype}" for name, dims, dtype in inputs),
+        **count_elements((dtype_name(tensor.dtype), tensor.numel()) for tensor in tensors),
+        "inputs": " ".join(inputs),
         "mode": "pytorch",
         "command": command_for(source),
     }
-
-
-TensorFacts = tuple[str, tuple[str, ...], str]  # name, sizes and dtype
-
-
-def program_tensors(graph: Any) -> tuple[list[TensorFacts], list[TensorFacts]]:
-    """The inputs of an exported program, and the tensors that it has stored; raises what damaged JSON leads to."""
-    values, specs = graph["graph"]["tensor_values"], graph["signature"]["input_specs"]
-
-    def size_text(size: Any) -> str:
-        number = size.get("as_int", size.get("as_expr"))
-        if type(number) is int and 0 <= number < 2**48:
-            return str(number)
-        return re.sub(r"Symbol\('(\w+)'.*\)", r"\1", shorten(number["expr_str"], 200))
-
-    def facts(name: Any) -> TensorFacts:
-        dtype = values[name]["dtype"]
-        if type(name) is not str or type(dtype) is not int or dtype not in range(len(SCALAR_TYPES)):
-            raise ValueError(f"a tensor has the dtype {shown(dtype)}")
-        return shorten(name, 60), tuple(map(size_text, values[name]["sizes"])), SCALAR_TYPES[dtype]
-
-    inputs = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec]
-    stored = [next(iter(spec.values()))["arg"]["name"] for spec in specs if spec.keys() & {"parameter", "buffer"}]
-    return [*map(facts, inputs)], [*map(facts, stored)]
 
 
 def inspect_folder(source: Source, options: Options) -> dict[str, Any]:
@@ -1897,18 +1868,16 @@ def timm_model(folder: Path, weights: dict[str, Tensor], options: Options, run: 
     if len(preprocessing(model, None).size or ()) != 3 or not isinstance(getattr(model, "num_classes", None), int):
         what = "needs an input_size and no features_only to be an image model"
         raise InputError(f"{options.input}: config.json {what}; repair it")
-    model = (
-        model.eval().requires_grad_(requires_grad=False).to(options.device, getattr(torch, DTYPE_NAMES[options.dtype]))
-    )
+    dtype = getattr(torch, DTYPE_NAMES[options.dtype])
+    model = model.eval().requires_grad_(requires_grad=False).to(options.device, dtype)
     if refusal := load_weights(model, store_all(weights, options, run)):
         misfit = describe_misfit(model, weights) or refusal
         raise InputError(f"{options.input}: its weights do not fit {name} of config.json: {misfit}; copy both again")
     task = "image-classification" if model.num_classes else "feature-extraction"
     if options.task not in (None, task):
         raise UsageError(f"--task {options.task} does not fit this model of timm; it can do: {task}")
-    facts = {"preprocessing": preprocessing(model, None).metadata()}
-    if labels := settings.names("label_names"):
-        facts["id2label"] = json.dumps({str(place): label for place, label in enumerate(labels)})
+    labels = label_metadata(dict(enumerate(settings.names("label_names"))))
+    facts = {"preprocessing": preprocessing(model, None).metadata(), **labels}
     return FolderModel(model, task, of_timm=True, facts=facts)
 
 
@@ -2013,7 +1982,7 @@ def load_folder_model(
             steps = sentence_steps(outer, trust=options.trust_pickle)
         found = load_pretrained(folder, config, store_all(weights, options, run), task, cls, adapter, options)
         check_room(found.model, run, copies=2 if is_pair else 1)  # the decoder: twice, then merged
-    return found._replace(steps=steps, facts=label_metadata(found.model.config))
+    return found._replace(steps=steps, facts=label_metadata(getattr(found.model.config, "id2label", None)))
 
 
 def check_options(options: Options) -> None:
@@ -2103,9 +2072,8 @@ def plan_graph(graph: Graph, options: Options) -> Job:
         try:
             cases.append(reference.run(sizes, seed))
         except RejectedInputError as error:
-            raise ConversionError(
-                ExitStatus.EXPORT, f"the model does not run at {sizes}: {error}; try another --task"
-            ) from error.__cause__
+            what = f"the model does not run at {sizes}: {error}; try another --task"
+            raise ConversionError(ExitStatus.EXPORT, what) from error.__cause__
     if not options.no_verify:
         check_deterministic(reference, cases[0], graph.sizes[0], 0)
         check_outputs(cases[0])
@@ -2121,12 +2089,11 @@ def plan_graph(graph: Graph, options: Options) -> Job:
     return Job(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
 
 
-def label_metadata(config: Any) -> dict[str, str]:
-    """The labels of a classifier as metadata."""
-    labels = getattr(config, "id2label", None)
-    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
+def label_metadata(labels: object) -> dict[str, str]:
+    """The labels of a classifier, by number, as metadata; none where there are none, or no texts."""
+    if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
         return {}
-    return {"id2label": json.dumps({str(key): label for key, label in labels.items()})} if labels else {}
+    return {"id2label": json.dumps({str(key): label for key, label in labels.items()})}
 
 
 def prepare_for_export(model: Any) -> None:
@@ -2324,9 +2291,9 @@ def base_folder(folder: Path, settings: Settings, options: Options) -> Path:
     A recorded path to another place, here or on the hub, is never followed. Raises InputError that says what to pass.
     """
     recorded = settings.name("base_model_name_or_path") or "."
-    base = (
-        base_from_option(options.base, recorded, settings, options) if options.base else base_beside(folder, recorded)
-    )
+    base = base_beside(folder, recorded)
+    if options.base:
+        base = base_from_option(options.base, recorded, settings, options)
     if base is None:
         advice = base_advice(folder, recorded)
         raise DamagedFileError(f"the adapter was trained on {shown(recorded)}, which is not in its folder: {advice}")
@@ -6225,7 +6192,7 @@ def text_inputs(ids: Any, mask: Any) -> Arrays:
 
 def zeros_for(specs: Iterable[InputSpec], sizes: Mapping[str, int]) -> Arrays:
     """Zeros for all inputs, at `sizes`."""
-    return {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
+    return {spec.name: np.zeros(spec.resized(sizes), dtype_name(spec.dtype)) for spec in specs}
 
 
 def generate_with(session: Any, expected: Generated, specs: Sequence[InputSpec], encoded: Arrays) -> Any:
@@ -7522,7 +7489,7 @@ def empty_cache(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Valu
     """The cache before the first token: no keys and values, and states of zeros, for `batch` (1) rows."""
     sizes = constant_on(tape, [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:])
     shape = tape.op("Concat", [batch, sizes], {"axis": 0})
-    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, numpy_dtype(spec)))})
+    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, dtype_name(spec.dtype)))})
 
 
 def tracing_notes(caught: Iterable[warnings.WarningMessage]) -> str:
@@ -7604,9 +7571,8 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
     for index, value in enumerate(graph.outputs):
         value.shape = ir.Shape(output_axes(job, index, value) or ())
     graph.name = "model"
-    model.ir_version = min(
-        10, max(8, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", model.opset_imports[""])]))
-    )
+    opset = onnx.helper.make_opsetid("", model.opset_imports[""])
+    model.ir_version = min(10, max(8, onnx.helper.find_min_ir_version_for([opset])))
     model.producer_name, model.producer_version = "pt2onnx", __version__
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
@@ -7641,9 +7607,8 @@ def restore_inputs(graph: ir.Graph, job: Job) -> None:
     for spec in job.specs:
         if spec.name not in found:
             LOG.warn(f"input {spec.name} has no influence on the outputs; it stays in the graph, unused")
-            dtype = str(spec.dtype).removeprefix("torch.").upper()
-            types = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}
-            found[spec.name] = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType[types.get(dtype, dtype)]))
+            dtype = ir.tensor_adapters.from_torch_dtype(spec.dtype)
+            found[spec.name] = ir.Value(name=spec.name, type=ir.TensorType(dtype))
     graph.inputs[:] = [found[spec.name] for spec in job.specs]
     for spec in job.specs:
         found[spec.name].name = spec.name
@@ -9024,7 +8989,10 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.read() if isinstance(tensor, stored_class()) else tensor
 
 
-def weight_places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+WeightPlace = tuple[dict[str, Any], str, "Tensor"]  # the dict that a module keeps a weight in, its key, the weight
+
+
+def weight_places(model: nn.Module) -> Iterator[WeightPlace]:
     """Where the modules of `model` keep the tensors of its state dict: the dict, the key in it and the tensor."""
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):  # keeps them elsewhere
@@ -9034,20 +9002,23 @@ def weight_places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tenso
             yield from ((own, name, tensor) for name, tensor in own.items() if tensor is not None and name not in lost)
 
 
+def put_weights(places: Iterable[WeightPlace], values: Mapping[int, Any]) -> None:
+    """Put values in the places of weights, by these weights' identities; None where there is no value."""
+    for owner, name, tensor in places:
+        owner[name] = values.get(id(tensor))
+
+
 @contextlib.contextmanager
 def stored_weights_as(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While in context, stored weights are the ordinary parameters that `make` makes; shared ones stay shared."""
-    before = [place for place in weight_places(model) if isinstance(place[2], stored_class())]
-    made: dict[int, Any] = {}
-    for own, name, tensor in before:
-        if id(tensor) not in made:
-            made[id(tensor)] = nn.Parameter(make(tensor.detach()), requires_grad=False)
-        own[name] = made[id(tensor)]
+    places = [place for place in weight_places(model) if isinstance(place[2], stored_class())]
+    before = {id(tensor): tensor for *_, tensor in places}
+    made = {key: nn.Parameter(make(tensor.detach()), requires_grad=False) for key, tensor in before.items()}
+    put_weights(places, made)
     try:
         yield
     finally:
-        for own, name, tensor in before:
-            own[name] = tensor
+        put_weights(places, before)
 
 
 def blank_maker(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -9079,32 +9050,28 @@ def weights_as_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     They are named as in the state dict, and blanks where they are stored ones.
     """
     places = list(weight_places(model))
+    weights = {id(tensor): tensor for *_, tensor in places}
     names: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), name)
-    tensors = {names[id(tensor)]: tensor for *_, tensor in places}
-    blank = blank_maker(tensors.values())
-    blanks = {name: blank(tensor) for name, tensor in tensors.items()}
+    blank = blank_maker(weights.values())
+    blanks = {names[key]: blank(tensor) for key, tensor in weights.items()}
     forward = model.forward
 
-    def fill(values: Mapping[str, Any]) -> None:
-        for own, name, tensor in places:
-            own[name] = values.get(names[id(tensor)])
-
     def call(*given: Tensor) -> Any:
-        fill(dict(zip(tensors, given[-len(tensors) :], strict=True)))
+        put_weights(places, dict(zip(weights, given[-len(weights) :], strict=True)))
         try:
-            return forward(*given[: -len(tensors)])
+            return forward(*given[: -len(weights)])
         finally:
-            fill({})
+            put_weights(places, {})
 
-    fill({})
+    put_weights(places, {})
     model.forward = call
     try:
         yield blanks
     finally:
         del model.forward
-        fill(tensors)
+        put_weights(places, weights)
 
 
 def byte_blocks(tensor: Tensor) -> Iterator[memoryview]:
@@ -9290,9 +9257,9 @@ def to_numpy(tensor: Tensor) -> Any:
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy(force=True).copy()
 
 
-def numpy_dtype(spec: InputSpec) -> str:
-    """The dtype of an input as numpy calls it."""
-    return str(spec.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as numpy and --input-shape call it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
