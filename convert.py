@@ -37,7 +37,6 @@ import functools
 import gc
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -2130,9 +2129,8 @@ def check_side_files(folder: Path, options: Options) -> None:
     Those that an earlier conversion left beside its graph may be, unless weights are there.
     """
     targets = {file: options.folder / file.name for file in side_files(folder)}
-    others = [
-        target.name for file, target in targets.items() if os.path.lexists(target) and not same_content(file, target)
-    ]
+    there = {file: target for file, target in targets.items() if os.path.lexists(target)}
+    others = [target.name for file, target in there.items() if not same_content(file, target)]
     if not others:
         return
     names = and_more(others, 3)
@@ -3015,10 +3013,7 @@ def nearest_architectures(variants: Sequence[Mapping[str, Sequence[int]]]) -> st
             if common >= NEAR * union:
                 scored.append((common / union, layout, names, matches))
     scored.sort(key=lambda item: -item[0])
-    texts = [
-        f"{short_name(layout.groups[0][0])} ({layout_difference(layout, names, matches)})"
-        for _, layout, names, matches in scored[:3]
-    ]
+    texts = [f"{short_name(item[1].groups[0][0])} ({layout_difference(*item[1:])})" for item in scored[:3]]
     return f"nearest: {'; '.join(texts)}" if texts else "no model of torchvision or timm has such tensors"
 
 
@@ -3046,9 +3041,9 @@ def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], 
         arguments = {**recognition.arguments, **options.model_args}
         return replace(options, model_class=recognition.candidates[0][0], model_args=arguments)
     some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in list(weights)[:2])
+    what = f"{options.input} holds weights only ({len(weights)} tensors: {some}, ...); {recognition.explanation}"
     raise UsageError(
-        f"{options.input} holds weights only ({len(weights)} tensors: {some}, ...); {recognition.explanation}; pass "
-        "--model-class with their class: a torchvision or timm name, or package.module:Class"
+        f"{what}; pass --model-class with their class: a torchvision or timm name, or package.module:Class"
     )
 
 
@@ -3143,12 +3138,10 @@ def resolve_model_class(name: str) -> Callable[..., nn.Module]:
         try:
             target = functools.reduce(getattr, attribute.split("."), load(module))
         except (ImportError, AttributeError, ValueError) as error:
-            raise UsageError(
-                f"--model-class {name}: {first_line(error)}; install its package, or put its folder on PYTHONPATH"
-            ) from None
+            advice = "install its package, or put its folder on PYTHONPATH"
+            raise UsageError(f"--model-class {name}: {first_line(error)}; {advice}") from None
         if not callable(target):
-            what = type(target).__name__
-            raise UsageError(f"--model-class {name}: that is a {what}, not a class")
+            raise UsageError(f"--model-class {name}: that is a {type(target).__name__}, not a class")
     else:
         target = library_model(name)
     own = belongs(getattr(target, "__module__", ""), ("torchvision",))
@@ -3168,10 +3161,8 @@ def library_model(name: str) -> Callable[..., nn.Module]:
     lists = (own.list_models(), timm.list_models())
     near = itertools.chain.from_iterable(difflib.get_close_matches(name.lower(), n, n=3, cutoff=0.4) for n in lists)
     text = ", ".join(dict.fromkeys(near)) or "none"
-    raise UsageError(
-        f"--model-class {name}: torchvision and timm have no such model (near: {text}); a class of another package is "
-        "written package.module:Class"
-    )
+    advice = "a class of another package is written package.module:Class"
+    raise UsageError(f"--model-class {name}: torchvision and timm have no such model (near: {text}); {advice}")
 
 
 @contextlib.contextmanager
@@ -3180,11 +3171,9 @@ def without_initialisation() -> Iterator[None]:
 
     Only whole functions are replaced: one that draws until the numbers fit would never end on replaced parts.
     """
-    init = nn.init
-    names = [
-        name for name in dir(init) if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_", name)
-    ]
-    with patched(init, **dict.fromkeys(names, lambda tensor, *_, **__: tensor)):
+    pattern = r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_"
+    names = [name for name in dir(nn.init) if re.fullmatch(pattern, name)]
+    with patched(nn.init, **dict.fromkeys(names, lambda tensor, *_, **__: tensor)):
         yield
 
 
@@ -3238,9 +3227,8 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
 def unwrap_names(weights: Mapping[str, T]) -> dict[str, T]:
     """`weights` without counters and without what wrappers put into names; raises ConversionError for FSDP's shards."""
     if any(name.endswith("_flat_param") for name in weights):
-        raise InputError(
-            "the weights are FSDP's flattened shards; save a full state dict (StateDictType.FULL_STATE_DICT) instead"
-        )
+        advice = "save a full state dict (StateDictType.FULL_STATE_DICT) instead"
+        raise InputError(f"the weights are FSDP's flattened shards; {advice}")
     result = {
         WRAPPER_PARTS.sub("", name): tensor
         for name, tensor in weights.items()
@@ -3415,10 +3403,8 @@ def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any],
             model = build(**arguments)
     except Exception as error:  # whatever the user's constructor raises
         raise_out_of_memory(error)
-        raise UsageError(
-            f"--model-class {name}: it cannot be built ({first_line(error)}); "
-            "pass what its constructor needs with --model-args"
-        ) from error
+        advice = "pass what its constructor needs with --model-args"
+        raise UsageError(f"--model-class {name}: it cannot be built ({first_line(error)}); {advice}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model-class {name}: it made a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -9859,6 +9845,8 @@ def import_library(module: str, *, named: bool = False) -> Any:
 
 def missing_from(full_name: str) -> str:
     """What to say of a module or class that the installed version of its package does not have."""
+    import importlib.metadata
+
     package = full_name.partition(".")[0]
     try:
         version = f" {importlib.metadata.version(package)}"
