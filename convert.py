@@ -28,6 +28,7 @@ import collections
 import contextlib
 import copy
 import ctypes
+import difflib
 import enum
 import errno
 import fcntl
@@ -40,16 +41,19 @@ import importlib.util
 import io
 import itertools
 import json
+import lzma
 import math
 import mmap
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -60,6 +64,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from inspect import Parameter, signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
@@ -86,12 +91,15 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
     import torch
+    import transformers
     from torch import Tensor, nn
+    from torch.onnx import symbolic_helper
 
     T = TypeVar("T")
 else:
     ast, np, onnx, ir = Lazy("ast", "ast"), Lazy("numpy", "np"), Lazy("onnx", "onnx"), Lazy("onnx_ir", "ir")
-    torch, nn = Lazy("torch", "torch"), Lazy("torch.nn", "nn")
+    torch, nn, transformers = Lazy("torch", "torch"), Lazy("torch.nn", "nn"), Lazy("transformers", "transformers")
+    symbolic_helper = Lazy("torch.onnx.symbolic_helper", "symbolic_helper")
 
 __version__ = "0.1.0"
 
@@ -610,22 +618,10 @@ class Job(NamedTuple):
     cases: list[Case]
     file: str
     further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
-    step: TokenStep | None = None  # what is exported and then repeated, where `model` reads a text token by token
+    step: Job | None = None  # of a model with states: its work on one token, which is exported and then repeated
     parts: tuple[str, ...] = ()  # files of graphs made before, which become one: nothing is exported
     written: bool = True  # False for such a part, which is not kept
     with_fixed_batch: Callable[[], Job] | None = None  # plans it once more, where nobody asked for a free batch
-
-
-class TokenStep(NamedTuple):
-    """A model's work on one token. The graph of a model with states repeats it: PyTorch's own loop cannot be traced.
-
-    `specs` are the inputs of a single token (batch x 1), the mask up to it, and the cache before it.
-    """
-
-    module: nn.Module
-    specs: list[InputSpec]
-    traced: list[Tensor]
-    outputs: list[str]
 
 
 class RejectedInputError(Exception):
@@ -646,7 +642,7 @@ class Graph(NamedTuple):
     examples: Examples
     sizes: tuple[dict[str, int], ...]
     further_checks: Callable[[Any, Job, Options], list[Difference]] | None = None
-    step: TokenStep | None = None
+    step: Job | None = None
 
 
 class Attempt(NamedTuple):
@@ -1458,11 +1454,6 @@ def describe_graph(produced: Produced, options: Options) -> dict[str, Any]:
     }
 
 
-# torch._export.serde.schema.ScalarType, from 0 on.
-SCALAR_TYPES = ("unknown", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32",
-                "complex64", "complex128", "bool", "bfloat16")  # fmt: skip
-
-
 def inspect(source: Source, options: Options) -> dict[str, Any]:
     """What `source` is, as --json prints it; "problem" says why it would not convert. Raises ConversionError."""
     facts: dict[str, Any] = {"status": "ok", "path": str(source.path), "kind": source.kind.name.lower()}
@@ -1474,8 +1465,8 @@ def inspect(source: Source, options: Options) -> dict[str, Any]:
         Kind.LEGACY_CHECKPOINT: inspect_checkpoint,
         Kind.TORCHSCRIPT: inspect_torchscript,
         Kind.EXPORTED_PROGRAM: inspect_program,
-        Kind.SAFETENSORS: inspect_safetensors,
-        Kind.SHARDED_WEIGHTS: inspect_shards,
+        Kind.SAFETENSORS: inspect_weight_files,
+        Kind.SHARDED_WEIGHTS: inspect_weight_files,
         Kind.HUGGINGFACE: inspect_folder,
     }
     unusual = f"{source.path}: what it holds is not what its classes need"
@@ -1497,8 +1488,6 @@ def count_elements(pairs: Iterable[tuple[str, int]]) -> dict[str, Any]:
 
 def command_for(source: Source, *extra: str) -> str:
     """The command that converts `source`."""
-    import shlex
-
     target = source.path.resolve().with_suffix(".onnx").name
     if source.kind is Kind.HUGGINGFACE:
         target = f"{source.path.resolve().name}-onnx/"
@@ -1538,7 +1527,7 @@ def inspect_weights(source: Source, content: Mapping[Any, Any], options: Options
     if not isinstance(found.content, Mapping):
         return inspect_module(source, found.content) | {"what": f"a checkpoint with a model in its entry {found.key!r}"}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.content.items()}
-    dtypes = ((str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in found.content.values())
+    dtypes = ((dtype_name(tensor.dtype), tensor.numel()) for tensor in found.content.values())
     where = f"weights in the entry {found.key!r} of a checkpoint" if found.key else "weights without a model"
     return {"what": where, **count_elements(dtypes), **inspect_shapes(source, shapes, content, options)}
 
@@ -1577,7 +1566,7 @@ def inspect_weight_file(source: Source) -> WeightFacts:
         raise DamagedFileError(f"{source.path.name} does not hold weights")
     content, names, storages, problem = take_census(source)
     tensors = state_dict_of(content) or {}
-    elements = [(str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in tensors.values()]
+    elements = [(dtype_name(tensor.dtype), tensor.numel()) for tensor in tensors.values()]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return WeightFacts(shapes, elements or storages, {"globals": names, **problem})
 
@@ -1596,26 +1585,16 @@ def join_weight_files(files: Iterable[WeightFacts]) -> WeightFacts:
     return WeightFacts(shapes, elements, facts | ({"globals": names} if names else {}))
 
 
-def inspect_safetensors(source: Source, options: Options) -> dict[str, Any]:
-    """A safetensors file: from its header alone."""
-    return describe_weights(source, inspect_weight_file(source), options)
-
-
-def inspect_shards(source: Source, options: Options) -> dict[str, Any]:
-    """An index of files of weights, each read by the rules of its own kind."""
-    files = []
-    for name, wanted in shard_files(source.path).items():
-        file = inspect_weight_file(detect_file(source.path.parent / name))
+def inspect_weight_files(source: Source, options: Options) -> dict[str, Any]:
+    """A safetensors file, from its header alone, or an index of files of weights, each by the rules of its own kind."""
+    shards = shard_files(source.path) if source.kind is Kind.SHARDED_WEIGHTS else {}
+    files = [inspect_weight_file(detect_file(source.path.parent / name)) for name in shards]
+    for (name, wanted), file in zip(shards.items(), files, strict=True):
         if "problem" not in file.facts:
             check_shard(name, wanted, file.shapes)
-        files.append(file)
-    return describe_weights(source, join_weight_files(files), options)
-
-
-def describe_weights(source: Source, file: WeightFacts, options: Options) -> dict[str, Any]:
-    """Tensors that lie in one file or in several: how many there are, and whose."""
-    facts = {"what": "weights without a model", **file.facts, **count_elements(file.elements)}
-    return facts | inspect_shapes(source, file.shapes, {}, options)
+    all_files = join_weight_files(files or [inspect_weight_file(source)])
+    facts = {"what": "weights without a model", **all_files.facts, **count_elements(all_files.elements)}
+    return facts | inspect_shapes(source, all_files.shapes, {}, options)
 
 
 def inspect_torchscript(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001  (one signature)
@@ -1640,45 +1619,21 @@ def inspect_torchscript(source: Source, options: Options) -> dict[str, Any]:  # 
 
 
 def inspect_program(source: Source, options: Options) -> dict[str, Any]:  # noqa: ARG001
-    """An exported program: from its JSON, after vetting."""
-    with zipfile.ZipFile(rewrite_exported_program(source.path)) as archive:
-        data = archive.read("model/models/model.json")
-    try:
-        inputs, stored = program_tensors(json.loads(data)["graph_module"])
-        counts = count_elements((dtype, math.prod(map(int, dims))) for _, dims, dtype in stored)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"models/model.json is damaged ({first_line(error)}); export it again") from None
+    """An exported program, loaded after vetting."""
+    loaded = load(source, trust=False)
+    named = zip(loaded.content.graph_signature.user_inputs, loaded.examples, loaded.free, strict=True)
+    inputs = [
+        f"{name}:{','.join(free.get(axis, str(size)) for axis, size in enumerate(shape.dims))}:{shape.dtype}"
+        for name, shape, free in named
+    ]
+    tensors = loaded.content.state_dict.values()
     return {
         "what": "an exported program",
-        **counts,
-        "inputs": " ".join(f"{name}:{','.join(dims)}:{dtype}" for name, dims, dtype in inputs),
+        **count_elements((dtype_name(tensor.dtype), tensor.numel()) for tensor in tensors),
+        "inputs": " ".join(inputs),
         "mode": "pytorch",
         "command": command_for(source),
     }
-
-
-TensorFacts = tuple[str, tuple[str, ...], str]  # name, sizes and dtype
-
-
-def program_tensors(graph: Any) -> tuple[list[TensorFacts], list[TensorFacts]]:
-    """The inputs of an exported program, and the tensors that it has stored; raises what damaged JSON leads to."""
-    values, specs = graph["graph"]["tensor_values"], graph["signature"]["input_specs"]
-
-    def size_text(size: Any) -> str:
-        number = size.get("as_int", size.get("as_expr"))
-        if type(number) is int and 0 <= number < 2**48:
-            return str(number)
-        return re.sub(r"Symbol\('(\w+)'.*\)", r"\1", shorten(number["expr_str"], 200))
-
-    def facts(name: Any) -> TensorFacts:
-        dtype = values[name]["dtype"]
-        if type(name) is not str or type(dtype) is not int or dtype not in range(len(SCALAR_TYPES)):
-            raise ValueError(f"a tensor has the dtype {shown(dtype)}")
-        return shorten(name, 60), tuple(map(size_text, values[name]["sizes"])), SCALAR_TYPES[dtype]
-
-    inputs = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec]
-    stored = [next(iter(spec.values()))["arg"]["name"] for spec in specs if spec.keys() & {"parameter", "buffer"}]
-    return [*map(facts, inputs)], [*map(facts, stored)]
 
 
 def inspect_folder(source: Source, options: Options) -> dict[str, Any]:
@@ -1749,10 +1704,9 @@ SIDE_FILES = re.compile(r"(?!.*\.index\.json|adapter_config\.json).*\.(json|txt|
 
 
 def copy_without_code(source: VettedFolder, target: Path, *, trust: bool, only: re.Pattern[str] | None = None) -> Path:
-    """A folder of links to the files of `source`, without those that are code, and with its settings as vetted.
+    """A folder of links to the files of `source`, without code and with vetted settings, for transformers to read.
 
-    transformers reads this folder, so that no setting of the original can reach it. With `trust` it has everything.
-    With `only`, it is the files of such names, which take the places of those that are in `target` already.
+    With `trust` it has everything. With `only`, files of such names replace those that `target` has already.
     """
     target.mkdir(parents=True, exist_ok=True)
     admit(target)
@@ -1771,9 +1725,9 @@ MAX_PARTS = 40  # configurations in each other: the largest known model has 12
 
 
 def fit_settings(file: Path, settings: dict[str, Any], cls: type) -> None:
-    """Take out of a file of settings what config_attribute drops; raises RefusedFileError for what it refuses.
+    """Drop the settings that config_attribute drops, in nested configurations too; other objects (labels) are data.
 
-    The same in its parts that are configurations themselves. Other objects, such as labels by number, are data.
+    Raises RefusedFileError for those that it refuses.
     """
     left: list[str] = []
     parts = itertools.count(1)
@@ -1810,7 +1764,7 @@ def part_class(owner: type, key: str, value: Mapping[str, Any]) -> Any:
 
 
 def read_config(folder: Path, weights: Mapping[str, Tensor], options: Options) -> Any:
-    """The configuration as transformers has it, whose sizes may be those of `weights`; raises InputError.
+    """The configuration as transformers has it; raises InputError.
 
     What the configuration's class does not know, and does not describe a network, is taken out of config.json.
     """
@@ -1823,7 +1777,7 @@ def read_config(folder: Path, weights: Mapping[str, Tensor], options: Options) -
         known = f"transformers {transformers.__version__} knows no model_type {shorten(repr(model_type), 60)}"
         raise DamagedFileError(f"{known}; check config.json, or pass the model as a file (torch.export.save)")
     with naming(options.input), bounded_build(len(weights), sum(tensor.nbytes for tensor in weights.values())):
-        check_sizes(settings, weights)
+        Settings(settings, "config.json").integer("num_labels", 0, MAX_ARGUMENT)  # each gets an entry of id2label
         if not trust:
             fit_settings(folder / "config.json", settings, configurations.CONFIG_MAPPING[model_type])
             if (file := folder / "generation_config.json").exists():
@@ -1859,7 +1813,7 @@ def class_of_model(name: object, config: Any) -> Any:
 
 
 def choose_task(config: Any, options: Options, adapter: Adapter | None, *, embeds_sentences: bool) -> tuple[str, Any]:
-    """The task and the class for it: --task, what an adapter was trained for, or what config.json's class is for.
+    """The task and its class: --task, what the adapter was trained for, or what the class in config.json is for.
 
     Raises UsageError that lists the tasks that fit.
     """
@@ -1897,9 +1851,9 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     adapter: Adapter | None,
     options: Options,
 ) -> FolderModel:
-    """The model with every weight that it needs, and with its `adapter`'s, in the dtype of --dtype.
+    """The model with its weights and its `adapter`'s, in the dtype of --dtype.
 
-    Raises InputError where one lacks or has another shape.
+    Raises InputError where a weight is missing or has another shape.
     """
     own = adapter.own if adapter else {}
     size = sum(tensor.nbytes for tensor in (*weights.values(), *own.values()))
@@ -1907,7 +1861,7 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
     with naming(options.input), explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights) + len(own), size):
         if adapter:
             fit_config(folder, config, cls, adapter)
-        model, told = cls.from_pretrained(
+        model, report = cls.from_pretrained(
             None,
             config=config,
             state_dict=weights,
@@ -1917,21 +1871,21 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
             trust_remote_code=options.trust_remote_code,
             ignore_mismatched_sizes=True,  # they are an error of our own below
         )
-    resized = {name: sizes for name, *sizes in told["mismatched_keys"]}
+    resized = {name: sizes for name, *sizes in report["mismatched_keys"]}
     for name in sorted(resized.keys() - own.keys()):
         stored, wanted = resized[name]
         sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
         raise InputError(f"{options.input}: {sizes}; they do not belong together")
     unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
-    missing = sorted(told["missing_keys"] - own.keys())
+    missing = sorted(report["missing_keys"] - own.keys())
     needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
     if needed:
         what = f"{options.input} lacks weights that {cls.__name__} needs for {task}: {and_more(needed, 3)}"
         advice = "pass the --task that it was trained for, or the complete checkpoint"
         raise InputError(f"{what}; {advice}")
     if adapter:
-        merge_adapter(model, adapter, told["missing_keys"] | resized.keys())
-    if extra := sorted(told["unexpected_keys"]):
+        merge_adapter(model, adapter, report["missing_keys"] | resized.keys())
+    if extra := sorted(report["unexpected_keys"]):
         LOG.info(
             f"{cls.__name__} has no place for {plural(len(extra), 'tensor')} of the checkpoint, such as {extra[0]}"
         )
@@ -1940,22 +1894,19 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
 
 
 def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
-    """The weights of a folder by transformers' names for their files, read inertly; ConversionError where one lacks.
+    """The weights of a folder, read inertly: safetensors first, whole or in shards, then pytorch_model.bin.
 
-    safetensors first, whole or in shards; then pytorch_model.bin.
+    Raises ConversionError where they are incomplete.
     """
-    for name in WEIGHT_FILES:
-        if (folder / name).exists():
-            file = folder / name
-            if name.endswith(".bin"):  # what may be wrong with it names it
-                file = file.resolve()
-            content = state_dict_of(load(detect_file(file), trust=trust).content)
-            if content is None:
-                raise InputError(f"{name} does not hold a state dict; save the model again")
-            return content
-    raise InputError(
-        f"its weights are incomplete: none of {', '.join(WEIGHT_FILES)} is there; copy or download the whole folder"
-    )
+    name = next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    if name is None:
+        names = ", ".join(WEIGHT_FILES)
+        raise InputError(f"its weights are incomplete: none of {names} is there; copy or download the whole folder")
+    file = (folder / name).resolve() if name.endswith(".bin") else folder / name  # messages name a pickle's own place
+    content = state_dict_of(load(detect_file(file), trust=trust).content)
+    if content is None:
+        raise InputError(f"{name} does not hold a state dict; save the model again")
+    return content
 
 
 def pretrained_settings(settings: Settings) -> dict[str, Any]:
@@ -1979,12 +1930,10 @@ def pretrained_settings(settings: Settings) -> dict[str, Any]:
 
 
 def timm_model(folder: Path, weights: dict[str, Tensor], options: Options, run: Run) -> FolderModel:
-    """The model of a folder that timm wrote (timm.models.save_for_hf), in the dtype of --dtype.
-
-    It is a classifier, or without classes its features.
+    """The model of a folder that timm wrote (timm.models.save_for_hf): a classifier, or without classes its features.
 
     transformers 5.23's own class for it refuses what timm 1.0.31 writes (num_classes among the model_args, too). Raises
-    InputError for an architecture that timm does not know, and weights that do not fit it.
+    InputError for an architecture that timm does not know, and for weights that do not fit it.
     """
     timm = import_library("timm")
     with naming(options.input):
@@ -1996,7 +1945,6 @@ def timm_model(folder: Path, weights: dict[str, Tensor], options: Options, run: 
         if not name or names_a_place(name) or not timm.is_model(name):
             known = f"timm {timm.__version__} knows no architecture {shorten(repr(name), 60)}"
             raise DamagedFileError(f"{known}; check config.json")
-        check_sizes(settings.content, weights)
         size = sum(tensor.nbytes for tensor in weights.values())
         what, advice = f"{options.input}: timm cannot build {name} as config.json says", "repair config.json"
         with explained(ExitStatus.INPUT, what, advice), bounded_build(len(weights), size), without_initialisation():
@@ -2004,18 +1952,16 @@ def timm_model(folder: Path, weights: dict[str, Tensor], options: Options, run: 
     if len(preprocessing(model, None).size or ()) != 3 or not isinstance(getattr(model, "num_classes", None), int):
         what = "needs an input_size and no features_only to be an image model"
         raise InputError(f"{options.input}: config.json {what}; repair it")
-    model = (
-        model.eval().requires_grad_(requires_grad=False).to(options.device, getattr(torch, DTYPE_NAMES[options.dtype]))
-    )
+    dtype = getattr(torch, DTYPE_NAMES[options.dtype])
+    model = model.eval().requires_grad_(requires_grad=False).to(options.device, dtype)
     if refusal := load_weights(model, store_all(weights, options, run)):
         misfit = describe_misfit(model, weights) or refusal
         raise InputError(f"{options.input}: its weights do not fit {name} of config.json: {misfit}; copy both again")
     task = "image-classification" if model.num_classes else "feature-extraction"
     if options.task not in (None, task):
         raise UsageError(f"--task {options.task} does not fit this model of timm; it can do: {task}")
-    facts = {"preprocessing": preprocessing(model, None).metadata()}
-    if labels := settings.names("label_names"):
-        facts["id2label"] = json.dumps({str(place): label for place, label in enumerate(labels)})
+    labels = label_metadata(dict(enumerate(settings.names("label_names"))))
+    facts = {"preprocessing": preprocessing(model, None).metadata(), **labels}
     return FolderModel(model, task, of_timm=True, facts=facts)
 
 
@@ -2030,8 +1976,7 @@ def module_folder(module: Settings) -> str:
 def sentence_steps(folder: VettedFolder, *, trust: bool) -> list[SentenceStep]:
     """What a sentence-transformers folder does with the states: functions of states, mask and the vector so far.
 
-    Raises InputError for a module that is not known. Without modules.json the mean, as
-    sentence-transformers itself does.
+    Without modules.json it is the mean, as in sentence-transformers. Raises InputError for an unknown module.
     """
     if "modules.json" not in folder.files:
         LOG.warn("no modules.json says how words become a sentence: it is their mean, as sentence-transformers does")
@@ -2121,25 +2066,16 @@ def load_folder_model(
             steps = sentence_steps(outer, trust=options.trust_pickle)
         found = load_pretrained(folder, config, store_all(weights, options, run), task, cls, adapter, options)
         check_room(found.model, run, copies=2 if is_pair else 1)  # the decoder: twice, then merged
-    return found._replace(steps=steps, facts=label_metadata(found.model.config))
+    return found._replace(steps=steps, facts=label_metadata(getattr(found.model.config, "id2label", None)))
 
 
 def check_options(options: Options) -> None:
     """Raise UsageError for options of the other modes."""
     if options.mode not in ("auto", "huggingface"):
         raise UsageError(f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files")
-    for name in (
-        "model_class",
-        "checkpoint_key",
-        "input_shape",
-        "input_value",
-        "dynamic_axes",
-        "model_args",
-        "allow_class",
-        "verify_data",
-    ):
-        if getattr(options, name):
-            flag = name.replace("_", "-")
+    flags = "model-class checkpoint-key input-shape input-value dynamic-axes model-args allow-class verify-data"
+    for flag in flags.split():
+        if getattr(options, flag.replace("-", "_")):
             raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out")
 
 
@@ -2170,7 +2106,8 @@ def graphs_of(found: FolderModel, folder: Path, options: Options) -> list[Graph]
     if found.of_timm:
         return [timm_graph(found.model, "logits" if found.model.num_classes else "pooler_output")]
     if found.task == "text-generation":
-        return [decoder_graph(found, cached=not options.no_cache, verified=not options.no_verify)]
+        specs = decoder_specs(found.model)
+        return [decoder_graph(found, specs, cached=not options.no_cache, verified=not options.no_verify)]
     if found.task in GENERATION_TASKS and found.model.config.is_encoder_decoder:
         encoder = encoder_graph(found)
         return [encoder, *decoder_graphs(found, encoder)]
@@ -2189,7 +2126,8 @@ def merged_decoder(model: Any, jobs: Sequence[Job], options: Options, run: Run) 
         what = "nothing can be compared, since PyTorch itself cannot generate with this model"
         with explained(ExitStatus.VERIFY, what, "repair config.json, or pass --no-verify for graphs without proof"):
             expected = generate_from_encoder(model, encoder)
-        check = functools.partial(check_encoder_decoder, expected, specs, run.produced)
+        encode = functools.partial(encode_example, run.produced, options)
+        check = functools.partial(check_generation, expected, specs, encode)
     parts = (first.file, following.file)
     return first._replace(
         specs=specs, cases=cases, file="decoder_model_merged.onnx", further_checks=check, parts=parts, written=True
@@ -2204,8 +2142,7 @@ def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
         if spec.name in case.inputs
         for axis, symbol in spec.axes.items()
     }
-    inputs = {spec.name: np.zeros(spec.resized({PAST: 0, **sizes}), numpy_dtype(spec)) for spec in specs}
-    inputs |= {**case.inputs, CACHE_FLAG: np.array([cached])}
+    inputs = zeros_for(specs, {PAST: 0, **sizes}) | case.inputs | {CACHE_FLAG: np.array([cached])}
     handed = {name.replace("past_key_values", "present", 1): array for name, array in case.inputs.items()}
     outputs = case.outputs | {name: array for name, array in handed.items() if ".encoder." in name}
     return Case(f"{case.label} {CACHE_FLAG}:{cached}", inputs, outputs)
@@ -2219,9 +2156,8 @@ def plan_graph(graph: Graph, options: Options) -> Job:
         try:
             cases.append(reference.run(sizes, seed))
         except RejectedInputError as error:
-            raise ConversionError(
-                ExitStatus.EXPORT, f"the model does not run at {sizes}: {error}; try another --task"
-            ) from error.__cause__
+            what = f"the model does not run at {sizes}: {error}; try another --task"
+            raise ConversionError(ExitStatus.EXPORT, what) from error.__cause__
     if not options.no_verify:
         check_deterministic(reference, cases[0], graph.sizes[0], 0)
         check_outputs(cases[0])
@@ -2237,24 +2173,20 @@ def plan_graph(graph: Graph, options: Options) -> Job:
     return Job(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
 
 
-def label_metadata(config: Any) -> dict[str, str]:
-    """The labels of a classifier as metadata."""
-    labels = getattr(config, "id2label", None)
-    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
+def label_metadata(labels: object) -> dict[str, str]:
+    """The labels of a classifier, by number, as metadata; none where there are none, or no texts."""
+    if not isinstance(labels, dict) or not labels or not all(isinstance(label, str) for label in labels.values()):
         return {}
-    return {"id2label": json.dumps({str(key): label for key, label in labels.items()})} if labels else {}
+    return {"id2label": json.dumps({str(key): label for key, label in labels.items()})}
 
 
 def prepare_for_export(model: Any) -> None:
     """Let mixtures of experts and chunked attention run as exporters can follow them, after PyTorch's answers."""
-    from transformers import PreTrainedConfig
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
+    transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS.register("pt2onnx", routed_experts)
     model.set_experts_implementation("pt2onnx")
     for module in model.modules():
         config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
+        if isinstance(config, transformers.PreTrainedConfig):
             config.onnx_export = True  # Longformer and LED look for it
 
 
@@ -2277,14 +2209,13 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def check_side_files(folder: Path, options: Options) -> None:
-    """Before the work begins: would files of another model be replaced? Raises UsageError.
+    """Raise UsageError before the work begins where files of another model would be replaced.
 
-    Those that an earlier conversion left beside its graph, which is replaced too, may be, unless weights are there.
+    Those that an earlier conversion left beside its graph may be, unless weights are there.
     """
     targets = {file: options.folder / file.name for file in side_files(folder)}
-    others = [
-        target.name for file, target in targets.items() if os.path.lexists(target) and not same_content(file, target)
-    ]
+    there = {file: target for file, target in targets.items() if os.path.lexists(target)}
+    others = [target.name for file, target in there.items() if not same_content(file, target)]
     if not others:
         return
     names = and_more(others, 3)
@@ -2381,14 +2312,12 @@ def check_adapter(settings: Settings) -> None:
     settings.name("task_type")
     for flag in ("use_dora", "use_rslora"):
         settings.flag(flag)
-    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+    for key, read, low in (("rank_pattern", Settings.integer, 1), ("alpha_pattern", Settings.number, -MAX_ARGUMENT)):
         patterns = settings.section(key) or Settings({}, key)
         if len(patterns.content) > MAX_PATTERNS:
             raise settings.misfit(key, f"one of {MAX_PATTERNS} patterns at most")
         for pattern in patterns.content:
-            patterns.integer(pattern, 1, MAX_ARGUMENT) if whole else patterns.number(
-                pattern, -MAX_ARGUMENT, MAX_ARGUMENT
-            )
+            read(patterns, pattern, low, MAX_ARGUMENT)
             check_layer_pattern(pattern, patterns.where)
 
 
@@ -2442,13 +2371,12 @@ def adapter_tensors(folder: Path, options: Options) -> dict[str, Tensor]:
 def base_folder(folder: Path, settings: Settings, options: Options) -> Path:
     """The folder of the model that an adapter belongs to: what --base names, else one inside the adapter's own folder.
 
-    A file is never followed to another place, on this machine or on the hub. Raises DamagedFileError, or
-    InputError, that says how to supply it.
+    A recorded path to another place, here or on the hub, is never followed. Raises InputError that says what to pass.
     """
     recorded = settings.name("base_model_name_or_path") or "."
-    base = (
-        base_from_option(options.base, recorded, settings, options) if options.base else base_beside(folder, recorded)
-    )
+    base = base_beside(folder, recorded)
+    if options.base:
+        base = base_from_option(options.base, recorded, settings, options)
     if base is None:
         advice = base_advice(folder, recorded)
         raise DamagedFileError(f"the adapter was trained on {shown(recorded)}, which is not in its folder: {advice}")
@@ -2485,8 +2413,6 @@ def base_from_option(name: str, recorded: str, settings: Settings, options: Opti
 
 def base_advice(folder: Path, recorded: str) -> str:
     """The option that supplies an adapter's base, ready to be copied where the recorded name is harmless."""
-    import shlex
-
     usual = "pass --base FOLDER, or --base OWNER/MODEL to download it"
     if not recorded.isprintable() or len(recorded.encode(errors="replace")) > 200 or recorded.startswith("-"):
         return usual
@@ -2502,24 +2428,24 @@ def fit_config(folder: Path, config: Any, cls: Any, adapter: Adapter) -> None:
     """Let `config`, and config.json in `folder`, have as many labels and tokens as the adapter's own tensors have."""
     with torch.device("meta"):
         expected = cls(copy.deepcopy(config)).state_dict()
-    told: dict[str, Any] = {"architectures": [cls.__name__]}
+    changes: dict[str, Any] = {"architectures": [cls.__name__]}
     for name, tensor in adapter.own.items():
         if name not in expected or not tensor.dim() or tensor.shape == expected[name].shape:
             continue
         if expected[name].shape[0] == config.num_labels:
             config.num_labels = tensor.shape[0]
-            told |= {"id2label": config.id2label, "label2id": config.label2id}
+            changes |= {"id2label": config.id2label, "label2id": config.label2id}
         elif expected[name].shape[0] == getattr(config, "vocab_size", None):
-            told["vocab_size"] = config.vocab_size = tensor.shape[0]
-    content = read_json(folder / "config.json") | told
+            changes["vocab_size"] = config.vocab_size = tensor.shape[0]
+    content = read_json(folder / "config.json") | changes
     rewrite_settings(folder / "config.json", content)
 
 
 def merge_adapter(model: Any, adapter: Adapter, lost: Collection[str]) -> None:
     """Replace the tensors of `model` that the adapter brings whole, and merge LoRA's products into its layers.
 
-    `lost` are those that the base's files do not have in their sizes. Raises InputError for a tensor that
-    has no place, and where another is tied to a lost one.
+    `lost` are tensors that the base's files lack or have in other sizes. Raises InputError for a tensor without a
+    place, and where another is tied to a lost one.
     """
 
     def misfit(what: str) -> ConversionError:
@@ -2814,7 +2740,7 @@ def vet_folder(path: Path, *, trust: bool) -> VettedFolder:
     """
     files: dict[str, bytes] = {}
     findings = FolderFindings([], [])
-    try:
+    with naming(path):
         names = sorted(entry.name for entry in path.iterdir())
         values = 0
         for name in names:
@@ -2823,18 +2749,15 @@ def vet_folder(path: Path, *, trust: bool) -> VettedFolder:
                 files[name] = vetted_json(path / name, findings, trust=trust)
                 values += count_values(files[name])
             check_values(values, "its settings together")
-    except (RefusedFileError, DamagedFileError) as error:
-        raise ConversionError(error.status, f"{path}: {shorten(str(error), 1000)}") from None
     findings.ignored.extend(f"the file {name}" for name in names if name.endswith(CODE_FILES))
     if trust:
         LOG.warn(f"--trust-remote-code: code that comes with {path} may run")
         return VettedFolder(path, files)
     if findings.refused:
-        what = ", ".join(shorten(item, 120) for item in findings.refused[:4])
         advice = "pass --trust-remote-code if you trust its maker"
-        raise ConversionError(ExitStatus.REFUSED, f"{path}: {what}; {advice}")
+        raise ConversionError(ExitStatus.REFUSED, f"{path}: {and_more(findings.refused, 4, 120)}; {advice}")
     if findings.ignored:
-        what = ", ".join(shorten(item, 80) for item in findings.ignored[:6])
+        what = and_more(findings.ignored, 6, 80)
         LOG.warn(f"{path}: ignored, since it would run code: {what} (--trust-remote-code)")
     return VettedFolder(path, files)
 
@@ -2959,56 +2882,14 @@ def check_folder(vetted: VettedFolder) -> None:
 # recognise: whose weights these are, told by the names and shapes of the tensors
 #
 # Takes names and shapes, gives a class and its arguments. ARCHITECTURES lists the tensors of every model of
-# torchvision and timm, with the number of classes (C) and of input channels (I) left open, and which models of one
-# layout compute the same; tests/generators/architectures.py writes it.
+# torchvision and timm, with the number of classes (C) and of input channels (I) left open, which models of one layout
+# compute the same, and what tells the families of transformers apart; tests/generators/architectures.py writes it.
 # ---------------------------------------------------------------------------------------------------------------------
 
 SIZE = re.compile(r"(\d*)([CI])([+-]\d+)?")  # 4C+4: four times the number of classes, and four
 SHORT_NAME = 200  # characters, and this many names, in which patterns are searched: they look at a name again and again
 MAX_SEARCHED = 10_000
 NEAR = 0.5  # a layout of which less than half agrees is not worth naming
-# Names that only transformers writes, and the family that they tell; the first that occurs counts.
-TRANSFORMERS_NAMES = (
-    ("DETR", r"^(model\.)?(query_position_embeddings\.|backbone\.conv_encoder\.)"),
-    ("Whisper", r"^(model\.)?encoder\.conv2\.weight$(?s:.*)decoder\.layers\.0\.encoder_attn"),
-    ("SigLIP", r"^(siglip\.)?vision_model\.head\.probe$"),
-    ("CLIP", r"^(clip\.)?text_model\.encoder\.layers\.0\.self_attn|^(clip\.)?vision_model\.pre_layrnorm\."),
-    ("SAM", r"^vision_encoder\.layers\.0\.attn\.qkv\."),
-    ("BLIP", r"^text_(model|encoder|decoder)\..*\.layer\.0\.(crossattention|attention\.self)\.|^qformer\."),
-    ("wav2vec 2.0", r"^(wav2vec2\.|hubert\.|wavlm\.)?feature_extractor\.conv_layers\.0\.conv\.weight$"),
-    ("T5", r"^(decoder|encoder)\.block\.0\.layer\.0\.SelfAttention\.q\."),
-    ("BART", r"^(model\.)?decoder\.layers\.0\.encoder_attn\.k_proj\."),
-    ("GPT-2", r"^(transformer\.)?h\.0\.attn\.c_attn\."),
-    ("GPT-Neo", r"^(transformer\.)?h\.0\.attn\.attention\.q_proj\."),
-    ("GPT-J", r"^(transformer\.)?h\.0\.attn\.q_proj\."),
-    ("GPT-NeoX", r"^(gpt_neox\.)?layers\.0\.attention\.query_key_value\."),
-    ("BLOOM, Falcon", r"^(transformer\.)?h\.0\.self_attention\.query_key_value\."),
-    ("OPT", r"^(model\.)?decoder\.layers\.0\.self_attn\.q_proj\."),
-    ("Mamba", r"^(backbone\.|model\.)?layers\.0\.mixer\.in_proj\."),
-    ("Llama, Mistral, Qwen, Gemma", r"^(.*\.)?layers\.0\.self_attn\.(q|qkv)_proj\."),
-    ("DistilBERT", r"^(distilbert\.)?transformer\.layer\.0\.attention\.q_lin\."),
-    ("ALBERT", r"^(albert\.)?encoder\.albert_layer_groups\.0\."),
-    ("DeBERTa", r"^(deberta\.)?encoder\.(rel_embeddings\.|layer\.0\.attention\.self\.(query_proj|in_proj)\.)"),
-    ("RoBERTa", r"^(xlm_)?roberta\.encoder\.layer\.0\."),
-    ("ELECTRA", r"^electra\.encoder\.layer\.0\."),
-    ("Swin", r"^(swin\.|swinv2\.)?encoder\.layers\.0\.blocks\.0\.attention\.(self\.query|q_proj)\."),
-    ("SegFormer", r"^(segformer\.)?(encoder\.patch_embeddings\.0|stages\.0\.patch_embeddings)\.proj\."),
-    ("ConvNeXt", r"^(convnext\.|convnextv2\.)?encoder\.stages\.0\.layers\.0\.dwconv\."),
-    ("ResNet", r"^(resnet\.)?embedder\.embedder\.convolution\."),
-    ("BEiT", r"^beit\.(encoder\.layer|layers)\.0\."),
-    ("DINOv2", r"^(dinov2\.)?encoder\.layer\.0\.layer_scale1\."),
-    ("ViT, DeiT", r"^(vit\.|deit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\."),
-    ("MPNet", r"^(mpnet\.)?encoder\.layer\.0\.attention\.attn\.q\."),
-    ("BERT", r"^(\w+\.)?encoder\.layer\.0\.attention\.self\.query\."),
-)
-
-
-class Size(NamedTuple):
-    """One axis of a tensor in ARCHITECTURES: `factor` times what is `unknown` ("C", "I", or "" for none), and more."""
-
-    factor: int
-    unknown: str
-    offset: int
 
 
 class Layout(NamedTuple):
@@ -3033,6 +2914,7 @@ class Architectures(NamedTuple):
     patterns: dict[str, list[int]]  # those with unknowns, by name
     layouts: list[Layout]
     torchvision: frozenset[str]  # the names that need no package
+    families: list[tuple[str, str]]  # of transformers, each with a pattern of names that only it writes
 
 
 class Recognition(NamedTuple):
@@ -3050,8 +2932,6 @@ class Recognition(NamedTuple):
 @functools.cache
 def read_architectures() -> Architectures:
     """The data file beside this script; raises UsageError where it is not there."""
-    import lzma
-
     try:
         content = json.loads(lzma.decompress(ARCHITECTURES.read_bytes()))
     except (OSError, lzma.LZMAError, ValueError) as error:
@@ -3075,30 +2955,23 @@ def read_architectures() -> Architectures:
     ]
     members = itertools.chain.from_iterable(itertools.chain.from_iterable(layout.groups for layout in layouts))
     own = frozenset(re.findall(r"torchvision\.models:(\w+)", "\n".join(members)))
-    return Architectures(names, sizes, numbers, patterns, layouts, own)
+    return Architectures(names, sizes, numbers, patterns, layouts, own, content["families"])
 
 
-def parse_sizes(text: str) -> list[Size]:
-    """`4C+4x256x3x3`."""
-    sizes = []
-    for part in text.split("x"):
-        match = SIZE.fullmatch(part)
-        sizes.append(Size(int(match[1] or 1), match[2], int(match[3] or 0)) if match else Size(0, "", int(part)))
-    return sizes
-
-
-def solve_sizes(sizes: Sequence[Size], shape: Sequence[int]) -> dict[str, int] | None:
-    """What the unknowns are where `sizes` describe `shape`; None where they cannot."""
+def solve_sizes(sizes: str, shape: Sequence[int]) -> dict[str, int] | None:
+    """What the unknowns are where `sizes`, such as 4C+4x256x3x3, describe `shape`; None where they cannot."""
     found: dict[str, int] = {}
-    if len(sizes) != len(shape):
+    parts = sizes.split("x")
+    if len(parts) != len(shape):
         return None
-    for size, number in zip(sizes, shape, strict=True):
-        if not size.unknown:
-            if number != size.offset:
+    for part, number in zip(parts, shape, strict=True):
+        match = SIZE.fullmatch(part)
+        if not match:
+            if number != int(part):
                 return None
             continue
-        value, rest = divmod(number - size.offset, size.factor)
-        if rest or value < 1 or found.setdefault(size.unknown, value) != value:
+        value, rest = divmod(number - int(match[3] or 0), int(match[1] or 1))
+        if rest or value < 1 or found.setdefault(match[2], value) != value:
             return None
     return found
 
@@ -3112,16 +2985,16 @@ def match_tensors(shapes: Mapping[str, Sequence[int]]) -> dict[int, dict[str, in
         if number is not None:
             matches[number] = {}
         for pattern in known.patterns.get(name, ()):
-            found = solve_sizes(parse_sizes(known.sizes[pattern]), shape)
+            found = solve_sizes(known.sizes[pattern], shape)
             if found is not None:
                 matches[pattern] = found
     return matches
 
 
 def layout_fit(layout: Layout, matches: Mapping[int, Mapping[str, int]], count: int) -> dict[str, int] | None:
-    """The unknowns for which `layout` is exactly the `count` tensors that were matched; None where it is not.
+    """The unknowns for which `layout` is exactly the `count` tensors that were matched; None where there are none.
 
-    The number of classes is 0 where the classifier alone is absent, as timm builds it for num_classes=0.
+    C is 0 where the classifier alone is absent, as timm builds it for num_classes=0.
     """
     tensors = layout.tensors
     found: dict[str, int] = {}
@@ -3137,7 +3010,7 @@ def layout_fit(layout: Layout, matches: Mapping[int, Mapping[str, int]], count: 
 
 
 def arguments_for(member: str, unknowns: Mapping[str, int]) -> dict[str, Any] | None:
-    """The keyword arguments with which `member` of a layout is built; None where it cannot be built so.
+    """The keyword arguments that build `member` of a layout; None where it cannot be built so.
 
     torchvision's models have three input channels and a classifier.
     """
@@ -3186,33 +3059,21 @@ def describe_group(members: Sequence[str], unlike: Collection[str]) -> str:
     return first + (f" (the same as {', '.join(others)})" if others else "")
 
 
-def strip_prefixes(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
-    """`shapes` without counters and wrappers' names, then without each prefix that all names share (`model.`)."""
-    names = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
-    while names:
-        yield names
-        prefix = next(iter(names)).partition(".")[0] + "."
-        if not all(name.startswith(prefix) for name in names):
-            return
-        names = {name.removeprefix(prefix): shape for name, shape in names.items()}
-
-
 def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
-    """Whose weights have tensors of these names and `shapes`: models of torchvision and timm, or a transformers family.
+    """The models of torchvision and timm, or the family of transformers, that have tensors of these names and `shapes`.
 
     Raises ConversionError where the data file is missing or the weights are FSDP's flattened shards.
     """
-    variants = list(itertools.islice(strip_prefixes(shapes), 8))  # prefixes may be as deep as a file likes
+    tensors = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
+    variants = [{k.removeprefix(prefix): v for k, v in tensors.items()} for prefix in shared_prefixes(tensors)]
     for names in variants:
         found = find_architecture(names)
         if found:
             return found
     for names in variants:
         text = "\n".join(itertools.islice((name for name in names if len(name) <= SHORT_NAME), MAX_SEARCHED))
-        family = next(
-            (family for family, pattern in TRANSFORMERS_NAMES if re.search(pattern, text, re.MULTILINE)), None
-        )
-        if family:
+        families = read_architectures().families
+        if family := next((name for name, pattern in families if re.search(pattern, text, re.MULTILINE)), ""):
             advice = "their config is needed too: pass the folder that has config.json beside the weights"
             return Recognition((), {}, f"by their names they are of transformers ({family} or a relative); {advice}")
     return Recognition((), {}, nearest_architectures(variants))
@@ -3239,10 +3100,7 @@ def nearest_architectures(variants: Sequence[Mapping[str, Sequence[int]]]) -> st
             if common >= NEAR * union:
                 scored.append((common / union, layout, names, matches))
     scored.sort(key=lambda item: -item[0])
-    texts = [
-        f"{short_name(layout.groups[0][0])} ({layout_difference(layout, names, matches)})"
-        for _, layout, names, matches in scored[:3]
-    ]
+    texts = [f"{short_name(item[1].groups[0][0])} ({layout_difference(*item[1:])})" for item in scored[:3]]
     return f"nearest: {'; '.join(texts)}" if texts else "no model of torchvision or timm has such tensors"
 
 
@@ -3263,10 +3121,7 @@ def layout_difference(layout: Layout, names: Mapping[str, Sequence[int]], matche
 
 
 def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], options: Options) -> Options:
-    """The same options with the class that the `weights` in the checkpoint `content` tell.
-
-    Raises UsageError unless there is exactly one.
-    """
+    """The options with the class that the `weights` identify; UsageError unless there is exactly one."""
     recognition = choose_recorded(recognise({name: tuple(tensor.shape) for name, tensor in weights.items()}), content)
     if len(recognition.candidates) == 1:
         LOG.info(f"recognised: {recognition.explanation}")
@@ -3295,7 +3150,7 @@ COUNTERS = ("total_ops", "total_params", "n_averaged")
 # What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
 WRAPPED_NAME = re.compile(r"(module\.)*")
 MAX_GUESSES = 60  # arguments that the shapes suggest: each is a model that is built
-MAX_PREFIXES = 16  # that may be taken off all names, one after the other
+MAX_PREFIXES = 8  # that may be taken off all names, one after the other
 WRAPPER_PARTS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -3309,8 +3164,8 @@ class Weights(NamedTuple):
 def find_weights(content: Any, key: str | None) -> Weights:
     """The module or state dict inside a checkpoint: the one at `key` (--checkpoint-key), or the likeliest.
 
-    `key` is an entry, entries joined by dots, or what the names of the wanted tensors begin with. Raises
-    ConversionError that lists what there is, where nothing or more than one thing without a usual name is found.
+    `key` is an entry, entries joined by dots, or a prefix of the wanted tensors' names. Raises ConversionError that
+    lists what there is, where nothing is found, or several things without a usual name.
     """
     seen: set[int] = set()  # a file can name one mapping any number of times
 
@@ -3369,12 +3224,10 @@ def resolve_model_class(name: str) -> Callable[..., nn.Module]:
         try:
             target = functools.reduce(getattr, attribute.split("."), load(module))
         except (ImportError, AttributeError, ValueError) as error:
-            raise UsageError(
-                f"--model-class {name}: {first_line(error)}; install its package, or put its folder on PYTHONPATH"
-            ) from None
+            advice = "install its package, or put its folder on PYTHONPATH"
+            raise UsageError(f"--model-class {name}: {first_line(error)}; {advice}") from None
         if not callable(target):
-            what = type(target).__name__
-            raise UsageError(f"--model-class {name}: that is a {what}, not a class")
+            raise UsageError(f"--model-class {name}: that is a {type(target).__name__}, not a class")
     else:
         target = library_model(name)
     own = belongs(getattr(target, "__module__", ""), ("torchvision",))
@@ -3385,8 +3238,6 @@ def resolve_model_class(name: str) -> Callable[..., nn.Module]:
 
 def library_model(name: str) -> Callable[..., nn.Module]:
     """The builder of that name, torchvision's first, or timm's; raises UsageError with near misses."""
-    import difflib
-
     own = import_library("torchvision.models")
     with contextlib.suppress(ValueError):
         return cast("Callable[..., nn.Module]", own.get_model_builder(name))
@@ -3396,112 +3247,58 @@ def library_model(name: str) -> Callable[..., nn.Module]:
     lists = (own.list_models(), timm.list_models())
     near = itertools.chain.from_iterable(difflib.get_close_matches(name.lower(), n, n=3, cutoff=0.4) for n in lists)
     text = ", ".join(dict.fromkeys(near)) or "none"
-    raise UsageError(
-        f"--model-class {name}: torchvision and timm have no such model (near: {text}); a class of another package is "
-        "written package.module:Class"
-    )
+    advice = "a class of another package is written package.module:Class"
+    raise UsageError(f"--model-class {name}: torchvision and timm have no such model (near: {text}); {advice}")
 
 
 @contextlib.contextmanager
 def without_initialisation() -> Iterator[None]:
-    """Let torch.nn.init's random functions do nothing: filling a large model takes seconds, and the file has all of it.
+    """Disable torch.nn.init's random functions: they take seconds for a large model, and the file has every value.
 
-    Only they are replaced, as a whole: a function that draws until the numbers fit would never end on its parts.
+    Only whole functions are replaced: one that draws until the numbers fit would never end on replaced parts.
     """
-    from torch.nn import init
-
-    names = [
-        name for name in dir(init) if re.fullmatch(r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_", name)
-    ]
-    originals = {name: getattr(init, name) for name in names}
-    for name in names:
-        setattr(init, name, lambda tensor, *_, **__: tensor)
-    try:
+    pattern = r"(kaiming_|xavier_|trunc_)?(normal_|uniform_)|orthogonal_"
+    names = [name for name in dir(nn.init) if re.fullmatch(pattern, name)]
+    with patched(nn.init, **dict.fromkeys(names, lambda tensor, *_, **__: tensor)):
         yield
-    finally:
-        for name, function in originals.items():
-            setattr(init, name, function)
-
-
-MAX_SHARED = 1 << 20  # a size up to which nothing takes long, whatever the weights are
 
 
 @contextlib.contextmanager
 def bounded_build(tensors: int, size: int) -> Iterator[None]:
-    """Let what is built inside be no larger than the file's weights allow: `tensors` of them, of `size` bytes together.
+    """Limit what is built inside by the file's weights: `tensors` of them, of `size` bytes together.
 
     Arguments and settings from a file may ask for any number of layers. Parameters and modules are counted as they are
-    registered, and the memory is limited, so the end does not depend on what the settings are called. Raises
-    DamagedFileError.
+    registered, and memory is limited, whatever the settings are called. Raises DamagedFileError.
     """
-    from torch.nn.modules import module as registry
 
     def counting(what: str, limit: int) -> Callable[..., None]:
         places = itertools.count(1)
 
         def count(*_: object) -> None:
             if next(places) > limit:
-                raise DamagedFileError(
-                    f"the model that it describes has more than {limit} {what}, the weights {tensors}"
-                )
+                what_else = f"and its weights are {tensors} tensors; check its settings"
+                raise DamagedFileError(f"the model that it describes has more than {limit} {what}, {what_else}")
 
         return count
 
-    hooks = [
-        registry.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
-        registry.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
-    ]
-    try:
-        with memory_bound(RUN_BYTES + 4 * size, "building the model that it describes", "check its sizes"):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-# The last words of settings that count parts which have weights of their own, and words of those that are sizes of one.
-COUNT_WORDS = word_set("layer layers block blocks depth depths stage stages")
-SIZE_WORDS = word_set(
-    """labels classes experts vocab hidden intermediate embed embd embedding dim dims channels heads model ffn ff inner
-    num n size sizes"""
-)
-UNBOUNDED_WORDS = word_set(
-    "max position positions length len chunk window cache params parameters samples steps theta tokens"
-)
-
-
-def check_sizes(settings: object, weights: Mapping[str, Tensor]) -> None:
-    """Raise DamagedFileError where config.json, at any depth, asks for what `weights` cannot have.
-
-    There are at most as many layers as tensors, and no dimension is larger than all tensors together. Layers may share
-    tensors, though, and a part that is not stored may be described: so there is room for both.
-    """
-    elements = max(sum(tensor.numel() for tensor in weights.values()), MAX_SHARED)
-    waiting: list[tuple[str, object]] = [("", settings)]
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting.extend(value.items())
-        elif isinstance(value, list):
-            waiting.extend((key, entry) for entry in value)
-        elif type(value) is int:
-            words = key.lower().split("_")
-            if words[-1] in COUNT_WORDS and value > 4 * len(weights) + 1000:
-                raise DamagedFileError(
-                    f"config.json asks for {key} {value}, but the weights have {plural(len(weights), 'tensor')}"
-                )
-            if SIZE_WORDS.intersection(words) and not UNBOUNDED_WORDS.intersection(words) and value > elements:
-                raise DamagedFileError(f"config.json asks for {key} {value}, but the weights have {elements} numbers")
+    hooks = nn.modules.module
+    with (
+        hooks.register_module_parameter_registration_hook(counting("parameters", 8 * tensors + 1000)),
+        hooks.register_module_module_registration_hook(counting("modules", 40 * tensors + 10_000)),
+        memory_bound(RUN_BYTES + 4 * size, "building the model that it describes", "check its sizes"),
+    ):
+        yield
 
 
 def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`weights` under the names of `model`: without wrappers' prefixes and counters, and of a larger model its part.
+    """`weights` under the names of `model`: without wrappers' prefixes and counters, and only the part that it has.
 
     The batch counters that PyTorch before 0.4.1 lacked are added. Raises UsageError where two parts fit.
     """
     expected = model.state_dict()
     weights = unwrap_names(weights)
-    prefix = common_prefix(weights, expected) or part_prefix(weights, expected)
+    shared = (prefix for prefix in shared_prefixes(weights) if any(k.removeprefix(prefix) in expected for k in weights))
+    prefix = next(shared, "") or part_prefix(weights, expected)
     if prefix:
         left = [name for name in weights if not name.startswith(prefix)]
         others = f"; {plural(len(left), 'tensor')} of other parts left out ({', '.join(left[:3])})" if left else ""
@@ -3516,9 +3313,8 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
 def unwrap_names(weights: Mapping[str, T]) -> dict[str, T]:
     """`weights` without counters and without what wrappers put into names; raises ConversionError for FSDP's shards."""
     if any(name.endswith("_flat_param") for name in weights):
-        raise InputError(
-            "the weights are FSDP's flattened shards; save a full state dict (StateDictType.FULL_STATE_DICT) instead"
-        )
+        advice = "save a full state dict (StateDictType.FULL_STATE_DICT) instead"
+        raise InputError(f"the weights are FSDP's flattened shards; {advice}")
     result = {
         WRAPPER_PARTS.sub("", name): tensor
         for name, tensor in weights.items()
@@ -3529,20 +3325,16 @@ def unwrap_names(weights: Mapping[str, T]) -> dict[str, T]:
     return {name[wraps:]: tensor for name, tensor in result.items()}
 
 
-def common_prefix(weights: Collection[str], expected: Collection[str]) -> str:
-    """What every name begins with and none of the class does: Lightning's `model.`; "" where there is none."""
-    shared = os.path.commonprefix(list(weights))  # noqa: RUF071  (of characters, up to a dot below)
-    ends = (match.end() for match in re.finditer(r"\.", shared))
-    for end in (0, *itertools.islice(ends, MAX_PREFIXES)):
-        if any(name[end:] in expected for name in weights):
-            return shared[:end]
-    return ""
+def shared_prefixes(names: Collection[str]) -> list[str]:
+    """What all names begin with, up to each of the first dots, the empty text first: Lightning's `model.`."""
+    shared = os.path.commonprefix(list(names))  # noqa: RUF071  (of characters)
+    return ["", *(shared[: match.end()] for match in itertools.islice(re.finditer(r"\.", shared), MAX_PREFIXES))]
 
 
 def part_prefix(weights: Collection[str], expected: Iterable[str]) -> str:
-    """The prefix of the part that has exactly the class's names, of a checkpoint that holds more than that part.
+    """The prefix of the one part of a larger checkpoint that has exactly the class's names; "" where there is none.
 
-    Raises UsageError where several parts do.
+    Raises UsageError where there are several.
     """
 
     def lasting(names: Iterable[str]) -> set[str]:
@@ -3620,17 +3412,14 @@ def is_architecture_argument(name: object, value: object, depth: int = 0) -> boo
         return depth < 3 and len(value) <= 1000 and all(is_architecture_argument("", v, depth + 1) for v in value)
     if isinstance(value, (int, float)) and type(value) in (int, float):
         return -MAX_ARGUMENT <= value <= MAX_ARGUMENT  # NaN is not
-    return (
-        value is None
-        or type(value) is bool
-        or (type(value) is str and bool(re.fullmatch(r"\w{0,40}", value, re.ASCII)))
-    )
+    is_word = type(value) is str and re.fullmatch(r"\w{0,40}", value, re.ASCII) is not None
+    return is_word or value is None or type(value) is bool
 
 
 def architecture_arguments(given: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """The entries of `given`, arguments from a file, that may reach a builder; says in an [INFO] line which do not.
+    """The arguments from a file that may reach a builder; an [INFO] line names the others.
 
-    A builder's other arguments name places, URLs, weights, devices or functions: it would open or run them.
+    Those name places, URLs, weights, devices or functions, which the builder would open or run.
     """
     kept = {name: value for name, value in given.items() if is_architecture_argument(name, value)}
     if left := [name for name in given if name not in kept]:
@@ -3641,7 +3430,7 @@ def architecture_arguments(given: Mapping[Any, Any], where: str) -> dict[str, An
 def model_from_weights(
     name: str, given: Mapping[str, Any], tensors: Mapping[str, Tensor], hints: Mapping[str, Any]
 ) -> nn.Module:
-    """The class `name` with `tensors` loaded, every one of them; arguments not `given` are told by `hints` or shapes.
+    """The class `name` with all of `tensors` loaded; arguments not `given` come from `hints` or inferred from shapes.
 
     `hints` are the hyper_parameters that Lightning stores: those that the constructor names are tried first. Raises
     UsageError that lists what is missing, unexpected or of another shape.
@@ -3677,8 +3466,8 @@ def model_from_weights(
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """Load `weights` strictly, in the dtypes of the model; returns why they do not fit, or "".
 
-    load_state_dict itself judges, since modules may rename what older versions wrote (weight_norm's weight_g). It wants
-    the versions of the modules (`_metadata`), which not every file has: those of the installed classes.
+    load_state_dict decides, since modules may rename what older versions wrote (weight_norm's weight_g). It wants their
+    versions (`_metadata`), which not every file has: those of the installed classes are used.
     """
     own = model.state_dict()
     state = collections.OrderedDict(
@@ -3700,10 +3489,8 @@ def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any],
             model = build(**arguments)
     except Exception as error:  # whatever the user's constructor raises
         raise_out_of_memory(error)
-        raise UsageError(
-            f"--model-class {name}: it cannot be built ({first_line(error)}); "
-            "pass what its constructor needs with --model-args"
-        ) from error
+        advice = "pass what its constructor needs with --model-args"
+        raise UsageError(f"--model-class {name}: it cannot be built ({first_line(error)}); {advice}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model-class {name}: it made a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -3712,15 +3499,11 @@ def attempt_build(build: Callable[..., nn.Module], arguments: Mapping[str, Any],
 def describe_misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """The first few missing, unexpected and mis-shaped names, and how many more."""
     expected = model.state_dict()
-    reshaped = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
-    kinds = (
-        ("missing", [key for key in expected if key not in weights]),
-        ("unexpected", [key for key in weights if key not in expected]),
-        (
-            "of another shape",
-            [f"{key} is {shape_text(weights[key].shape)}, not {shape_text(expected[key].shape)}" for key in reshaped],
-        ),
-    )
+    both = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
+    reshaped = [f"{key} is {shape_text(weights[key].shape)}, not {shape_text(expected[key].shape)}" for key in both]
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
     return "; ".join(f"{len(names)} {what} ({and_more(names, 3, 200)})" for what, names in kinds if names)
 
 
@@ -3762,85 +3545,55 @@ def load(source: Source, *, trust: bool) -> Loaded:
     return loaded
 
 
-# Bits of a number, and torch's name for it where it has one (safetensors 0.7's Dtype).
-SAFETENSORS_DTYPES = {
-    "BOOL": (8, "bool"),
-    "U8": (8, "uint8"),
-    "I8": (8, "int8"),
-    "F8_E5M2": (8, "float8_e5m2"),
-    "F8_E4M3": (8, "float8_e4m3fn"),
-    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
-    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
-    "F8_E8M0": (8, "float8_e8m0fnu"),
-    "F4": (4, None),
-    "F6_E2M3": (6, None),
-    "F6_E3M2": (6, None),
-    "I16": (16, "int16"),
-    "U16": (16, "uint16"),
-    "F16": (16, "float16"),
-    "BF16": (16, "bfloat16"),
-    "I32": (32, "int32"),
-    "U32": (32, "uint32"),
-    "F32": (32, "float32"),
-    "C64": (64, "complex64"),
-    "F64": (64, "float64"),
-    "I64": (64, "int64"),
-    "U64": (64, "uint64"),
-}
+# torch's names for the dtypes of safetensors 0.8; it has none for F4, F6_E2M3 and F6_E3M2.
+SAFETENSORS_DTYPES = dict(
+    pair.split(":")
+    for pair in word_set(
+        """BOOL:bool U8:uint8 I8:int8 I16:int16 U16:uint16 I32:int32 U32:uint32 I64:int64 U64:uint64 F16:float16
+        BF16:bfloat16 F32:float32 F64:float64 C64:complex64 F8_E5M2:float8_e5m2 F8_E4M3:float8_e4m3fn
+        F8_E5M2FNUZ:float8_e5m2fnuz F8_E4M3FNUZ:float8_e4m3fnuz F8_E8M0:float8_e8m0fnu"""
+    )
+)
+MAX_TENSOR_AXES = 64  # more than any operator of torch takes
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """The entries of a safetensors file by tensor name, checked against the file: the data lie end to end in it.
+    """The entries of a safetensors file by tensor name, which the library checks against each other and the file.
 
     Raises DamagedFileError. Format: 8 bytes with the length of a JSON object, that object, the data.
     """
+    from safetensors import SafetensorError, safe_open
+
     with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise DamagedFileError(f"its safetensors header would have {length} bytes; copy or download it again")
         text = file.read(length)
+    needed = 8 + length
     try:
-        needed = 8 + length
         if size >= needed:
             header: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=unique_keys)
             header.pop("__metadata__", None)
-            needed += check_extents(header, size - needed)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            needed += max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size >= needed:
+            safe_open(path, "np")
+            axes = max((len(entry["shape"]) for entry in header.values()), default=0)
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         advice = "copy or download it again"
         raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)}); {advice}") from None
     if size < needed:
-        raise DamagedFileError(
-            f"it is cut off: a safetensors file of {needed} bytes, {size} of which are there; copy or download it again"
-        )
+        what = f"a safetensors file of {needed} bytes, {size} of which are there"
+        raise DamagedFileError(f"it is cut off: {what}; copy or download it again")
+    if axes > MAX_TENSOR_AXES:
+        raise DamagedFileError(f"it has a tensor of {axes} axes, more than PyTorch takes; save it again")
     return header
-
-
-def check_extents(header: Mapping[str, Any], size: int) -> int:
-    """Compare shapes, dtypes and offsets of a safetensors header with each other and with the `size` of the data.
-
-    Returns the size that they tell, which is larger where the file is cut off; raises ValueError for what is damaged.
-    """
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = entry["data_offsets"]
-        numbers = [begin, stop, *entry["shape"]]
-        if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(numbers) > 66:
-            raise ValueError(f"the tensor {shorten(name, 60)!r} has a damaged shape or offset")
-        bits = math.prod(entry["shape"]) * SAFETENSORS_DTYPES[entry["dtype"]][0]
-        if begin != end or (stop - begin) * 8 != bits:
-            raise ValueError(f"the data of {shorten(name, 60)!r} overlap others, leave a gap or have another size")
-        end = stop
-    if end < size:
-        raise ValueError(f"{end} bytes of data are declared and {size} are there")
-    return end
 
 
 def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001  (there is nothing to trust)
     """The tensors of a safetensors file, which lie in the mapped file until somebody reads them."""
     header = safetensors_header(source.path)
-    names = {name: SAFETENSORS_DTYPES[name][1] for name in sorted({entry["dtype"] for entry in header.values()})}
-    unknown = [name for name, known in names.items() if known is None]
+    unknown = sorted({entry["dtype"] for entry in header.values()} - SAFETENSORS_DTYPES.keys())
     if unknown:
         raise DamagedFileError(f"it holds {', '.join(unknown)} numbers, which PyTorch lacks; save it in another dtype")
     mapped = map_file(source.path)
@@ -3849,7 +3602,7 @@ def load_safetensors(source: Source, *, trust: bool) -> Loaded:  # noqa: ARG001 
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        dtype = getattr(torch, str(names[entry["dtype"]]))
+        dtype = getattr(torch, SAFETENSORS_DTYPES[entry["dtype"]])
         part = data[begin:end]
         aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
         tensors[name] = aligned.view(dtype).view(entry["shape"])
@@ -5932,11 +5685,10 @@ DECODER_SIZES = tuple(
     {BATCH: batch, PAST: past, SEQUENCE: new} for batch, past, new in ((2, 6, 5), (1, 0, 9), (3, 11, 1), (2, 0, 14))
 )
 # The decoder behind an encoder: without a past, and with one.
-ENCODED = ((2, 12), (1, 7), (3, 18))
 FIRST_SIZES, NEXT_SIZES = (
     tuple(
         {BATCH: batch, ENCODER_SEQUENCE: encoded, PAST: past, SEQUENCE: new}
-        for (batch, encoded), (past, new) in zip(ENCODED, lengths, strict=True)
+        for batch, encoded, (past, new) in zip((2, 1, 3), (12, 7, 18), lengths, strict=True)
     )
     for lengths in (((0, 5), (0, 1), (0, 8)), ((6, 3), (1, 1), (11, 1)))
 )
@@ -5991,6 +5743,8 @@ def example_tensors(
             limit = min(1000, getattr(config, "max_2d_position_embeddings", 1000) - 1)
             corners = torch.randint(0, limit // 2, (*shape[:-1], 2), generator=generator)
             made[spec.name] = torch.cat([corners, corners + limit // 3], -1)  # left, top, right, bottom
+        elif spec.name.startswith("past_") and not sizes[PAST]:  # states before the first token
+            made[spec.name] = torch.zeros(shape, dtype=spec.dtype)
         else:
             made[spec.name] = torch.randn(shape, generator=generator).to(spec.dtype)
     return [made[spec.name] for spec in specs]
@@ -6049,15 +5803,9 @@ def text_sizes(config: Any) -> tuple[dict[str, int], ...]:
 
 
 def config_number(config: Any, names: str, otherwise: int, high: int) -> int:
-    """The first of the attributes `names` of a configuration that is set, a whole number from 1 to `high`.
-
-    Raises InputError for one of another kind.
-    """
-    name = next((name for name in names.split() if getattr(config, name, None)), None)
-    value = getattr(config, name) if name else otherwise
-    if type(value) is not int or not 1 <= value <= high:
-        raise DamagedFileError(f"config.json: {name} is {shown(value)}, not a whole number from 1 to {high}; repair it")
-    return value
+    """The first of the attributes `names` of a configuration that is set; DamagedFileError unless it is 1 to `high`."""
+    settings = Settings({name: getattr(config, name, None) or None for name in names.split()}, "config.json")
+    return next(filter(None, (settings.integer(name, 1, high) for name in settings.content)), otherwise)
 
 
 def processor_size(settings: Settings) -> tuple[int, int, bool] | None:
@@ -6079,19 +5827,18 @@ def processor_size(settings: Settings) -> tuple[int, int, bool] | None:
 def image_settings(config: Any, folder: Path) -> tuple[int, int, int, bool]:
     """Channels, height and width of the images, and whether the processor keeps their proportions.
 
-    Told by preprocessor_config.json, else by the model's own image_size; 3, 224 and 224 where nothing tells.
+    From preprocessor_config.json, else from the model's image_size; 3, 224 and 224 by default.
     """
     vision = getattr(config, "vision_config", config)
     channels = config_number(vision, "num_channels in_channels", IMAGE_CHANNELS, MAX_IMAGE_EDGE)
     file = folder / "preprocessor_config.json"
     if file.exists() and (size := processor_size(Settings(read_json(file), file.name))):
         return channels, *size
-    own = getattr(vision, "image_size", None)
-    if not isinstance(own, (int, list, tuple)):
+    settings = Settings({"image_size": getattr(vision, "image_size", None)}, "config.json")
+    if not isinstance(settings.content["image_size"], (int, list, tuple)):
         return channels, 224, 224, False
-    if not (edges := image_edges(own)):
-        what = f"whole numbers from 1 to {MAX_IMAGE_EDGE}"
-        raise DamagedFileError(f"config.json: image_size is {shown(own)}, not {what}; repair it")
+    if not (edges := image_edges(settings.content["image_size"])):
+        raise settings.misfit("image_size", f"whole numbers from 1 to {MAX_IMAGE_EDGE}")
     return channels, edges[0], edges[-1], False
 
 
@@ -6116,9 +5863,8 @@ def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
     batches: tuple[dict[str, int], ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
     bins = config_number(config, "num_mel_bins input_feat_per_channel", 80, MAX_IMAGE_EDGE)
     if name == "input_values" and getattr(config, "num_mel_bins", None) and getattr(config, "max_length", None):  # AST
-        return InputSpec(
-            name, (2, config_number(config, "max_length", 1, MAX_FRAMES), bins), dtype, {0: BATCH}
-        ), batches
+        frames = config_number(config, "max_length", 1, MAX_FRAMES)
+        return InputSpec(name, (2, frames, bins), dtype, {0: BATCH}), batches
     if name == "input_values":
         lengths = (AUDIO_SAMPLES, AUDIO_SAMPLES // 2 + 80, AUDIO_SAMPLES + 4321)
         sizes = tuple({**batch, "audio_length": length} for batch, length in zip(batches, lengths, strict=True))
@@ -6130,18 +5876,9 @@ def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
     return InputSpec(name, (2, 96, bins), dtype, {0: BATCH, 1: "frames"}), sizes
 
 
-def named_call(model: nn.Module, names: Sequence[str], choose: Callable[[Any], dict[str, Tensor]]) -> nn.Module:
-    """A module that takes tensors by position, calls `model` with them by name and returns what `choose` picks."""
-
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            return choose(self.inner(**dict(zip(names, inputs, strict=True)), return_dict=True))
-
-    return Named()
+def named_call(model: nn.Module, specs: Sequence[InputSpec], choose: Callable[[Any], dict[str, Tensor]]) -> nn.Module:
+    """A module that calls `model` with its inputs by name and returns what `choose` picks."""
+    return as_module(model, specs, lambda inner, given: choose(inner(**given, return_dict=True)))
 
 
 def task_outputs(task: str, missing: Collection[str]) -> Callable[[Any], dict[str, Tensor]]:
@@ -6182,23 +5919,12 @@ ACTIVATIONS = word_set(
 SentenceStep = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 
 
-def sentence_call(model: Any, names: Sequence[str], steps: Sequence[Callable[..., Tensor]]) -> nn.Module:
-    """A module that returns the model's states and the sentence's vector, which `steps` make of them."""
-
-    class Sentence(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given = dict(zip(names, inputs, strict=True))
-            states = self.inner(**given, return_dict=True).last_hidden_state
-            vector = states
-            for step in steps:
-                vector = step(states, given["attention_mask"], vector)
-            return {"last_hidden_state": states, "sentence_embedding": vector}
-
-    return Sentence()
+def sentence_call(steps: Sequence[SentenceStep], model: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's states, and the sentence's vector, which `steps` make of them."""
+    vector = states = model(**given, return_dict=True).last_hidden_state
+    for step in steps:
+        vector = step(states, given["attention_mask"], vector)
+    return {"last_hidden_state": states, "sentence_embedding": vector}
 
 
 def single_graph(found: FolderModel, folder: Path) -> Graph:
@@ -6228,39 +5954,28 @@ def single_graph(found: FolderModel, folder: Path) -> Graph:
             for turn, size in enumerate(text_sizes(config))
         )
         if task == "feature-extraction" and not found.steps and has_states(config):
-            return stateful_graph(found, specs, cached=False, verified=False)
-    names = [spec.name for spec in specs]
-    module = named_call(model, names, task_outputs(task, found.missing))
-    if found.steps and "attention_mask" in names:
-        module = sentence_call(model, names, found.steps)
+            return decoder_graph(found, specs, cached=False, verified=False)
+    module = named_call(model, specs, task_outputs(task, found.missing))
+    if found.steps and any(spec.name == "attention_mask" for spec in specs):
+        module = as_module(model, specs, functools.partial(sentence_call, found.steps))
     return Graph("model", module, specs, functools.partial(example_tensors, specs, config), sizes)
 
 
 def timm_graph(model: Any, output: str) -> Graph:
     """The graph of a model of timm: images of the size that it was made for, and its one `output`."""
-
-    class Images(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-            return {output: self.inner(pixel_values)}
-
     size = preprocessing(model, None).size or ()  # three: timm_model saw to it
     spec = InputSpec("pixel_values", (2, *size), float_dtype(model), {0: BATCH})
     sizes = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
-    return Graph("model", Images(), [spec], functools.partial(example_tensors, [spec], None), sizes)
+    module = as_module(model, [spec], lambda inner, given: {output: inner(*given.values())})
+    return Graph("model", module, [spec], functools.partial(example_tensors, [spec], None), sizes)
 
 
 def cache_layer(key: Tensor, value: Tensor) -> Any:
-    """One layer of a cache that holds `key` and `value` and grows, whatever window the model looks through.
+    """One layer of a cache that holds `key` and `value` and grows, whatever the model's window is.
 
-    The sliding layers of transformers forget what is out of the window; the masks hide it just as well.
+    transformers' sliding layers drop what is outside the window; the masks hide it just as well.
     """
-    from transformers.cache_utils import DynamicLayer
-
-    layer = DynamicLayer()
+    layer = transformers.cache_utils.DynamicLayer()
     layer.lazy_initialization(key, value)
     layer.keys, layer.values = key, value
     return layer
@@ -6268,23 +5983,21 @@ def cache_layer(key: Tensor, value: Tensor) -> Any:
 
 def cache_of(tensors: Sequence[Tensor]) -> Any:
     """A cache with the layers key, value, key, value, ..."""
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache()
+    cache = transformers.DynamicCache()
     cache.layers = [cache_layer(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
     return cache
 
 
-def cache_tensors(cache: Any, prefix: str = "", kind: str = "", recurrent: str = "") -> dict[str, Tensor]:
+def cache_tensors(layers: Iterable[Any], kind: str = "", recurrent: str = "") -> dict[str, Tensor]:
     """`present.N.key` and `present.N.value` of every layer (for encoder-decoder models `present.N.decoder.key`).
 
     Layers with states have `present_conv.N` and, under the name of `recurrent`, `present_ssm.N`.
     """
     named = {}
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(layers):
         if getattr(layer, "keys", None) is not None:
-            named[f"{prefix}.{index}{kind}.key"], named[f"{prefix}.{index}{kind}.value"] = layer.keys, layer.values
-        named |= {f"{prefix}_{name}": states[turn] for name, states, turn in state_places(layer, index, recurrent)}
+            named[f"present.{index}{kind}.key"], named[f"present.{index}{kind}.value"] = layer.keys, layer.values
+        named |= {f"present_{name}": states[turn] for name, states, turn in state_places(layer, index, recurrent)}
     return named
 
 
@@ -6298,64 +6011,80 @@ def state_places(layer: Any, index: int, recurrent: str) -> list[tuple[str, dict
     return found
 
 
-def decoder_graph(found: FolderModel, *, cached: bool, verified: bool) -> Graph:
+class Decoder(NamedTuple):
+    """How a decoder is called beside its text inputs."""
+
+    argument: str  # the cache's name
+    layers: list[Any]  # of a cache after a single token: what is in them is replaced
+    recurrent: str  # what its recurrent states are called
+    choose: Callable[[Any], dict[str, Tensor]]  # the task's outputs, each batch x tokens x ...
+
+
+def decoder_specs(model: Any) -> list[InputSpec]:
+    """The inputs of a decoder that reads a text from its beginning."""
+    names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes_argument(model, name)]
+    return [InputSpec(name, (2, DECODER_SIZES[0][SEQUENCE]), torch.int64, {0: BATCH, 1: SEQUENCE}) for name in names]
+
+
+def decoder_graph(found: FolderModel, specs: list[InputSpec], *, cached: bool, verified: bool) -> Graph:
     """The graph of a decoder: prefill (an empty past) and decoding in one, or without a cache.
 
-    A `verified` one is compared by generating text, too.
+    With states (mamba, lfm2, qwen3_next) it is a loop over the tokens, in prefill as in decoding; without a cache its
+    states begin as zeros and are no output. A `verified` graph is also compared by generating text.
     """
-    model, dtype = found.model, float_dtype(found.model)
-    names = [name for name in ("input_ids", "attention_mask", "position_ids") if takes_argument(model, name)]
-    dims, axes = (2, DECODER_SIZES[0][SEQUENCE]), {0: BATCH, 1: SEQUENCE}
-    specs = [InputSpec(name, dims, torch.int64, axes) for name in names]
-    config = model.config.get_text_config(decoder=True)
-    if has_states(config):
-        return stateful_graph(found, specs, cached=cached, verified=verified)
+    model, config, step = found.model, found.model.config.get_text_config(decoder=True), None
     examples = functools.partial(example_tensors, specs, config, left=True)
-    if not cached:
-        module = named_call(model, names, task_outputs(found.task, ()))
-        return Graph("model", module, specs, examples, TEXT_SIZES)
-    past = cache_specs(cache_probe(model, "past_key_values"), dtype)
-    specs = [*growing_masks(specs), *past]
+    choose, stateful = task_outputs(found.task, ()), has_states(config)
+    if not cached and not stateful:
+        return Graph("model", named_call(model, specs, choose), specs, examples, TEXT_SIZES)
+    decoder = probe_decoder(model, choose)
+    past = cache_specs(decoder, float_dtype(model))
+    every = [*(spec._replace(axes={0: BATCH, 1: TOTAL}) if "mask" in spec.name else spec for spec in specs), *past]
+    call = functools.partial(call_with_cache, decoder)
+    if stateful:
+        LOG.info("its states go from token to token: the graph is a loop over the tokens")
+        step = token_step(decoder, model, every, config)
+        if verified and weight_bytes(model) < HEAVY_BYTES:
+            check_steps(decoder, model, step, every, config)
+        call = functools.partial(read_text, decoder, step)
+        if not cached:
+            return Graph("model", as_module(model, specs, call), specs, examples, TEXT_SIZES, step=step)
     sizes, tokens = decoder_sizes(model, config, past)
-    examples = functools.partial(example_tensors, specs, config, left=True)
-    check = None
+    examples, check = functools.partial(example_tensors, every, config, left=True), None
     if verified and model.can_generate():
-        check = functools.partial(check_generation, generate(model, config, tokens), specs)
-    return Graph("model", cached_call(model, names), specs, examples, sizes, check)
+        check = functools.partial(check_generation, generate_text(model, config, tokens), every, dict)
+    return Graph("model", as_module(model, every, call), every, examples, sizes, check, step)
 
 
-def cache_probe(model: Any, argument: str) -> Any:
-    """The cache after a single token, for its shapes: stored weights are not read for that.
+def probe_decoder(model: Any, choose: Callable[[Any], dict[str, Tensor]]) -> Decoder:
+    """How the model is called, and its cache after one token, for whose shapes no stored weights are read.
 
-    Raises ConversionError (EXPORT) where the model keeps what it remembers elsewhere.
+    Raises ConversionError (EXPORT) where the model keeps its past elsewhere.
     """
+    argument = "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad(), blank_weights(model):
-        cache = getattr(model(input_ids=token, use_cache=True), argument, None)
+        cache: Any = getattr(model(input_ids=token, use_cache=True), argument, None)
     if not hasattr(cache, "layers"):
-        what = (
-            f"{type(model).__name__} keeps what it remembers outside of transformers' cache, where no graph can have it"
-        )
+        what = f"{type(model).__name__} does not keep its past in a cache of transformers, and a graph needs it there"
         raise ConversionError(ExitStatus.EXPORT, f"{what}; try another --task, or --no-cache")
-    return cache
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
+    recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in settings) else "recurrent"
+    return Decoder(argument, cache.layers, recurrent, choose)
 
 
-def growing_masks(specs: Sequence[InputSpec]) -> list[InputSpec]:
-    """`specs` with masks that span the past, too."""
-    return [spec._replace(axes={0: BATCH, 1: TOTAL}) if "mask" in spec.name else spec for spec in specs]
-
-
-def cache_specs(probe: Any, dtype: torch.dtype, recurrent: str = "") -> list[InputSpec]:
-    """The inputs for a cache like `probe`, which holds what a single token left."""
-    found = []
-    for name, tensor in cache_tensors(probe, "present", recurrent=recurrent).items():
+def cache_specs(decoder: Decoder, dtype: torch.dtype) -> list[InputSpec]:
+    """The inputs for the cache of a decoder."""
+    specs = []
+    for name, tensor in cache_tensors(decoder.layers, recurrent=decoder.recurrent).items():
         _, *rest = tensor.shape
         if name.startswith("present."):
             heads, _, size = rest
-            found.append(InputSpec(past_name(name), (2, heads, 6, size), dtype, {0: BATCH, 2: PAST}))
+            specs.append(InputSpec(past_name(name), (2, heads, 6, size), dtype, {0: BATCH, 2: PAST}))
         else:
-            found.append(InputSpec(past_name(name), (2, *rest), tensor.dtype, {0: BATCH}))
-    return found
+            specs.append(InputSpec(past_name(name), (2, *rest), tensor.dtype, {0: BATCH}))
+    return specs
 
 
 def decoder_sizes(model: Any, config: Any, past: Sequence[InputSpec]) -> tuple[tuple[dict[str, int], ...], int]:
@@ -6363,158 +6092,103 @@ def decoder_sizes(model: Any, config: Any, past: Sequence[InputSpec]) -> tuple[t
     every, tokens = (*DECODER_SIZES, *window_sizes(config, [spec.dims for spec in past])), GENERATED
     if (size := weight_bytes(model)) >= HEAVY_BYTES:
         every, tokens = DECODER_SIZES[:2], FEW_GENERATED
-        LOG.info(
-            f"verify: each pass reads {size_text(size)}, so it is {len(every)} sizes and {tokens} generated tokens"
-        )
+        LOG.info(f"verify: each pass reads {size_text(size)}, so only {len(every)} sizes and {tokens} generated tokens")
     return tuple({**size, TOTAL: size[PAST] + size[SEQUENCE]} for size in every), tokens
 
 
 def has_states(config: Any) -> bool:
     """Whether transformers gives this model's cache layers with states: state spaces and linear attention."""
-    from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+    kind = transformers.cache_utils.LinearAttentionCacheLayerMixin
+    return any(isinstance(layer, kind) for layer in transformers.DynamicCache(config=config).layers)
 
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
+
+def take_past(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The cache among the inputs `given`, taken out of them."""
+    return {name: given.pop(name) for name in list(given) if name.startswith("past_")}
 
 
-def stateful_graph(found: FolderModel, specs: Sequence[InputSpec], *, cached: bool, verified: bool) -> Graph:
-    """The graph of a model with states (mamba, lfm2, qwen3_next): a loop over the tokens, in prefill as in decoding.
+def call_with_cache(decoder: Decoder, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs for the tokens and the cache after them."""
+    cache = cache_with(decoder, take_past(given))
+    output = model(**given, **{decoder.argument: cache}, use_cache=True, return_dict=True)
+    return {**decoder.choose(output), **cache_tensors(cache.layers, recurrent=decoder.recurrent)}
 
-    Without a cache the states begin with zeros, and what they become is no output.
+
+def token_step(decoder: Decoder, model: Any, specs: Sequence[InputSpec], config: Any) -> Job:
+    """The model's work on one token of each row (batch x 1), with the mask up to it and the cache before it.
+
+    The graph of a model with states repeats it: PyTorch's own loop cannot be traced.
     """
-    model, config = found.model, found.model.config.get_text_config(decoder=True)
-    LOG.info("its states go from token to token: the graph is a loop over the tokens")
-    argument = "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
-    probe = cache_probe(model, argument)
-    # A state space, or a matrix for each head: transformers.js looks for the one name or the other.
-    recurrent = "ssm" if any(re.search(r"mamba|ssm|^state_size$", key) for key in config.to_dict()) else "recurrent"
-    past = cache_specs(probe, float_dtype(model), recurrent)
-    names, states = [spec.name for spec in specs], [spec.name for spec in past]
-    way = StatefulCall(model, names, states, argument, probe.layers, recurrent, task_outputs(found.task, ()))
-    every = [*growing_masks(specs), *past]
-    one = {BATCH: 2, PAST: 6, SEQUENCE: 1, TOTAL: 7}
+    sizes = {BATCH: 2, PAST: 6, SEQUENCE: 1, TOTAL: 7}
     single = [
         spec._replace(
-            dims=spec.resized(one), axes={axis: symbol for axis, symbol in spec.axes.items() if symbol != SEQUENCE}
+            dims=spec.resized(sizes), axes={axis: name for axis, name in spec.axes.items() if name != SEQUENCE}
         )
-        for spec in every
+        for spec in specs
     ]
-    module, traced = token_call(way), on_device_of(model, stateful_examples(single, config, one, 0))
+    module = as_module(model, single, functools.partial(read_token, decoder))
+    traced = on_device_of(model, example_tensors(single, config, sizes, 0, left=True))
     with torch.no_grad(), blank_weights(model):
-        step = TokenStep(module, single, traced, list(module(*traced)))
-    if verified and weight_bytes(model) < HEAVY_BYTES:
-        check_steps(way, module, every)
-    if not cached:
-        examples = functools.partial(example_tensors, specs, config, left=True)
-        return Graph("model", text_call(way, module, cached=False), list(specs), examples, TEXT_SIZES, step=step)
-    sizes, tokens = decoder_sizes(model, config, past)
-    examples = functools.partial(stateful_examples, every, config)
-    check = functools.partial(check_generation, generate(model, config, tokens), every) if verified else None
-    return Graph("model", text_call(way, module, cached=True), every, examples, sizes, check, step)
+        return Job(module, single, list(module(*traced)), traced, [], "")
 
 
-def stateful_examples(specs: Sequence[InputSpec], config: Any, sizes: Mapping[str, int], seed: int) -> list[Tensor]:
-    """Example inputs of a decoder; where no token is past, the states are zeros."""
-    tensors = example_tensors(specs, config, sizes, seed, left=True)
-    if not sizes[PAST]:
-        for spec, tensor in zip(specs, tensors, strict=True):
-            if spec.name.startswith("past_"):
-                tensor.zero_()
-    return tensors
+def read_token(decoder: Decoder, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs for one token of each row, and the cache after it.
 
-
-class StatefulCall(NamedTuple):
-    """How a model with states is called."""
-
-    model: Any
-    names: list[str]  # of its inputs
-    past: list[str]  # of the cache's tensors
-    argument: str  # the cache's name
-    layers: list[Any]  # of a cache: what is in them is replaced
-    recurrent: str  # what its recurrent states are called
-    choose: Callable[[Any], dict[str, Tensor]]  # the task's outputs, each batch x tokens x ...
-
-
-def token_call(way: StatefulCall) -> nn.Module:
-    """A module that takes one token of each row, the mask up to it and the cache; outputs and the cache after it.
-
-    A padded token leaves the states as they were: transformers hides it from them in a whole text, but not alone.
+    Padding leaves the states as they were: transformers masks it in a whole text, but not in a single token.
     """
-    attends = any(name.startswith("past_key_values") for name in way.past)
-
-    class Token(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = way.model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given = dict(zip([*way.names, *way.past], inputs, strict=True))
-            before = {name: given.pop(name) for name in way.past}
-            mask = given["attention_mask"]
-            if not attends:  # nothing looks back at padding
-                del given["attention_mask"]
-            cache = cache_with(way, before)
-            output = self.inner(**given, **{way.argument: cache}, use_cache=True, return_dict=True)
-            result = {**way.choose(output), **cache_tensors(cache, "present", recurrent=way.recurrent)}
-            for name, after in result.items():
-                if name.startswith("present_"):
-                    real = mask[:, -1].to(torch.bool).view(-1, *[1] * (after.dim() - 1))
-                    result[name] = torch.where(real, after, before[past_name(name)])
-            return without_padding(result, mask)
-
-    return Token()
+    before, mask = dict(given), given["attention_mask"]
+    if not any(name.startswith("past_key_values") for name in given):  # nothing looks back at padding
+        del given["attention_mask"]
+    result = call_with_cache(decoder, model, given)
+    for name, after in result.items():
+        if name.startswith("present_"):
+            real = mask[:, -1].to(torch.bool).view(-1, *[1] * (after.dim() - 1))
+            result[name] = torch.where(real, after, before[past_name(name)])
+    return without_padding(result, mask)
 
 
-def text_call(way: StatefulCall, step: nn.Module, *, cached: bool) -> nn.Module:
-    """A module with the inputs and outputs of the graph, which reads a whole text as PyTorch does.
+def read_text(decoder: Decoder, step: Job, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs for a whole text, as PyTorch reads it, and the cache after it where one is given.
 
-    Not every model goes on from a past with more than one token: there it is `step` by step.
+    Not every model continues a past with more than one token: then it goes `step` by step.
     """
-
-    class Text(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = way.model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given, before = dict(zip(way.names, inputs, strict=False)), inputs[len(way.names) :]
-            mask = given["attention_mask"]
-            if mask.shape == given["input_ids"].shape:  # nothing is past
-                output = self.inner(**given, use_cache=True, return_dict=True)
-                cache = cache_tensors(output[way.argument], "present", recurrent=way.recurrent) if cached else {}
-                return without_padding({**way.choose(output), **cache}, mask)
-            return run_by_token(step, given, before)
-
-    return Text()
+    past, mask = take_past(given), given["attention_mask"]
+    if mask.shape != given["input_ids"].shape:
+        return run_by_token(step, given, [*past.values()])
+    output = model(**given, use_cache=True, return_dict=True)
+    cache = cache_tensors(output[decoder.argument].layers, recurrent=decoder.recurrent) if past else {}
+    return without_padding({**decoder.choose(output), **cache}, mask)
 
 
-def run_by_token(step: nn.Module, given: Mapping[str, Tensor], before: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What `step` makes of the tokens one after the other, beginning with the cache `before`."""
+def run_by_token(step: Job, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What `step` makes of the tokens one after the other, beginning with the cache `past`."""
     length, answers = given["input_ids"].shape[1], []
-    past = given["attention_mask"].shape[1] - length
+    before = given["attention_mask"].shape[1] - length
     for turn in range(length):
         token = {name: tensor[:, turn : turn + 1] for name, tensor in given.items()}
-        token["attention_mask"] = given["attention_mask"][:, : past + turn + 1]
-        answers.append(step(*token.values(), *before))
-        before = [value for name, value in answers[-1].items() if name.startswith("present")]
+        token["attention_mask"] = given["attention_mask"][:, : before + turn + 1]
+        answers.append(step.model(*token.values(), *past))
+        past = [value for name, value in answers[-1].items() if name.startswith("present")]
     return {
         name: value if name.startswith("present") else torch.cat([answer[name] for answer in answers], 1)
         for name, value in answers[-1].items()
     }
 
 
-def check_steps(way: StatefulCall, step: nn.Module, specs: Sequence[InputSpec]) -> None:
-    """Raise ConversionError (VERIFY) where transformers reads a text otherwise than its tokens one after the other.
+def check_steps(decoder: Decoder, model: Any, step: Job, specs: Sequence[InputSpec], config: Any) -> None:
+    """Raise ConversionError (VERIFY) where transformers reads a text otherwise than its tokens one by one.
 
     Only the latter can be exported. zamba2 and nemotron_h bound their time steps from below in whole texts alone.
     """
-    config = way.model.config.get_text_config(decoder=True)
     sizes = {BATCH: 1, PAST: 0, SEQUENCE: STEPPED, TOTAL: STEPPED}
-    tensors = on_device_of(way.model, stateful_examples(specs, config, sizes, 0))
-    given = dict(zip(way.names, tensors, strict=False))
+    tensors = on_device_of(model, example_tensors(specs, config, sizes, 0, left=True))
+    given = dict(zip([spec.name for spec in specs], tensors, strict=True))
+    past = take_past(given)
     with torch.no_grad():
-        whole = way.choose(way.model(**given, use_cache=True, return_dict=True))
-        single = run_by_token(step, given, tensors[len(way.names) :])
-    for name, expected in whole.items():
+        text = decoder.choose(model(**given, use_cache=True, return_dict=True))
+        single = run_by_token(step, given, [*past.values()])
+    for name, expected in text.items():
         apart, scale = (single[name] - expected).abs().max().item(), expected.abs().max().item()
         if apart > STEPS_APART * scale and expected.dtype is not torch.float16:
             raise ConversionError(
@@ -6524,18 +6198,16 @@ def check_steps(way: StatefulCall, step: nn.Module, specs: Sequence[InputSpec]) 
             )
 
 
-def cache_with(way: StatefulCall, tensors: Mapping[str, Tensor]) -> Any:
-    """A cache with the layers of `way` that holds `tensors`; models write into copies of the states."""
-    from transformers.cache_utils import DynamicCache, LinearAttentionAndFullAttentionLayer
-
-    cache = DynamicCache()
+def cache_with(decoder: Decoder, tensors: Mapping[str, Tensor]) -> Any:
+    """A cache with the layers of `decoder` that holds `tensors`; models write into copies of the states."""
+    cache = transformers.DynamicCache()
     cache.layers = []
-    for index, like in enumerate(way.layers):
+    for index, like in enumerate(decoder.layers):
         pair = [tensors[name] for part in ("key", "value") if (name := f"past_key_values.{index}.{part}") in tensors]
         layer = cache_layer(*pair) if pair else copy.copy(like)
-        if states := state_places(like, index, way.recurrent):
+        if states := state_places(like, index, decoder.recurrent):
             if pair:  # both in one layer, whatever window it has
-                layer = LinearAttentionAndFullAttentionLayer(like.number_of_states)
+                layer = transformers.cache_utils.LinearAttentionAndFullAttentionLayer(like.number_of_states)
                 vars(layer).update({**vars(like), **vars(cache_layer(*pair))})
             layer.conv_states, layer.recurrent_states = dict(like.conv_states), dict(like.recurrent_states)
             for name, _, turn in states:
@@ -6546,127 +6218,108 @@ def cache_with(way: StatefulCall, tensors: Mapping[str, Tensor]) -> Any:
 
 
 class Generated(NamedTuple):
-    """A batch of prompts and what PyTorch generates for them greedily."""
+    """A batch of prompts and what PyTorch generates for them greedily, all as numpy arrays."""
 
-    prompt: Tensor  # int64, batch x length
-    mask: Tensor  # int64, batch x length: zeros where the rows are padded on the left
-    tokens: Any  # numpy int64, batch x count
-    logits: Any  # numpy, batch x count x vocabulary
+    prompt: Any  # int64, batch x length
+    mask: Any  # int64, batch x length: zeros where the rows are padded on the left
+    tokens: Any  # int64, batch x count
+    logits: Any  # batch x count x vocabulary
 
 
-def greedy(config: Any, start: int | None, count: int) -> Any:
-    """Settings for `count` tokens, always the likeliest, and nothing that changes or ends that."""
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig(max_new_tokens=count, do_sample=False, num_beams=1, eos_token_id=-1)
+def generate(model: Any, config: Any, count: int, prompt: Tensor, mask: Tensor, **given: Tensor) -> Generated:
+    """What `model` generates by transformers' own loop: `count` tokens, always the likeliest, whatever its settings."""
+    settings = transformers.GenerationConfig(max_new_tokens=count, do_sample=False, num_beams=1, eos_token_id=-1)
     settings.pad_token_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
-    settings.decoder_start_token_id = start
+    settings.decoder_start_token_id = int(prompt[0, 0])  # of a decoder behind an encoder
     settings.output_logits = settings.return_dict_in_generate = True
-    return settings
-
-
-def generate(model: Any, config: Any, count: int) -> Generated:
-    """The `count` tokens that `model` generates, by transformers' own loop, without any of its generation settings."""
-    spec = InputSpec("input_ids", (2, 6), torch.int64)
-    mask = padding_mask(*spec.dims, left=True)
-    prompt = padded_ids(config, token_ids(config, spec.dims, torch.Generator().manual_seed(5)), mask)
+    moved: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in given.items()}
     with torch.no_grad():
-        result = model.generate(
-            prompt.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy(config, None, count)
-        )
-    logits = torch.stack(result.logits, 1)
-    return Generated(prompt, mask, to_numpy(result.sequences[:, prompt.shape[1] :]), to_numpy(logits))
+        result: Any = transformers.GenerationMixin.generate(model, **moved, generation_config=settings)
+    tokens, logits = to_numpy(result.sequences[:, prompt.shape[1] :]), to_numpy(torch.stack(result.logits, 1))
+    return Generated(prompt.numpy(), mask.numpy(), tokens, logits)
 
 
-def check_generation(
-    expected: Generated, specs: Sequence[InputSpec], session: Any, job: Job, options: Options
-) -> list[Difference]:
-    """Generate with the exported graph, prefill and then token by token, and compare; raises AttemptError.
+def generate_text(model: Any, config: Any, count: int) -> Generated:
+    """What `model` generates after two prompts, the second of them padded."""
+    mask = padding_mask(2, 6, left=True)
+    prompt = padded_ids(config, token_ids(config, mask.shape, torch.Generator().manual_seed(5)), mask)
+    return generate(model, config, count, prompt, mask, inputs=prompt, attention_mask=mask)
 
-    Where PyTorch's own best two tokens lie closer than rounding, what follows is another text and is not compared.
-    """
+
+def generate_from_encoder(model: Any, encoder: Job) -> Generated:
+    """What `model` generates for the encoder's first example."""
+    case, config = encoder.cases[0], model.config
+    starts = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
+    start = next((token for token in starts if isinstance(token, int)), 0)
+    inputs = {name: torch.tensor(array) for name, array in case.inputs.items()}
+    prompt = torch.full((len(next(iter(inputs.values()))), 1), start)
+    return generate(model, config, GENERATED, prompt, torch.ones_like(prompt), **inputs, decoder_input_ids=prompt)
+
+
+def text_inputs(ids: Any, mask: Any) -> Arrays:
+    """Tokens, the mask of these and of all before them, and the positions that follow from that."""
+    positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def zeros_for(specs: Iterable[InputSpec], sizes: Mapping[str, int]) -> Arrays:
+    """Zeros for all inputs, at `sizes`."""
+    return {spec.name: np.zeros(spec.resized(sizes), dtype_name(spec.dtype)) for spec in specs}
+
+
+def generate_with(session: Any, expected: Generated, specs: Sequence[InputSpec], encoded: Arrays) -> Any:
+    """The exported graph's logits (batch x count x vocabulary) as it generates: prefill, then token by token."""
     names = [output.name for output in session.get_outputs()]
-    batch, length = expected.prompt.shape
-    mask, ids = expected.mask.numpy(), expected.prompt.numpy()
-    cache = {
-        spec.name: np.zeros(spec.resized({BATCH: batch, PAST: 0}), numpy_dtype(spec))
-        for spec in specs
-        if spec.name.startswith("past_")
-    }
-    steps = []
-    count = expected.tokens.shape[1]
-    for _ in range(count):
-        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
-        wanted = {spec.name: given[spec.name] for spec in specs}
-        results = dict(zip(names, session.run(None, wanted), strict=True))
+    ids, mask = expected.prompt, expected.mask
+    steps: list[Any] = []
+    length = encoded["encoder_hidden_states"].shape[1] if encoded else 0
+    given = zeros_for(specs, {BATCH: len(ids), PAST: 0, ENCODER_SEQUENCE: length}) | encoded
+    for _ in range(expected.tokens.shape[1]):
+        given |= {**text_inputs(ids, mask), CACHE_FLAG: np.array([bool(steps)])}
+        results = dict(zip(names, session.run(None, {spec.name: given[spec.name] for spec in specs}), strict=True))
         steps.append(results.pop("logits")[:, -1])
-        cache = {past_name(name): value for name, value in results.items()}
+        given |= {past_name(name): value for name, value in results.items()}
         ids = steps[-1].argmax(-1)[:, None]
-        mask = np.concatenate([mask, np.ones((batch, 1), mask.dtype)], 1)
-    label = f"{count} tokens after {batch}x{length}"
-    found = compare_generated(expected, np.stack(steps, 1), label, job, options)
-    if any(item.problem for item in found) and options.atol is None and options.rtol is None:
+        mask = np.concatenate([mask, np.ones_like(ids)], 1)
+    return np.stack(steps, 1)
+
+
+def check_generation(  # noqa: PLR0913, PLR0917
+    expected: Generated, specs: Sequence[InputSpec], encode: Callable[[], Arrays], session: Any, job: Job,
+    options: Options,
+) -> list[Difference]:  # fmt: skip
+    """Generate with the exported graph and compare with PyTorch; raises AttemptError.
+
+    `encode` gives the encoder's answer, if there is one. Where PyTorch's best two tokens lie closer than rounding, what
+    follows is another text and is not compared.
+    """
+    encoded = encode()
+    label = f"{expected.tokens.shape[1]} tokens after {shape_text(expected.prompt.shape)}"
+    found = compare_generated(expected, generate_with(session, expected, specs, encoded), label, job, options)
+    by_default = options.atol is None and options.rtol is None
+    if by_default and not encoded and any(item.problem for item in found):
         found = compare_in_float64(full_text_case(expected, specs, job, options), {}, found, job, options)
-    return raise_on_difference(found, label)
+    if bad := [item for item in found if item.problem]:
+        raise AttemptError(f"generating {label}: {bad[0].problem}", exported=True)
+    return found
 
 
 def full_text_case(expected: Generated, specs: Sequence[InputSpec], job: Job, options: Options) -> Case:
     """The prompts and what was generated, read by PyTorch in one pass: how far it rounds in that is then known."""
-    ids = np.concatenate([expected.prompt.numpy(), expected.tokens[:, :-1]], 1)
-    mask = np.concatenate([expected.mask.numpy(), np.ones_like(expected.tokens[:, :-1])], 1)
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(-1) - 1, 0)}
-    for spec in specs:
-        given.setdefault(spec.name, np.zeros(spec.resized({BATCH: len(ids), PAST: 0}), numpy_dtype(spec)))
+    ids = np.concatenate([expected.prompt, expected.tokens[:, :-1]], 1)
+    mask = np.concatenate([expected.mask, np.ones_like(expected.tokens[:, :-1])], 1)
+    given = zeros_for(specs, {BATCH: len(ids), PAST: 0}) | text_inputs(ids, mask)
     inputs = {spec.name: given[spec.name] for spec in specs}
     outputs = call_model(job.model, [torch.tensor(x, device=options.device) for x in inputs.values()], list(inputs))
     return Case("", inputs, {name: to_numpy(tensor) for name, tensor in outputs.items()})
 
 
-def generate_from_encoder(model: Any, encoder: Job) -> Generated:
-    """What `model` generates for the encoder's first example, by transformers' own loop without any settings."""
-    from transformers import GenerationMixin
-
-    case, config = encoder.cases[0], model.config
-    starts = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
-    start = next((token for token in starts if isinstance(token, int)), 0)
-    inputs: dict[str, Any] = {
-        spec.name: torch.tensor(case.inputs[spec.name], device=model.device) for spec in encoder.specs
-    }
-    prompt = torch.full((len(next(iter(inputs.values()))), 1), start, device=model.device)
-    with torch.no_grad():
-        result: Any = GenerationMixin.generate(
-            model, **inputs, decoder_input_ids=prompt, generation_config=greedy(config, start, GENERATED)
-        )
-    logits = torch.stack(result.logits, 1)
-    prompt = prompt.cpu()
-    return Generated(prompt, torch.ones_like(prompt), to_numpy(result.sequences[:, 1:]), to_numpy(logits))
-
-
-def check_encoder_decoder(  # noqa: PLR0913, PLR0917
-    expected: Generated, specs: Sequence[InputSpec], produced: Mapping[str, Produced], session: Any, job: Job,
-    options: Options,
-) -> list[Difference]:  # fmt: skip
-    """Generate with both graphs, the encoder being the first of `produced`, and compare with PyTorch.
-
-    Raises AttemptError.
-    """
+def encode_example(produced: Mapping[str, Produced], options: Options) -> Arrays:
+    """What the exported encoder, the first of `produced`, answers to its first example."""
     encoder = next(iter(produced.values()))
-    case = encoder.job.cases[0]
-    states = open_session(encoder.light, options.device).run(["last_hidden_state"], case.inputs)[0]
-    names = [output.name for output in session.get_outputs()]
-    sizes = {BATCH: len(states), PAST: 0, ENCODER_SEQUENCE: states.shape[1]}
-    given: Arrays = {spec.name: np.zeros(spec.resized(sizes), numpy_dtype(spec)) for spec in specs}
-    given |= {"encoder_hidden_states": states, "encoder_attention_mask": case.inputs.get("attention_mask")}
-    ids, steps = expected.prompt.numpy(), []
-    for step in range(GENERATED):
-        given |= {"input_ids": ids, CACHE_FLAG: np.array([step > 0])}
-        results = dict(zip(names, session.run(None, {spec.name: given[spec.name] for spec in specs}), strict=True))
-        steps.append(results.pop("logits")[:, -1])
-        given |= {past_name(name): value for name, value in results.items()}
-        ids = steps[-1].argmax(-1)[:, None]
-    label = f"{GENERATED} tokens"
-    return raise_on_difference(compare_generated(expected, np.stack(steps, 1), label, job, options), label)
+    inputs = encoder.job.cases[0].inputs
+    states = open_session(encoder.light, options.device).run(["last_hidden_state"], inputs)[0]
+    return {"encoder_hidden_states": states, "encoder_attention_mask": inputs.get("attention_mask")}
 
 
 def compare_generated(expected: Generated, logits: Any, label: str, job: Job, options: Options) -> list[Difference]:
@@ -6676,14 +6329,6 @@ def compare_generated(expected: Generated, logits: Any, label: str, job: Job, op
         same = next((step for step, token in enumerate(tokens) if token != expected.tokens[row][step]), len(tokens) - 1)
         case = Case(label, {}, {"logits": expected.logits[row, : same + 1]})
         found.append(compare(case, "logits", logits[row, : same + 1], job, options))
-    return found
-
-
-def raise_on_difference(found: list[Difference], label: str) -> list[Difference]:
-    """`found`, unless there is a problem among it; raises AttemptError."""
-    bad = [item for item in found if item.problem]
-    if bad:
-        raise AttemptError(f"generating {label}: {bad[0].problem}", exported=True)
     return found
 
 
@@ -6699,10 +6344,10 @@ def window_sizes(config: Any, shapes: Sequence[Sequence[int]]) -> list[dict[str,
 
 
 def routed_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """A mixture of experts as a graph without loops: each expert works on the tokens that were routed to it.
+    """A mixture of experts without a loop in the graph: each expert works on the tokens that were routed to it.
 
-    `self` is a transformers module of experts, with the attributes that transformers.integrations.moe's own
-    implementations read; tokens x hidden in and out. Those branch on values, or copy the weights for every token.
+    `self` is a transformers module of experts, with the attributes that transformers.integrations.moe's implementations
+    read; tokens x hidden in and out. Those branch on values, or copy the weights for every token.
     """
 
     def weights(name: str, expert: int) -> tuple[Tensor, Tensor | None]:
@@ -6725,23 +6370,6 @@ def routed_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return result
 
 
-def cached_call(model: Any, names: Sequence[str]) -> nn.Module:
-    """A module that takes `names` and a flat cache, and returns the logits and the grown cache."""
-
-    class Cached(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            arguments = dict(zip(names, inputs, strict=False))
-            cache = cache_of(inputs[len(names) :])
-            output = self.inner(**arguments, past_key_values=cache, use_cache=True, return_dict=True)
-            return {"logits": output.logits, **cache_tensors(output.past_key_values, "present")}
-
-    return Cached()
-
-
 def encoder_graph(found: FolderModel) -> Graph:
     """The encoder of an encoder-decoder model: text or sound in, last_hidden_state out."""
     model = found.model
@@ -6751,59 +6379,52 @@ def encoder_graph(found: FolderModel) -> Graph:
     else:
         audio, sizes = audio_spec(model)
         specs = [audio]
-    module = named_call(encoder, [spec.name for spec in specs], task_outputs("feature-extraction", {"pooler_output"}))
+    module = named_call(encoder, specs, task_outputs("feature-extraction", {"pooler_output"}))
     examples = functools.partial(example_tensors, specs, model.config.get_text_config())
     return Graph("encoder_model", module, specs, examples, sizes)
 
 
 def decoder_graphs(found: FolderModel, encoder: Graph) -> tuple[Graph, ...]:
-    """The decoder of an encoder-decoder model, for the first tokens and, with what they left in the caches, the next.
+    """The decoder of an encoder-decoder model, for the first tokens, and for later ones with the caches of these.
 
     transformers.js and Optimum know the names of the inputs from Optimum's merged decoders.
     """
-    model, dtype = found.model, float_dtype(found.model)
+    model, dtype, config = found.model, float_dtype(found.model), found.model.config.get_text_config(decoder=True)
     tensors = on_device_of(model, encoder.examples(encoder.sizes[0], 0))
-    given = zip([spec.name for spec in encoder.specs], tensors, strict=True)
     with torch.no_grad():
+        given = zip([spec.name for spec in encoder.specs], tensors, strict=True)
         encoded = model.get_encoder()(**dict(given), return_dict=True)
     frames = encoded.last_hidden_state
     free = any(axis != BATCH for spec in encoder.specs for axis in spec.axes.values())
-    states = {0: BATCH, **({1: ENCODER_SEQUENCE} if free else {})}
+    fixed = {} if free else {ENCODER_SEQUENCE: frames.shape[1]}
+    axes = {0: BATCH, 1: ENCODER_SEQUENCE} if free else {0: BATCH}
     specs = [InputSpec("input_ids", (2, 5), torch.int64, {0: BATCH, 1: SEQUENCE})]
     if model.main_input_name == "input_ids":
-        specs.insert(0, InputSpec("encoder_attention_mask", tuple(frames.shape[:2]), torch.int64, states))
-    fed = InputSpec("encoder_hidden_states", tuple(frames.shape), dtype, states)
-    first = encoder_decoder_call(model, type(encoded), [*(spec.name for spec in specs), fed.name], cached=False)
-    lengths = {ENCODER_SEQUENCE: frames.shape[1]}
+        specs.insert(0, InputSpec("encoder_attention_mask", tuple(frames.shape[:2]), torch.int64, axes))
+    first_specs = [*specs, InputSpec("encoder_hidden_states", tuple(frames.shape), dtype, axes)]
+    call = functools.partial(call_encoder_decoder, type(encoded))
+    first = as_module(model, first_specs, call)
     with torch.no_grad():
-        tensors = example_tensors([*specs, fed], model.config.get_text_config(), {BATCH: 2, **lengths}, 0)
-        answer = first(*on_device_of(model, tensors))
-    past = [
-        InputSpec(
-            past_name(name),
-            tuple(tensor.shape),
-            dtype,
-            {0: BATCH, 2: PAST} if ".decoder." in name else {0: BATCH, **({2: ENCODER_SEQUENCE} if free else {})},
-        )
+        answer = first(*on_device_of(model, example_tensors(first_specs, config, {}, 0)))
+    lengths = {"decoder": {2: PAST}, "encoder": {2: ENCODER_SEQUENCE} if free else {}}
+    next_specs = specs + [
+        InputSpec(past_name(name), tuple(tensor.shape), dtype, {0: BATCH, **lengths[name.split(".")[2]]})
         for name, tensor in answer.items()
         if name.startswith("present")
     ]
-    next_ones = encoder_decoder_call(model, type(encoded), [spec.name for spec in (*specs, *past)], cached=True)
-    config = model.config.get_text_config(decoder=True)
-    few = on_device_of(
-        model, example_tensors([*specs, *past], config, {**NEXT_SIZES[0], **({} if free else lengths)}, 0)
-    )
+    following = as_module(model, next_specs, call)
+    few = on_device_of(model, example_tensors(next_specs, config, NEXT_SIZES[0] | fixed, 0))
     return tuple(
         Graph(
             file,
             module,
             inputs,
             functools.partial(example_tensors, inputs, config),
-            tuple({**size, TOTAL: size[PAST] + size[SEQUENCE], **({} if free else lengths)} for size in sizes),
+            tuple({**size, TOTAL: size[PAST] + size[SEQUENCE], **fixed} for size in sizes),
         )
         for file, module, inputs, sizes in (
-            ("decoder_model", first, [*specs, fed], FIRST_SIZES),
-            ("decoder_with_past_model", next_ones, [*specs, *past], sizes_after_past(next_ones, few)),
+            ("decoder_model", first, first_specs, FIRST_SIZES),
+            ("decoder_with_past_model", following, next_specs, sizes_after_past(following, few)),
         )
     )
 
@@ -6818,51 +6439,31 @@ def sizes_after_past(decoder: nn.Module, few: Sequence[Tensor]) -> tuple[dict[st
     return NEXT_SIZES
 
 
-def encoder_decoder_call(model: Any, answer: type, names: Sequence[str], *, cached: bool) -> nn.Module:
-    """The decoder: new tokens and the encoder's answer (`cached`: what it made of it) in, logits and caches out.
+def call_encoder_decoder(answer: type, model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The logits for new tokens and the caches after them: at first both, later only the decoder's, which grows.
 
-    `answer` is the class of the encoder's output: some models read more of it than the states.
+    `answer` is the class of the encoder's output: some models read more of it than the states, of which later calls
+    need only the sizes.
     """
-    from transformers.cache_utils import EncoderDecoderCache
-
-    width = model.get_encoder().config.hidden_size
-
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-            given = dict(zip(names, inputs, strict=True))
-            past = [value for name, value in given.items() if name.startswith("past_key_values")]
-            own, cross = ([x for n, x in enumerate(past) if n % 4 in pair] for pair in ((0, 1), (2, 3)))
-            caches = EncoderDecoderCache(cache_of(own), cache_of(cross))
-            states = cross[0].new_zeros(cross[0].shape[0], cross[0].shape[2], width) if cached else None
-            mask = given.get("encoder_attention_mask")
-            output = self.inner(
-                encoder_outputs=answer(given["encoder_hidden_states"] if states is None else states),
-                decoder_input_ids=given["input_ids"],
-                past_key_values=caches,
-                use_cache=True,
-                return_dict=True,
-                **({} if mask is None else {"attention_mask": mask}),
-            )
-            return {"logits": output.logits, **encoder_decoder_tensors(output.past_key_values, cached=cached)}
-
-    return Decoder()
-
-
-def encoder_decoder_tensors(caches: Any, *, cached: bool) -> dict[str, Tensor]:
-    """Both caches by name, layer by layer; of those that were given (`cached`) only the decoder's, which has grown."""
-    own = cache_tensors(caches.self_attention_cache, "present", ".decoder")
-    cross = {} if cached else cache_tensors(caches.cross_attention_cache, "present", ".encoder")
-    return dict(sorted((own | cross).items(), key=lambda item: cache_place(item[0])))
-
-
-def cache_place(name: str) -> tuple[int, str, str]:
-    """Sorts `present.10.decoder.key` by number, then `decoder`, then `key`."""
-    _, layer, part, kind = name.split(".")
-    return int(layer), part, kind
+    past = list(take_past(given).values())
+    own, cross = ([tensor for n, tensor in enumerate(past) if n % 4 in pair] for pair in ((0, 1), (2, 3)))
+    if past:
+        sizes = cross[0].shape[0], cross[0].shape[2], model.get_encoder().config.hidden_size
+        given["encoder_hidden_states"] = cross[0].new_zeros(*sizes)
+    output = model(
+        encoder_outputs=answer(given["encoder_hidden_states"]),
+        decoder_input_ids=given["input_ids"],
+        past_key_values=transformers.EncoderDecoderCache(cache_of(own), cache_of(cross)),
+        use_cache=True,
+        return_dict=True,
+        **({"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}),
+    )
+    caches = output.past_key_values
+    named = cache_tensors(caches.self_attention_cache.layers, ".decoder")
+    if not past:
+        named |= cache_tensors(caches.cross_attention_cache.layers, ".encoder")
+    ordered = sorted(named, key=lambda name: (int(name.split(".")[1]), name))
+    return {"logits": output.logits, **{name: named[name] for name in ordered}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7911,7 +7512,7 @@ def export_dynamo(flat: nn.Module, job: Job, opset: int, folder: Path) -> ir.Mod
     if isinstance(flat.inner, torch.jit.ScriptModule):
         from torch._export.converter import TS2EPConverter
 
-        flat = flat_module(TS2EPConverter(flat.inner, tuple(job.traced)).convert().module(), names)
+        flat = flat_module(TS2EPConverter(flat.inner, tuple(job.traced)).convert().module(), job.specs)
     symbols = {name for spec in job.specs for name in spec.axes.values()}
     failure: Exception | None = None
     for sizes in (dict.fromkeys(symbols, torch.export.Dim.AUTO), {name: torch.export.Dim(name) for name in symbols}):
@@ -7961,12 +7562,9 @@ def plan_attempts(exporter: str, opset: int | None) -> list[Attempt]:
 
 def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, str]:
     """One exporter's model, and a note on what it may have fixed; raises AttemptError with what stood in the way."""
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no exporter knows
-    whole = job
-    if job.step is not None:
-        module, specs, traced, outputs = job.step
-        job = job._replace(model=module, specs=specs, traced=traced, outputs=outputs, cases=[], step=None)
-    flat = flat_module(job.model, [spec.name for spec in job.specs])
+    disable_fused_attention()
+    text, job = job, job.step or job
+    flat = flat_module(job.model, job.specs)
     if not isinstance(job.model, torch.fx.GraphModule):  # an exported program has one mode only
         flat.eval()
     try:
@@ -7989,74 +7587,82 @@ def run_exporter(attempt: Attempt, job: Job, folder: Path) -> tuple[ir.Model, st
         warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
     if model.opset_imports.get("") != attempt.opset:
         raise AttemptError(f"it wrote opset {model.opset_imports.get('')} instead")
-    if whole.step is not None:
-        repeat_for_tokens(model, job, whole)
+    if text.step is not None:
+        repeat_for_tokens(model, job, text)
     return model, tracing_notes(caught)
 
 
-def repeat_for_tokens(model: ir.Model, single: Job, whole: Job) -> None:
+def repeat_for_tokens(model: ir.Model, single: Job, text: Job) -> None:
     """Turn the graph of one token in place into that of a text, a Loop around it; raises AttemptError.
 
-    The cache goes from turn to turn, what is said of each token is stacked up, and the weights stay outside.
+    The cache goes from turn to turn, the outputs for each token are stacked, and the weights stay outside.
     """
-    from onnx_ir.tape import Tape
-
     graph = model.graph
+    before, begin, end = (ir.tape.Tape() for _ in range(3))  # nodes before the loop, and at both ends of a turn
     restore_inputs(graph, single)
-    if len(graph.outputs) != len(single.outputs):
-        raise AttemptError(f"its graph has {plural(len(graph.outputs), 'output')}, the model {len(single.outputs)}")
-    inputs = {value.name: ir.Value(name=value.name, type=value.type) for value in graph.inputs}
-    answers = dict(zip(single.outputs, graph.outputs, strict=True))
-    nodes = list(graph)
-    graph.outputs.clear()
-    graph.remove(nodes)
-    outer, first, last = Tape(), Tape(), Tape()  # around the loop, and at both ends of a turn
-
-    def numbers(tape: Tape, *values: int) -> ir.Value:
-        return tape.op("Constant", [], {"value": ir.tensor(values)})
-
-    def size(name: str, axis: int) -> ir.Value:
-        return outer.op("Gather", [outer.op("Shape", [inputs[name]]), numbers(outer, axis)], {"axis": 0})
-
+    outputs = dict(zip(single.outputs, checked_outputs(graph, single), strict=True))
+    nodes = take_nodes(graph)
+    for value in itertools.chain.from_iterable(node.outputs for node in nodes):
+        value.shape = None  # that of a single token, and of a past that now grows
+    inputs = {str(value.name): ir.Value(name=value.name, type=value.type) for value in graph.inputs}
     turn = ir.Value(name="loop/turn", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     going = ir.Value(name="loop/going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
-    place = first.op("Reshape", [turn, numbers(first, 1)])
-    batch, length = size("input_ids", 0), size("input_ids", 1)
-    kept, begun, given = [], [], {spec.name for spec in whole.specs}
-    for spec, value in zip(single.specs, graph.inputs, strict=True):
-        if spec.name.startswith("past_"):
-            own = ir.Value(name=f"loop/{spec.name}", type=value.type)
-            kept.append(own)
-            begun.append(inputs[spec.name] if spec.name in given else empty_cache(spec, batch, outer))
-        elif TOTAL in spec.axes.values():
-            behind = outer.op("Sub", [size(spec.name, 1), length])
-            end = first.op("Add", [first.op("Add", [behind, place]), numbers(first, 1)])
-            own = first.op("Slice", [inputs[spec.name], numbers(first, 0), end, numbers(first, 1)])
-        else:
-            own = first.op("Gather", [inputs[spec.name], place], {"axis": 1})
-        ir.convenience.replace_all_uses_with(value, own)
-    states = [name for name in single.outputs if name.startswith("present")]
-    told = [name for name in single.outputs if name not in states]
-    zero = last.op("Constant", [], {"value": ir.tensor(0)})
-    ends = [
-        last.op("Identity", [going]),
-        *(answers[name] for name in states),
-        *(last.op("Gather", [answers[name], zero], {"axis": 1}) for name in told),
-    ]
-    for node in nodes:  # of a single token and a past that now grows
-        for value in node.outputs:
-            value.shape = None
-    body = ir.Graph([turn, going, *kept], ends, nodes=[*first.nodes, *nodes, *last.nodes], name="token")
-    trips = outer.op("Squeeze", [length])
-    left = outer.op_multi_out("Loop", [trips, None, *begun], {"body": body}, num_outputs=len(ends) - 1)
-    results = dict(zip([*states, *told], left, strict=True))
-    results |= {name: outer.op("Transpose", [results[name]], {"perm": (1, 0, 2)}) for name in told}
-    for name, value in results.items():
-        value.type = answers[name].type
-    name_nodes([*outer.nodes, *first.nodes, *last.nodes])
-    graph.inputs[:] = [inputs[spec.name] for spec in whole.specs]
-    graph.extend(outer.nodes)
-    graph.outputs.extend(results[name] for name in whole.outputs)
+    batch, length = (size_on(before, inputs["input_ids"], axis) for axis in (0, 1))
+    past = [spec for spec in single.specs if spec.name.startswith("past_")]
+    given = {spec.name for spec in text.specs}
+    initial = [inputs[spec.name] if spec.name in given else empty_cache(spec, batch, before) for spec in past]
+    current = text_at(single, inputs, length, turn, (before, begin))
+    current |= {spec.name: ir.Value(name=f"loop/{spec.name}", type=inputs[spec.name].type) for spec in past}
+    for value in graph.inputs:
+        ir.convenience.replace_all_uses_with(value, current[str(value.name)])
+    kept = [name for name in single.outputs if name.startswith("present")]
+    stacked = [name for name in single.outputs if name not in kept]
+    first = constant_on(before, 0)
+    ends = [end.op("Identity", [going]), *(outputs[name] for name in kept)]
+    ends += [end.op("Gather", [outputs[name], first], {"axis": 1}) for name in stacked]
+    body_inputs = [turn, going, *(current[spec.name] for spec in past)]
+    body = ir.Graph(body_inputs, ends, nodes=[*begin.nodes, *nodes, *end.nodes], name="token")
+    loop = [before.op("Squeeze", [length]), None, *initial]
+    results = before.op_multi_out("Loop", loop, {"body": body}, num_outputs=len(ends) - 1)
+    named = dict(zip([*kept, *stacked], results, strict=True))
+    named |= {name: before.op("Transpose", [named[name]], {"perm": (1, 0, 2)}) for name in stacked}
+    for name, value in named.items():
+        value.type = outputs[name].type
+    name_nodes([*before.nodes, *begin.nodes, *end.nodes])
+    graph.inputs[:] = [inputs[spec.name] for spec in text.specs]
+    graph.extend(before.nodes)
+    graph.outputs.extend(named[name] for name in text.outputs)
+
+
+def text_at(
+    single: Job, inputs: Mapping[str, ir.Value], length: ir.Value, turn: ir.Value, tapes: Sequence[ir.tape.Tape]
+) -> dict[str, ir.Value]:
+    """What of a text's `inputs` one turn of the loop reads: its token, and the mask up to that, which spans the past.
+
+    The nodes go to the `tapes`: that of the nodes before the loop, and that of a turn.
+    """
+    before, begin = tapes
+    zero, one = constant_on(before, [0]), constant_on(before, [1])
+    place = begin.op("Reshape", [turn, one])
+    parts = {}
+    for spec in single.specs:
+        if TOTAL in spec.axes.values():
+            past = before.op("Sub", [size_on(before, inputs[spec.name], 1), length])
+            stop = begin.op("Add", [before.op("Add", [past, one]), place])
+            parts[spec.name] = begin.op("Slice", [inputs[spec.name], zero, stop, one])
+        elif not spec.name.startswith("past_"):
+            parts[spec.name] = begin.op("Gather", [inputs[spec.name], place], {"axis": 1})
+    return parts
+
+
+def constant_on(tape: ir.tape.Tape, number: int | list[int]) -> ir.Value:
+    """A constant (int64)."""
+    return tape.op("Constant", [], {"value": ir.tensor(number)})
+
+
+def size_on(tape: ir.tape.Tape, value: ir.Value, axis: int) -> ir.Value:
+    """The size of an axis of `value` (1)."""
+    return tape.op("Gather", [tape.op("Shape", [value]), constant_on(tape, [axis])])
 
 
 def name_nodes(nodes: Iterable[ir.Node]) -> None:
@@ -8069,9 +7675,9 @@ def name_nodes(nodes: Iterable[ir.Node]) -> None:
 
 def empty_cache(spec: InputSpec, batch: ir.Value, tape: ir.tape.Tape) -> ir.Value:
     """The cache before the first token: no keys and values, and states of zeros, for `batch` (1) rows."""
-    sizes = [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:]
-    shape = tape.op("Concat", [batch, tape.op("Constant", [], {"value": ir.tensor(sizes)})], {"axis": 0})
-    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, numpy_dtype(spec)))})
+    sizes = constant_on(tape, [0 if axis in spec.axes else size for axis, size in enumerate(spec.dims)][1:])
+    shape = tape.op("Concat", [batch, sizes], {"axis": 0})
+    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.zeros(1, dtype_name(spec.dtype)))})
 
 
 def tracing_notes(caught: Iterable[warnings.WarningMessage]) -> str:
@@ -8144,31 +7750,39 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
     restore_branch_outputs(graph)
     common.RemoveUnusedNodesPass()(model)
     restore_inputs(graph, job)
-    if len(graph.outputs) != len(job.outputs):
-        raise AttemptError(f"its graph has {plural(len(graph.outputs), 'output')}, the model {len(job.outputs)}")
     strip_wrapper_names(graph)
     for spec, value in zip(job.specs, graph.inputs, strict=True):
         value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
     for node in list(graph.all_nodes()):
         if node.op_type in ("AveragePool", "MaxPool") and node.attributes.get_int("ceil_mode", 0) == 1:
             round_down(node, model)
-    for place, value in enumerate(graph.outputs):
-        if value in graph.outputs[:place]:  # a tensor that is returned twice is two outputs
-            node = ir.node("Identity", [value], outputs=[ir.Value(type=value.type, shape=value.shape)])
-            graph.append(node)
-            graph.outputs[place] = node.outputs[0]
-    for value, name in zip(graph.outputs, job.outputs, strict=True):
+    common.OutputFixPass()(model)  # a tensor that is returned twice is two outputs
+    for value, name in zip(checked_outputs(graph, job), job.outputs, strict=True):
         value.name = name
     for index, value in enumerate(graph.outputs):
         value.shape = ir.Shape(output_axes(job, index, value) or ())
     graph.name = "model"
-    model.ir_version = min(
-        10, max(8, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", model.opset_imports[""])]))
-    )
+    opset = onnx.helper.make_opsetid("", model.opset_imports[""])
+    model.ir_version = min(10, max(8, onnx.helper.find_min_ir_version_for([opset])))
     model.producer_name, model.producer_version = "pt2onnx", __version__
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     return model
+
+
+def checked_outputs(graph: ir.Graph, job: Job) -> list[ir.Value]:
+    """The graph's outputs; raises AttemptError where there are not as many as the model's."""
+    if len(graph.outputs) != len(job.outputs):
+        raise AttemptError(f"its graph has {plural(len(graph.outputs), 'output')}, the model {len(job.outputs)}")
+    return list(graph.outputs)
+
+
+def take_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes of a graph, taken out of it for another one."""
+    nodes = list(graph)
+    graph.outputs.clear()
+    graph.remove(nodes)
+    return nodes
 
 
 def round_down(pool: ir.Node, model: ir.Model) -> None:
@@ -8217,27 +7831,10 @@ def round_down(pool: ir.Node, model: ir.Model) -> None:
         graph.insert_after(pool, [constant, divided])
 
 
-def restore_branch_outputs(graph: ir.Graph) -> None:
-    """Let every output of a branch come from a node of that branch: onnx-ir 0.2 also takes the Identity that is it."""
-    branches = [
-        attribute.as_graph()
-        for node in graph.all_nodes()
-        for attribute in node.attributes.values()
-        if attribute.type == ir.AttributeType.GRAPH
-    ]
-    for branch in branches:
-        for index, value in enumerate(branch.outputs):
-            producer = value.producer()
-            if producer is None or producer.graph is not branch:
-                node = ir.node("Identity", [value], outputs=[ir.Value(name=f"{value.name}/branch", type=value.type)])
-                branch.append(node)
-                branch.outputs[index] = node.outputs[0]
-
-
 def restore_inputs(graph: ir.Graph, job: Job) -> None:
-    """Order the graph's inputs as the model's, and put back those that an exporter dropped.
+    """Order the graph's inputs as the model's, and restore those that an exporter dropped.
 
-    A dropped input is harmless only if no output depends on it; verification with other values decides that.
+    That is harmless if no output depends on them, which verification with other values shows.
     """
     found = {value.name: value for value in graph.inputs}
     if not set(found) <= {spec.name for spec in job.specs}:
@@ -8247,9 +7844,8 @@ def restore_inputs(graph: ir.Graph, job: Job) -> None:
     for spec in job.specs:
         if spec.name not in found:
             LOG.warn(f"input {spec.name} has no influence on the outputs; it stays in the graph, unused")
-            dtype = str(spec.dtype).removeprefix("torch.").upper()
-            types = {"FLOAT32": "FLOAT", "FLOAT64": "DOUBLE"}
-            found[spec.name] = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType[types.get(dtype, dtype)]))
+            dtype = ir.tensor_adapters.from_torch_dtype(spec.dtype)
+            found[spec.name] = ir.Value(name=spec.name, type=ir.TensorType(dtype))
     graph.inputs[:] = [found[spec.name] for spec in job.specs]
     for spec in job.specs:
         found[spec.name].name = spec.name
@@ -8282,7 +7878,7 @@ def drop_output_shapes(path: Path, names: Collection[str]) -> None:
 
 
 def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str] | None:
-    """Names of an output's axes: those of the inputs' that they follow, or a name of their own where they vary.
+    """Names of an output's axes: those of the input axes that they follow, or their own where they vary.
 
     None where not even their number is the same for all inputs.
     """
@@ -8306,9 +7902,9 @@ def output_axes(job: Job, index: int, value: ir.Value) -> list[int | str] | None
 
 
 def merge_decoders(first: Path, following: Path) -> ir.Model:
-    """One graph out of a decoder without and one with a past: an If on `use_cache_branch`, each weight stored once.
+    """One graph of a decoder without and one with a past: an If on `use_cache_branch`, each weight stored once.
 
-    The branch with a past hands the encoder's keys and values on as they came.
+    The branch with a past passes the encoder's keys and values through.
     """
     models = [ir.load(path) for path in (first, following)]
     inputs: dict[str, ir.Value] = {}
@@ -8352,9 +7948,7 @@ def branch_of(
             weights[key] = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
         ir.convenience.replace_all_uses_with(value, weights[key])
     found = {str(value.name): value for value in graph.outputs}
-    nodes = list(graph)
-    graph.outputs.clear()
-    graph.remove(nodes)
+    nodes = take_nodes(graph)
     for name in names:
         if name not in found:
             given = inputs[past_name(name)]
@@ -8364,10 +7958,10 @@ def branch_of(
 
 
 def write_graph(model: ir.Model, path: Path) -> Path:
-    """Serialise to `path`, with the weights in `path`.data where one file cannot hold them; synced to the disk.
+    """Serialise to `path`, with the weights in `path`.data where one file cannot hold them, and sync to the disk.
 
-    Returns a file with the same graph to check and run: of a large single file its twin, whose weights lie outside, in
-    `path`, so that nobody needs to have all of them in memory. Raises ConversionError (RESOURCES) for want of space.
+    Returns a file to check and run: for a large single file its twin, which refers to the weights in `path`, so that
+    nobody has to hold all of them in memory. Raises ConversionError (RESOURCES) where space is short.
     """
     size = sum(weight_of(value).nbytes for value in model.graph.initializers.values())
     check_space(path.parent, size)
@@ -8398,11 +7992,11 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def write_single_file(model: ir.Model, path: Path) -> Path:
-    """Serialise `model` with its large weights written straight from where they lie; they are taken out of `model`.
+    """Serialise `model` with its large weights written from where they lie; they are taken out of `model`.
 
-    The serialiser would copy them twice first. A protobuf message is its fields one after the other, so the weights can
-    follow the rest of the graph (https://protobuf.dev/programming-guides/encoding; numbers of the fields: onnx.proto).
-    Returns the twin (see write_graph), or `path` where it is small.
+    The serialiser would copy them twice. A protobuf message is a sequence of fields, so the weights can follow the rest
+    of the graph (https://protobuf.dev/programming-guides/encoding; field numbers: onnx.proto). Returns the twin (see
+    write_graph), or `path` where it is small.
     """
     large = [value for value in model.graph.initializers.values() if weight_of(value).nbytes >= STORED_BYTES]
     for value in large:
@@ -8467,9 +8061,9 @@ def write_twin(proto: onnx.ModelProto, placed: Iterable[PlacedWeight], path: Pat
 
 
 def aligned_head(fields: Mapping[str, Any], length: int, place: int) -> bytes:
-    """What stands before the `length` bytes of an initializer at `place` of the file, so that they begin aligned.
+    """What precedes the `length` bytes of an initializer at `place` of the file, so that they are aligned.
 
-    Runtimes may then use them where they lie. A doc_string of spaces fills the gap.
+    Runtimes can then use them in place. A doc_string of spaces fills the gap.
     """
     for spaces in range(2 * ALIGNMENT):
         head: bytes = onnx.TensorProto(**fields, doc_string=" " * spaces).SerializeToString()
@@ -8488,7 +8082,7 @@ def message_head(number: int, length: int, width: int = 1) -> bytes:
 def varint(number: int, width: int = 1) -> bytes:
     """A number as protobuf writes it: 7 bits a byte, the lowest first, the top bit set on all but the last.
 
-    It has `width` bytes or more; zeros at its end do not count.
+    It is padded to `width` bytes with zeros, which do not count.
     """
     low, rest = number & 0x7F, number >> 7
     return bytes([low | 0x80]) + varint(rest, width - 1) if rest or width > 1 else bytes([low])
@@ -9619,8 +9213,6 @@ def block_memory() -> Tensor:
 
 def call_with_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call an operator of torch with the values of stored tensors."""
-    from torch.utils._pytree import tree_map
-
     used: list[Any] = []
 
     def read(value: Any) -> Any:
@@ -9629,7 +9221,8 @@ def call_with_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
             return value.read()
         return value
 
-    result = func(*tree_map(read, args), **tree_map(read, kwargs))
+    args, kwargs = torch.utils._pytree.tree_map(read, (list(args), dict(kwargs)))  # noqa: SLF001
+    result = func(*args, **kwargs)
     for stored in used:
         stored.let_go()
     return result
@@ -9674,7 +9267,10 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.read() if isinstance(tensor, stored_class()) else tensor
 
 
-def weight_places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+WeightPlace = tuple[dict[str, Any], str, "Tensor"]  # the dict that a module keeps a weight in, its key, the weight
+
+
+def weight_places(model: nn.Module) -> Iterator[WeightPlace]:
     """Where the modules of `model` keep the tensors of its state dict: the dict, the key in it and the tensor."""
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):  # keeps them elsewhere
@@ -9684,29 +9280,30 @@ def weight_places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tenso
             yield from ((own, name, tensor) for name, tensor in own.items() if tensor is not None and name not in lost)
 
 
+def put_weights(places: Iterable[WeightPlace], values: Mapping[int, Any]) -> None:
+    """Put values in the places of weights, by these weights' identities; None where there is no value."""
+    for owner, name, tensor in places:
+        owner[name] = values.get(id(tensor))
+
+
 @contextlib.contextmanager
 def stored_weights_as(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While in context, stored weights are the ordinary parameters that `make` makes; shared ones stay shared."""
-    before = [place for place in weight_places(model) if isinstance(place[2], stored_class())]
-    made: dict[int, Any] = {}
-    for own, name, tensor in before:
-        if id(tensor) not in made:
-            made[id(tensor)] = nn.Parameter(make(tensor.detach()), requires_grad=False)
-        own[name] = made[id(tensor)]
+    places = [place for place in weight_places(model) if isinstance(place[2], stored_class())]
+    before = {id(tensor): tensor for *_, tensor in places}
+    made = {key: nn.Parameter(make(tensor.detach()), requires_grad=False) for key, tensor in before.items()}
+    put_weights(places, made)
     try:
         yield
     finally:
-        for own, name, tensor in before:
-            own[name] = tensor
+        put_weights(places, before)
 
 
 def blank_maker(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """What makes blanks of stored tensors, the largest of which is among `tensors`: all zeros, and without memory.
+    """Makes zeros without memory in place of stored tensors, the largest of which is among `tensors`.
 
-    All lie in one anonymous mapping that nothing but the kernel's page of zeros is behind.
+    All of them lie in one anonymous mapping, behind which is only the kernel's page of zeros.
     """
-    import mmap
-
     size = max((tensor.nbytes for tensor in tensors), default=0)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     zeros = torch.frombuffer(mmap.mmap(-1, size or 1, flags=flags), dtype=torch.uint8)
@@ -9726,37 +9323,33 @@ def blank_weights(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def weights_as_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While in context, `model` has no weights: it takes them after its other inputs, in the order of what is yielded.
+    """While in context, `model` takes its weights as inputs after its own: those that are yielded, in their order.
 
-    That are blanks of the stored ones, under the names of the state dict.
+    They are named as in the state dict, and blanks where they are stored ones.
     """
     places = list(weight_places(model))
+    weights = {id(tensor): tensor for *_, tensor in places}
     names: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), name)
-    tensors = {names[id(tensor)]: tensor for *_, tensor in places}
-    blank = blank_maker(tensors.values())
-    blanks = {name: blank(tensor) for name, tensor in tensors.items()}
+    blank = blank_maker(weights.values())
+    blanks = {names[key]: blank(tensor) for key, tensor in weights.items()}
     forward = model.forward
 
-    def fill(values: Mapping[str, Any]) -> None:
-        for own, name, tensor in places:
-            own[name] = values.get(names[id(tensor)])
-
     def call(*given: Tensor) -> Any:
-        fill(dict(zip(tensors, given[-len(tensors) :], strict=True)))
+        put_weights(places, dict(zip(weights, given[-len(weights) :], strict=True)))
         try:
-            return forward(*given[: -len(tensors)])
+            return forward(*given[: -len(weights)])
         finally:
-            fill({})
+            put_weights(places, {})
 
-    fill({})
+    put_weights(places, {})
     model.forward = call
     try:
         yield blanks
     finally:
         del model.forward
-        fill(tensors)
+        put_weights(places, weights)
 
 
 def byte_blocks(tensor: Tensor) -> Iterator[memoryview]:
@@ -9778,10 +9371,9 @@ MAPPED: dict[int, int] = {}  # where files lie in memory: the addresses of their
 
 
 def map_file(path: Path) -> torch.UntypedStorage:
-    """The bytes of a file, read when they are needed; who writes to them gets a copy of the page, not the file.
+    """The bytes of a file, read on demand; writing to them copies the page and leaves the file alone.
 
-    MAP_NORESERVE: no memory is set aside for such copies, so that a file may be larger than the memory. MAPPED
-    remembers the addresses.
+    MAP_NORESERVE sets no memory aside for such copies, so that a file may be larger than the memory.
     """
     flags = mmap.MAP_PRIVATE | MAP_NORESERVE
     with open_input(path) as file:
@@ -9793,13 +9385,11 @@ def map_file(path: Path) -> torch.UntypedStorage:
 
 def accepts(function: Callable[..., Any], argument: str, *, by_name: bool = False) -> bool:
     """Whether `function` names the keyword `argument` in its signature, or (unless `by_name`) takes any."""
-    import inspect
-
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = signature(function).parameters
     except (TypeError, ValueError):
         return False
-    any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    any_keyword = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
     return argument in parameters or (any_keyword and not by_name)
 
 
@@ -9810,8 +9400,6 @@ def shape_text(sizes: Iterable[int]) -> str:
 
 def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
     """Names of forward's tensor parameters in order, and how many of them it cannot do without."""
-    import inspect
-
     if isinstance(model, torch.jit.ScriptModule):
         arguments = cast("Any", model.forward).schema.arguments[1:]
         required = [argument for argument in arguments if not argument.has_default_value()]
@@ -9826,9 +9414,9 @@ def forward_parameters(model: nn.Module) -> tuple[list[str], int]:
                 what = f"forward's argument {argument.name} is {argument.type}, which ONNX cannot take as an input"
                 raise ConversionError(ExitStatus.EXPORT, f"{what}: {advice}")
         return [argument.name for argument in arguments], len(required)
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in several]
-    return [p.name for p in parameters], sum(p.default is inspect.Parameter.empty for p in parameters)
+    several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    parameters = [p for p in signature(model.forward).parameters.values() if p.kind not in several]
+    return [p.name for p in parameters], sum(p.default is Parameter.empty for p in parameters)
 
 
 NUMBERS: dict[str, Callable[[float], float]] = {"int": int, "float": float, "bool": bool}  # of TorchScript's types
@@ -9889,12 +9477,10 @@ class Arguments(NamedTuple):
 
 def takes_keywords_only(model: nn.Module) -> bool:
     """Whether forward's arguments have to be named."""
-    import inspect
-
     if isinstance(model, torch.jit.ScriptModule):
         return False
-    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
-    return inspect.Parameter.KEYWORD_ONLY in kinds
+    kinds = {parameter.kind for parameter in signature(model.forward).parameters.values()}
+    return Parameter.KEYWORD_ONLY in kinds
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
@@ -9904,9 +9490,9 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def flatten_outputs(value: Any) -> dict[str, Tensor]:
-    """Every tensor of nested outputs, in their order, under a name of its own: `output`, `logits`, `boxes`, `aux_0`.
+    """Every tensor of nested outputs, in order, under its own name: `output`, `logits`, `boxes`, `aux_0`.
 
-    Names that are the same once they are spelt as ONNX wants them get numbers.
+    Names that are equal once they are spelt as ONNX wants them are numbered.
     """
     found: dict[str, Tensor] = {}
 
@@ -9933,20 +9519,30 @@ def flatten_outputs(value: Any) -> dict[str, Tensor]:
     return found
 
 
-def flat_module(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """`model` as the exporters like it: tensors in by position, a flat tuple of tensors out, no gradients."""
-    arguments = Arguments.of(model, names)
+def as_module(model: nn.Module, specs: Sequence[InputSpec], call: Callable[[Any, dict[str, Tensor]], Any]) -> nn.Module:
+    """A module that takes the tensors of `specs` by position, and returns what `call` makes of `model` and them."""
+    names = [spec.name for spec in specs]
 
-    class Flat(nn.Module):
+    class Called(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = model
 
-        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-            by_position, by_name = arguments(inputs)
-            return tuple(flatten_outputs(self.inner(*by_position, **by_name)).values())
+        def forward(self, *inputs: Tensor) -> Any:
+            return call(self.inner, dict(zip(names, inputs, strict=True)))
 
-    return Flat()
+    return Called()
+
+
+def flat_module(model: nn.Module, specs: Sequence[InputSpec]) -> nn.Module:
+    """`model` as the exporters like it: tensors in by position, a flat tuple of tensors out, no gradients."""
+    arguments = Arguments.of(model, [spec.name for spec in specs])
+
+    def call(inner: Any, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        by_position, by_name = arguments(list(given.values()))
+        return tuple(flatten_outputs(inner(*by_position, **by_name)).values())
+
+    return as_module(model, specs, call)
 
 
 def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -9972,7 +9568,7 @@ def is_archive(model: nn.Module) -> bool:
 def without_kept_state(model: nn.Module) -> Iterator[None]:
     """Let the modules forget what they keep between calls, such as embeddings for the last length.
 
-    Exporters would take it for constants. It lies in attributes, or in a dict that is one: buffers, hooks, caches. What
+    Exporters would take it for constants. It lies in attributes, or in dicts that are attributes: buffers, hooks. What
     has become another class, as lazy layers do when they are first called, stays that.
     """
     states = [
@@ -9996,9 +9592,9 @@ def to_numpy(tensor: Tensor) -> Any:
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy(force=True).copy()
 
 
-def numpy_dtype(spec: InputSpec) -> str:
-    """The dtype of an input as numpy calls it."""
-    return str(spec.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as numpy and --input-shape call it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -10012,9 +9608,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def choose_dtype(model: nn.Module, options: Options) -> None:
-    """Give a model the dtype of --dtype, by default float32 for half-precision weights, as folders and weights have it.
+    """Give a model the dtype of --dtype; by default half-precision weights become float32, as in folders.
 
-    Raises UsageError where that cannot be: an archive's code was written for its own dtype.
+    Raises UsageError where that is impossible: an archive's code was written for its own dtype.
     """
     dtype, wanted = float_dtype(model), getattr(torch, DTYPE_NAMES[options.dtype])
     if is_archive(model) and options.dtype != "fp32" and wanted is not dtype:
@@ -10635,14 +10231,17 @@ def has_own_code(options: Options) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# workarounds: what torch, torchvision, timm and ultralytics need to be told, each with the version it was seen in
+# workarounds: what torch, torchvision, onnx-ir and ultralytics need to be told, each with the version it was seen in
+#
+# Each names the fault and where it is known; tests/test_workarounds.py fails for one that is no longer needed.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def import_torchvision() -> None:
     """Import torchvision, and leave out torch's compiler, which takes as long to import as the rest of torch.
 
-    One file of torchvision 0.29 (ops/roi_align.py) asks torch._dynamo a question, and only if a kernel is missing.
+    ops/roi_align.py imports it for a question that it asks only where a kernel is missing (seen in torchvision 0.29.1):
+    https://github.com/pytorch/vision/pull/8436 meant to avoid that.
     """
 
     def is_compile_supported(device_type: str) -> bool:
@@ -10661,13 +10260,12 @@ def import_torchvision() -> None:
 
 
 def import_ultralytics() -> None:
-    """Import ultralytics without what it does by the way.
+    """Import ultralytics without its side effects.
 
-    ultralytics.utils writes a settings file into the home directory, asks the network whether it is there, sets
-    variables for libraries that are loaded later, and lets its checks run pip.
+    ultralytics.utils writes a settings file into the home directory, asks whether the network is there, sets variables
+    for libraries that are loaded later, and lets its checks run pip (seen in ultralytics 8.4.190):
+    https://github.com/ultralytics/ultralytics/pull/26214 describes YOLO_AUTOINSTALL.
     """
-    import tempfile
-
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="pt2onnx.") as folder:
         os.environ |= {"YOLO_CONFIG_DIR": folder, "MPLCONFIGDIR": folder, "YOLO_AUTOINSTALL": "false",
@@ -10680,36 +10278,49 @@ def import_ultralytics() -> None:
             os.environ |= before
 
 
+def disable_fused_attention() -> None:
+    """Let nn.TransformerEncoderLayer run without the fused operator that no exporter knows (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/issues/177013
+    """
+    torch.backends.mha.set_fastpath_enabled(False)
+
+
+ADAPTIVE_POOLS = [f"adaptive_{kind}_pool{axes}d" for kind in ("avg", "max") for axes in (1, 2, 3)]
+
+
 @functools.cache
 def register_symbolics() -> None:
-    """Give the TorchScript exporter of torch 2.14 the translations that its own are wrong or missing for."""
-    from torch.onnx import register_custom_op_symbolic
-
-    register_custom_op_symbolic("aten::repeat_interleave", symbolic_repeat, 13)
-    for axes, kind in itertools.product((1, 2, 3), ("avg", "max")):
-        name = f"adaptive_{kind}_pool{axes}d"
-        register_custom_op_symbolic(f"aten::{name}", functools.partial(symbolic_adaptive_pool, name), 13)
-    register_custom_op_symbolic("aten::cumsum", symbolic_cumsum, 13)
-    register_custom_op_symbolic("aten::unfold", symbolic_unfold, 13)
-    register_custom_op_symbolic("aten::as_strided", symbolic_strided, 13)
-    register_custom_op_symbolic("aten::log_sigmoid", symbolic_log_sigmoid, 9)
-    register_custom_op_symbolic("aten::floor_divide", symbolic_floor_divide, 10)
-    register_custom_op_symbolic("aten::atan2", symbolic_atan2, 9)
+    """Give the TorchScript exporter translations where its own are wrong or missing, from some opset on."""
+    for name, symbolic, opset in (
+        ("repeat_interleave", symbolic_repeat, 13),
+        ("cumsum", symbolic_cumsum, 13),
+        ("unfold", symbolic_unfold, 13),
+        ("as_strided", symbolic_strided, 13),
+        ("log_sigmoid", symbolic_log_sigmoid, 9),
+        ("floor_divide", symbolic_floor_divide, 10),
+        ("atan2", symbolic_atan2, 9),
+    ):
+        torch.onnx.register_custom_op_symbolic(f"aten::{name}", symbolic, opset)
+    for name in ADAPTIVE_POOLS:
+        torch.onnx.register_custom_op_symbolic(f"aten::{name}", functools.partial(symbolic_adaptive_pool, name), 13)
 
 
 def symbolic_log_sigmoid(graph: Any, tensor: Any) -> Any:
-    """-softplus(-x); torch's own, the logarithm of the sigmoid, is -inf from -104 on in float32 (seen in 2.14.1)."""
+    """-softplus(-x); the exporter's own, log(sigmoid(x)), is -inf from -104 on in float32 (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/pull/14830
+    """
     return graph.op("Neg", graph.op("Softplus", graph.op("Neg", tensor)))
 
 
 def symbolic_atan2(graph: Any, y: Any, x: Any) -> Any:
-    """The angle of (x, y) from -pi to pi; torch's own is NaN at the origin and does not see -0 (seen in 2.14.1).
+    """The angle of (x, y) from -pi to pi; the exporter's own is NaN at the origin and ignores -0 (torch 2.14.1).
 
-    0/0 is replaced, and y/0 is an infinity, whose arc tangent is pi/2.
+    https://github.com/pytorch/pytorch/issues/162570. 0/0 is replaced, and y/0 is an infinity, whose arc tangent is
+    pi/2.
     """
-    from torch.onnx import JitScalarType
-
-    dtype = JitScalarType.from_value(y, JitScalarType.FLOAT).dtype()
+    dtype = torch.onnx.JitScalarType.from_value(y, torch.onnx.JitScalarType.FLOAT).dtype()
     zero, turn = (graph.op("Constant", value_t=torch.tensor(value, dtype=dtype)) for value in (0.0, math.pi))
     at_origin = graph.op("And", graph.op("Equal", x, zero), graph.op("Equal", y, zero))
 
@@ -10722,21 +10333,24 @@ def symbolic_atan2(graph: Any, y: Any, x: Any) -> Any:
 
 
 def symbolic_floor_divide(graph: Any, tensor: Any, other: Any) -> Any:
-    """Division towards minus infinity, of integers too: torch's own truncates these (seen in 2.14.1).
+    """Division towards minus infinity, of integers too: the exporter's own truncates these (seen in torch 2.14.1).
 
-    Mod has the sign of the divisor, so that what it leaves is divided without a remainder.
+    https://github.com/pytorch/pytorch/pull/86146. Mod has the sign of the divisor, so that what it leaves is divided
+    without a remainder.
     """
-    from torch.onnx import symbolic_helper, symbolic_opset9
-
     if symbolic_helper._is_fp(tensor) or symbolic_helper._is_fp(other):  # noqa: SLF001
-        return graph.op("Floor", symbolic_opset9.true_divide(graph, tensor, other))
+        return graph.op("Floor", torch.onnx.symbolic_opset9.true_divide(graph, tensor, other))
     whole = graph.op("Sub", tensor, graph.op("Mod", tensor, other))
     return graph.op("Div", whole, other)
 
 
 def symbolic_repeat(graph: Any, tensor: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> Any:
-    """repeat_interleave as the exporter has it, which adds to `dim` in place: other nodes share that constant."""
-    from torch.onnx import symbolic_helper, symbolic_opset13
+    """repeat_interleave as the exporter has it, which adds to `dim` in place: other nodes share that constant.
+
+    Seen in torch 2.14.1: `dim += len(input_sizes)` in torch/onnx/_internal/torchscript_exporter/symbolic_opset13.py
+    of https://github.com/pytorch/pytorch.
+    """
+    from torch.onnx import symbolic_opset13
 
     axis = None if symbolic_helper._is_none(dim) else symbolic_helper._maybe_get_const(dim, "t").clone()  # noqa: SLF001
     return symbolic_opset13.repeat_interleave(graph, tensor, repeats, axis, output_size)
@@ -10746,13 +10360,11 @@ def symbolic_adaptive_pool(name: str, graph: Any, tensor: Any, size: Any) -> Any
     """Adaptive pooling as the exporter has it; axis by axis where the input is no known multiple of `size`.
 
     An average is a product with averaging_matrix; maxima are those of what is gathered for each window. The indices of
-    the maxima, which are the second result, are not to be had.
+    the maxima, which are the second result, are not to be had. The exporter refuses these sizes (seen in torch 2.14.1):
+    https://github.com/pytorch/pytorch/issues/64806.
     """
-    from torch.onnx import symbolic_helper, symbolic_opset9
-    from torch.onnx.errors import SymbolicValueError
-
-    with contextlib.suppress(SymbolicValueError):
-        return getattr(symbolic_opset9, name)(graph, tensor, size)
+    with contextlib.suppress(torch.onnx.errors.SymbolicValueError):
+        return getattr(torch.onnx.symbolic_opset9, name)(graph, tensor, size)
     counts = symbolic_helper._parse_arg(size, "is")  # noqa: SLF001
     rank = cast("int", symbolic_helper._get_tensor_rank(tensor))  # noqa: SLF001
     axes = range(rank - len(counts), rank)
@@ -10785,12 +10397,10 @@ def adaptive_windows(graph: Any, tensor: Any, axis: int, count: int) -> tuple[An
 
 def averaging_matrix(graph: Any, tensor: Any, axis: int, count: int) -> Any:
     """The matrix (count x length of `axis`) of what each place adds to each of `count` averages."""
-    from torch.onnx import JitScalarType
-
     length, first, end = adaptive_windows(graph, tensor, axis, count)
     places = graph.op("Range", constant_value(graph, 0), length, constant_value(graph, 1))
     inside = graph.op("And", graph.op("GreaterOrEqual", places, first), graph.op("Less", places, end))
-    dtype = JitScalarType.from_value(tensor).onnx_type()
+    dtype = torch.onnx.JitScalarType.from_value(tensor).onnx_type()
     ones = graph.op("Cast", inside, to_i=dtype)
     return graph.op("Div", ones, graph.op("Cast", graph.op("Sub", end, first), to_i=dtype))
 
@@ -10810,18 +10420,22 @@ def windowed_maximum(graph: Any, tensor: Any, axis: int, count: int) -> Any:
 
 
 def symbolic_cumsum(graph: Any, tensor: Any, dim: Any, dtype: Any = None) -> Any:
-    """Cumsum as the exporter has it, which adds up truth values without making numbers of them."""
-    from torch.onnx import JitScalarType, symbolic_opset11
+    """Cumsum as the exporter has it, which gives it truth values, for which ONNX has none (seen in torch 2.14.1).
 
-    if JitScalarType.from_value(tensor) == JitScalarType.BOOL:
-        tensor = graph.op("Cast", tensor, to_i=JitScalarType.INT64.onnx_type())
+    https://github.com/pytorch/pytorch/pull/40044
+    """
+    from torch.onnx import symbolic_opset11
+
+    if torch.onnx.JitScalarType.from_value(tensor) == torch.onnx.JitScalarType.BOOL:
+        tensor = graph.op("Cast", tensor, to_i=torch.onnx.JitScalarType.INT64.onnx_type())
     return symbolic_opset11.cumsum(graph, tensor, dim, dtype)
 
 
 def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> Any:
-    """Tensor.unfold as one look-up: the exporter writes out every window, and knows no dimension of unknown length."""
-    from torch.onnx import symbolic_helper
+    """Tensor.unfold as one look-up: the exporter's own knows no axis of free length (seen in torch 2.14.1).
 
+    https://github.com/pytorch/pytorch/issues/69889. Where it knows the length it writes out every window.
+    """
     constant = functools.partial(constant_value, graph)
     axis, width, stride = (symbolic_helper._get_const(value, "i", "unfold") for value in (dim, size, step))  # noqa: SLF001
     rank = cast("int", symbolic_helper._get_tensor_rank(tensor))  # noqa: SLF001  (without one it fails below)
@@ -10835,9 +10449,10 @@ def symbolic_unfold(graph: Any, tensor: Any, dim: Any, size: Any, step: Any) -> 
 
 
 def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: Any = None) -> Any:
-    """as_strided of a contiguous tensor as one look-up: the exporter's own takes only strides that are constants."""
-    from torch.onnx import symbolic_helper
+    """as_strided of a contiguous tensor as one look-up: the exporter's own takes strides for constants (torch 2.14.1).
 
+    https://github.com/pytorch/pytorch/issues/90607
+    """
     constant = functools.partial(constant_value, graph)
 
     def entries(numbers: Any) -> list[Any]:
@@ -10855,8 +10470,9 @@ def symbolic_strided(graph: Any, tensor: Any, sizes: Any, strides: Any, offset: 
 def fixed_resize() -> Iterator[None]:
     """Let torchvision's detectors resize, while they are traced, to the size that they resize to otherwise.
 
-    Their tracing branch computes the scale in float32 (torchvision 0.29, detection/transform.py), so that one in
-    eight image sizes comes out a pixel smaller than in PyTorch; this one uses float64, as their ordinary branch does.
+    Their tracing branch computes the scale in float32 (seen in torchvision 0.29.1, detection/transform.py), so that one
+    in eight image sizes comes out a pixel smaller than in PyTorch; this one uses float64, as their ordinary branch
+    does. https://github.com/pytorch/vision/pull/3862
     """
     transform = sys.modules.get("torchvision.models.detection.transform")
     if transform is None:
@@ -10918,9 +10534,10 @@ def tracing_stand_ins() -> list[tuple[Any, str, Callable[..., Any]]]:
 
 
 def unbind_indices(tensor: Tensor, dim: int = 0) -> Any:
-    """Stand-in for unbind, which loops over a tensor call: those over what is nonzero go over all places.
+    """Stand-in for unbind, which loops over a tensor call: loops over nonzero() trace every index, not only the hits.
 
-    Mixtures of experts loop so over the experts that tokens were routed to; the others get no tokens.
+    Mixtures of experts loop so over the experts that tokens were routed to; the others get no tokens. Seen in
+    transformers 5.23: https://github.com/huggingface/transformers/issues/38518.
     """
     node = torch._C._get_value_trace(tensor).node()  # type: ignore[attr-defined]  # noqa: SLF001  (its stubs lack it)
     sizes: Sequence[int] = node.input().type().sizes() if node.kind() == "aten::nonzero" else ()
@@ -10928,7 +10545,10 @@ def unbind_indices(tensor: Tensor, dim: int = 0) -> Any:
 
 
 def strides_from_sizes(tensor: Tensor, dim: int | None = None) -> Any:
-    """Stand-in for the strides of a contiguous tensor."""
+    """Stand-in for the strides of a contiguous tensor, which a trace keeps as numbers (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/issues/90607
+    """
     if not tensor.is_contiguous():
         return NotImplemented
     strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.dim()))
@@ -10936,7 +10556,10 @@ def strides_from_sizes(tensor: Tensor, dim: int | None = None) -> Any:
 
 
 def tensor_of_numbers(data: Any, **options: Any) -> Any:
-    """Stand-in for making a tensor of traced numbers, single ones or in lists."""
+    """Stand-in for making a tensor of traced numbers, which become constants (seen in torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/issues/42966
+    """
     return as_tensor(data).to(options.get("device"), options.get("dtype")) if holds_tensor(data) else NotImplemented
 
 
@@ -10953,7 +10576,10 @@ def holds_tensor(data: Any) -> bool:
 
 
 def traced_extremum(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, **options: Any) -> Any:
-    """Stand-in for the smaller or larger of two numbers of which one is traced."""
+    """Stand-in for the smaller or larger of two numbers, one of them traced: a trace keeps the choice (torch 2.14.1).
+
+    https://github.com/pytorch/pytorch/pull/32458
+    """
     pair = len(values) == 2 and not options and holds_tensor(values)
     return operator(*map(as_tensor, values)) if pair else NotImplemented
 
@@ -10962,7 +10588,8 @@ def traced_extremum(operator: Callable[[Tensor, Tensor], Tensor], *values: Any, 
 def traced_whole_numbers(model: nn.Module) -> Iterator[None]:
     """Let int() of a traced number, in the Python modules that define the model, be a traced number.
 
-    For a second try: not all code takes the class that stands in for int.
+    A trace would keep the number (seen in torch 2.14.1): https://github.com/pytorch/pytorch/issues/42966. For a second
+    try: not all code takes the class that stands in for int.
     """
 
     class Whole(type):
@@ -11001,8 +10628,36 @@ def patched(owner: Any, **stand_ins: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def restore_branch_outputs(graph: ir.Graph) -> None:
+    """Let every output of a branch come from a node of that branch, as ONNX wants it.
+
+    IdentityEliminationPass takes the Identity that is all of a branch (seen in onnx-ir 1.1.0):
+    https://github.com/onnx/ir-py/issues/120.
+    """
+    branches = [
+        attribute.as_graph()
+        for node in graph.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
+    ]
+    for branch in branches:
+        for index, value in enumerate(branch.outputs):
+            producer = value.producer()
+            if producer is None or producer.graph is not branch:
+                node = ir.node("Identity", [value], outputs=[ir.Value(name=f"{value.name}/branch", type=value.type)])
+                branch.append(node)
+                branch.outputs[index] = node.outputs[0]
+
+
+# Methods of tensors that do with a complex number what they do with its two parts.
+MOVING_METHODS = word_set("to unsqueeze squeeze view reshape flatten transpose permute expand repeat contiguous")
+
+
 class Complex:
-    """A tensor of complex numbers as two real ones: exporters know no others, and rotary embeddings need no more."""
+    """A tensor of complex numbers as two real ones: exporters know no others, and rotary embeddings need no more.
+
+    Seen in torch 2.14.1: https://github.com/pytorch/pytorch/issues/59246.
+    """
 
     def __init__(self, real: Tensor, imaginary: Tensor) -> None:
         self.real, self.imaginary = real, imaginary
@@ -11030,18 +10685,12 @@ class Complex:
     def __getitem__(self, key: Any) -> Complex:
         return Complex(self.real[key], self.imaginary[key])
 
-    def unsqueeze(self, dim: int) -> Complex:
-        """As a tensor's."""
-        return Complex(self.real.unsqueeze(dim), self.imaginary.unsqueeze(dim))
-
-    def to(self, device: torch.device) -> Complex:
-        """As a tensor's."""
-        return Complex(self.real.to(device), self.imaginary.to(device))
-
-    @property
-    def device(self) -> torch.device:
-        """As a tensor's."""
-        return self.real.device
+    def __getattr__(self, name: str) -> Any:
+        if name == "device":
+            return self.real.device
+        if name not in MOVING_METHODS:
+            raise AttributeError(name)
+        return lambda *values: Complex(getattr(self.real, name)(*values), getattr(self.imaginary, name)(*values))
 
 
 @contextlib.contextmanager

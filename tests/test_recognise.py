@@ -66,9 +66,11 @@ def test_the_data_file_is_of_the_pinned_versions() -> None:
     import json
     import lzma
 
-    versions = json.loads(lzma.decompress(convert.ARCHITECTURES.read_bytes()))["versions"]
+    content = json.loads(lzma.decompress(convert.ARCHITECTURES.read_bytes()))
+    versions = content["versions"]
     required = dict(re.findall(r"^(\w+)==(\S+)$", CONVERT.with_name("requirements.txt").read_text(), re.MULTILINE))
     assert versions == {name: required[name] for name in ("timm", "torchvision")} == architectures.VERSIONS
+    assert [tuple(entry) for entry in content["families"]] == [*architectures.FAMILIES]
 
 
 def test_the_data_file_has_every_model() -> None:

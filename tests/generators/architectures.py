@@ -46,6 +46,41 @@ SMALL = ((3, 96, 96), (3, 128, 128))  # even sizes, at which kinds of padding di
 INITIALISERS = re.compile(r"(kaiming_|xavier_|trunc_)?(normal|uniform)_|trunc_normal_tf_|variance_scaling_|orthogonal_|"
                           r"lecun_normal_|constant_|zeros_|ones_|eye_|dirac_")  # fmt: skip
 
+# Names that only transformers writes, and the family that they tell; the first that occurs counts.
+FAMILIES = (
+    ("DETR", r"^(model\.)?(query_position_embeddings\.|backbone\.conv_encoder\.)"),
+    ("Whisper", r"^(model\.)?encoder\.conv2\.weight$(?s:.*)decoder\.layers\.0\.encoder_attn"),
+    ("SigLIP", r"^(siglip\.)?vision_model\.head\.probe$"),
+    ("CLIP", r"^(clip\.)?text_model\.encoder\.layers\.0\.self_attn|^(clip\.)?vision_model\.pre_layrnorm\."),
+    ("SAM", r"^vision_encoder\.layers\.0\.attn\.qkv\."),
+    ("BLIP", r"^text_(model|encoder|decoder)\..*\.layer\.0\.(crossattention|attention\.self)\.|^qformer\."),
+    ("wav2vec 2.0", r"^(wav2vec2\.|hubert\.|wavlm\.)?feature_extractor\.conv_layers\.0\.conv\.weight$"),
+    ("T5", r"^(decoder|encoder)\.block\.0\.layer\.0\.SelfAttention\.q\."),
+    ("BART", r"^(model\.)?decoder\.layers\.0\.encoder_attn\.k_proj\."),
+    ("GPT-2", r"^(transformer\.)?h\.0\.attn\.c_attn\."),
+    ("GPT-Neo", r"^(transformer\.)?h\.0\.attn\.attention\.q_proj\."),
+    ("GPT-J", r"^(transformer\.)?h\.0\.attn\.q_proj\."),
+    ("GPT-NeoX", r"^(gpt_neox\.)?layers\.0\.attention\.query_key_value\."),
+    ("BLOOM, Falcon", r"^(transformer\.)?h\.0\.self_attention\.query_key_value\."),
+    ("OPT", r"^(model\.)?decoder\.layers\.0\.self_attn\.q_proj\."),
+    ("Mamba", r"^(backbone\.|model\.)?layers\.0\.mixer\.in_proj\."),
+    ("Llama, Mistral, Qwen, Gemma", r"^(.*\.)?layers\.0\.self_attn\.(q|qkv)_proj\."),
+    ("DistilBERT", r"^(distilbert\.)?transformer\.layer\.0\.attention\.q_lin\."),
+    ("ALBERT", r"^(albert\.)?encoder\.albert_layer_groups\.0\."),
+    ("DeBERTa", r"^(deberta\.)?encoder\.(rel_embeddings\.|layer\.0\.attention\.self\.(query_proj|in_proj)\.)"),
+    ("RoBERTa", r"^(xlm_)?roberta\.encoder\.layer\.0\."),
+    ("ELECTRA", r"^electra\.encoder\.layer\.0\."),
+    ("Swin", r"^(swin\.|swinv2\.)?encoder\.layers\.0\.blocks\.0\.attention\.(self\.query|q_proj)\."),
+    ("SegFormer", r"^(segformer\.)?(encoder\.patch_embeddings\.0|stages\.0\.patch_embeddings)\.proj\."),
+    ("ConvNeXt", r"^(convnext\.|convnextv2\.)?encoder\.stages\.0\.layers\.0\.dwconv\."),
+    ("ResNet", r"^(resnet\.)?embedder\.embedder\.convolution\."),
+    ("BEiT", r"^beit\.(encoder\.layer|layers)\.0\."),
+    ("DINOv2", r"^(dinov2\.)?encoder\.layer\.0\.layer_scale1\."),
+    ("ViT, DeiT", r"^(vit\.|deit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\."),
+    ("MPNet", r"^(mpnet\.)?encoder\.layer\.0\.attention\.attn\.q\."),
+    ("BERT", r"^(\w+\.)?encoder\.layer\.0\.attention\.self\.query\."),
+)
+
 
 class Described(NamedTuple):
     """A model's tensors: name to sizes such as `Cx512`, and the names that go with the classifier."""
@@ -287,6 +322,7 @@ def encode(entries: Iterable[tuple[Described, list[list[str]]]]) -> bytes:
         "names": [name for name, _ in table],
         "sizes": [sizes for _, sizes in table],
         "layouts": written,
+        "families": FAMILIES,
     }
     return lzma.compress(json.dumps(content, separators=(",", ":")).encode(), preset=9 | lzma.PRESET_EXTREME)
 
