@@ -178,6 +178,10 @@ class DamagedFileError(InputError):
     """The file contradicts itself or ends too early."""
 
 
+class OutsideError(RefusedFileError):
+    """A package would be imported from where no packages are installed."""
+
+
 class WallError(RefusedFileError, PermissionError):
     """Something would have been opened, started or connected to that the wall is around (see Wall)."""
 
@@ -1052,6 +1056,8 @@ def plan_loaded(model: nn.Module, loaded: Loaded, options: Options, run: Run) ->
         for parameter in model.parameters():  # ScriptModule has no requires_grad_()
             parameter.requires_grad_(False)  # noqa: FBT003
         model.to(options.device)
+        if isinstance(model, torch.jit.ScriptModule):
+            use_device(model, options.device)
         limit = time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model)))
         with LOG.step("reference: PyTorch's answers"), without_kept_state(model), limit:
             known = preprocessing(model, options.model_class)
@@ -1426,6 +1432,7 @@ def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
     """A complete model or a checkpoint: its globals, and what they make."""
     content, names, storages, problem = take_census(source)
     facts = {**problem, "globals": names, **count_elements(storages)}
+    content = numbered(content)
     if isinstance(content, nn.Module):
         return facts | inspect_module(source, content)
     if isinstance(content, Mapping):
@@ -1435,7 +1442,7 @@ def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
     return facts | {"what": "a pickle that is not opened", "class": root}
 
 
-def inspect_module(source: Source, model: nn.Module) -> dict[str, Any]:
+def inspect_module(source: Source, model: nn.Module, *options: str) -> dict[str, Any]:
     """A complete model: its class, and the inputs that it was made for."""
     known = preprocessing(model, None)
     guess = next(input_guesses(model, Loaded(model, ""), known))
@@ -1445,7 +1452,7 @@ def inspect_module(source: Source, model: nn.Module) -> dict[str, Any]:
         "class": qualified_name(type(model)),
         "inputs": f"{shapes}, told by {guess.reason}",
         "mode": "pytorch",
-        "command": command_for(source),
+        "command": command_for(source, *options),
     }
 
 
@@ -1453,7 +1460,10 @@ def inspect_weights(source: Source, content: Mapping[Any, Any], options: Options
     """A state dict, bare or in a checkpoint."""
     found = find_weights(content, options.checkpoint_key)
     if not isinstance(found.content, Mapping):
-        return inspect_module(source, found.content) | {"what": f"a checkpoint with a model in its entry {found.key!r}"}
+        key = ["--checkpoint-key", options.checkpoint_key] if options.checkpoint_key else []
+        return inspect_module(source, found.content, *key) | {
+            "what": f"a checkpoint with a model in its entry {found.key!r}"
+        }
     shapes = {name: tuple(tensor.shape) for name, tensor in found.content.items()}
     dtypes = ((str(tensor.dtype).removeprefix("torch."), tensor.numel()) for tensor in found.content.values())
     where = f"weights in the entry {found.key!r} of a checkpoint" if found.key else "weights without a model"
@@ -3100,7 +3110,7 @@ def describe_group(members: Sequence[str], unlike: Collection[str]) -> str:
 
 def strip_prefixes(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
     """`shapes` without counters and wrappers' names, then without each prefix that all names share (`model.`)."""
-    names = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
+    names = {k: v for k, v in fold_masks(unwrap_names(shapes)).items() if not k.endswith("num_batches_tracked")}
     while names:
         yield names
         prefix = next(iter(names)).partition(".")[0] + "."
@@ -3184,9 +3194,9 @@ def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], 
         LOG.info(f"recognised: {recognition.explanation}")
         arguments = {**recognition.arguments, **options.model_args}
         return replace(options, model_class=recognition.candidates[0][0], model_args=arguments)
-    some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in list(weights)[:2])
+    some = "".join(f"{name} {shape_text(weights[name].shape)}, " for name in list(weights)[:2])
     raise UsageError(
-        f"{options.input} holds weights only ({len(weights)} tensors: {some}, ...); {recognition.explanation}; pass "
+        f"{options.input} holds weights only ({len(weights)} tensors: {some}...); {recognition.explanation}; pass "
         "--model-class with their class: a torchvision or timm name, or package.module:Class"
     )
 
@@ -3231,6 +3241,7 @@ def find_weights(content: Any, key: str | None) -> Weights:
         if id(value) in seen:
             return
         seen.add(id(value))
+        value = numbered(value)
         found = value if isinstance(value, nn.Module) else state_dict_of(value)
         if found is not None:
             yield Weights(found, path)
@@ -3240,6 +3251,8 @@ def find_weights(content: Any, key: str | None) -> Weights:
                 if not OTHER_STATE.search(str(name)) or (key is not None and key.startswith(f"{path}{name}")):
                     yield from entries(value[name], f"{path}.{name}" if path else str(name), depth + 1)
 
+    if not content:  # the state dict of a class without weights
+        return Weights({}, "")
     found = list(entries(content, "", 0))
     if key is not None:
         return entry_at(found, key, content)
@@ -3248,7 +3261,10 @@ def find_weights(content: Any, key: str | None) -> Weights:
     first, *others = found
     names = ", ".join(item.key for item in others[:4])
     if others and first.key.partition(".")[0] not in WEIGHT_KEYS:
-        raise UsageError(f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key")
+        raise UsageError(
+            f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key {first.key} for that one, "
+            "or save the module that calls them, if they are parts of one (layers in a row: torch.nn.Sequential)"
+        )
     if first.key:
         also = f"; it also has {names} (--checkpoint-key)" if others else ""
         kind = "model" if isinstance(first.content, nn.Module) else "weights"
@@ -3414,6 +3430,8 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     """
     expected = model.state_dict()
     weights = unwrap_names(weights)
+    if not any(name.endswith("_mask") for name in expected):
+        weights = fold_masks(weights)
     prefix = common_prefix(weights, expected) or part_prefix(weights, expected)
     if prefix:
         left = [name for name in weights if not name.startswith(prefix)]
@@ -3424,6 +3442,17 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
         if name.endswith("num_batches_tracked"):  # counts training steps; the forward pass in eval mode ignores it
             weights[name] = torch.zeros_like(expected[name])
     return weights
+
+
+def fold_masks(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """`weights` (or their shapes) with what torch.nn.utils.prune split into NAME_orig and NAME_mask as the product."""
+    folded = dict(weights)
+    for name in [name.removesuffix("_mask") for name in weights if name.endswith("_mask")]:
+        if f"{name}_orig" in weights:
+            mask, value = folded.pop(f"{name}_mask"), folded.pop(f"{name}_orig")
+            is_tensor = isinstance(value, torch.Tensor)
+            folded[name] = (in_memory(value) * in_memory(mask)).to(value.dtype) if is_tensor else value
+    return folded
 
 
 def unwrap_names(weights: Mapping[str, T]) -> dict[str, T]:
@@ -4157,7 +4186,27 @@ TRANSFORMERS_FILE = re.compile(
     r"|quant_modules|perceiver|vision)"
 )
 # What modules are called in older files.
-RENAMED_MODULES = {"timm.models.layers": "timm.layers", "ultralytics.yolo": "ultralytics"}
+RENAMED_MODULES = {
+    "timm.models.layers": "timm.layers",
+    "torchvision.models.mobilenet": "torchvision.models.mobilenetv2",
+    "ultralytics.yolo": "ultralytics",
+}
+# What classes are called in older files; those of torchvision before 0.12 only add a constructor to Sequential.
+RENAMED_CLASSES = {
+    "torch.nn.modules.linear._LinearWithBias": ("torch.nn.modules.linear", "NonDynamicallyQuantizableLinear"),
+    **{f"torchvision.models.{name}": ("torch.nn.modules.container", "Sequential")
+       for name in ("mobilenetv2.ConvBNReLU", "mobilenetv2.ConvBNActivation")},
+}  # fmt: skip
+# Settings that came with a newer torch (the last one with 1.12): what they are computes as the class did without them.
+NEWER_SETTINGS: dict[str, dict[str, Any]] = {
+    "torch.nn.modules.activation.GELU": {"approximate": "none"},
+    "torch.nn.modules.activation.MultiheadAttention": {"batch_first": False},
+    "torch.nn.modules.sparse.EmbeddingBag": {"include_last_offset": False, "padding_idx": None},
+    "torch.nn.modules.transformer.Transformer": {"batch_first": False},
+    "torch.nn.modules.transformer.TransformerDecoderLayer": {"norm_first": False},
+    "torch.nn.modules.transformer.TransformerEncoder": {"enable_nested_tensor": False, "mask_check": False},
+    "torch.nn.modules.transformer.TransformerEncoderLayer": {"norm_first": False},
+}
 # Plain data: objects whose attributes the models read.
 DATA_CLASSES = full_names(
     """
@@ -4242,7 +4291,7 @@ HOOK_CLASSES = full_names(
 )
 # Objects that only load_state_dict() or training would use, and wrappers around the module that is wanted.
 IGNORED_MODULES = ("omegaconf", "typing", "torch.torch_version", "torch.optim", "torch.amp.grad_scaler",
-                   "torch._dynamo", "torch.cuda.amp.grad_scaler", "ultralytics.utils.loss",
+                   "torch._dynamo", "torch.cuda.amp.grad_scaler", "torch.nn.backends", "ultralytics.utils.loss",
                    "ultralytics.utils.tal")  # fmt: skip
 IGNORED_CLASSES = full_names(
     """
@@ -4292,8 +4341,11 @@ def holds_models(module: str) -> bool:
     return belongs(module, CLASS_MODULES) and not belongs(module, DENIED_MODULES)
 
 
-def allowed_class(module: str, name: str) -> type | None:
-    """The class `module.name` if a pickle may hold instances or members of it, else None."""
+def allowed_class(module: str, name: str) -> type | types.FunctionType | None:
+    """The class `module.name` if a pickle may hold instances or members of it, else None.
+
+    A function that the user named may be an attribute; it is never called while the file is opened.
+    """
     full_name = f"{module}.{name}"
     named = full_name in USER_CLASSES
     listed = full_name in DATA_CLASSES | HOOK_CLASSES
@@ -4302,9 +4354,11 @@ def allowed_class(module: str, name: str) -> type | None:
     cls = vars(import_library(module, named=named)).get(name)
     if cls is None:
         raise DamagedFileError(missing_from(full_name))
+    if named and isinstance(cls, types.FunctionType):
+        return cls
     if not isinstance(cls, type) or is_special(cls):
         if named:
-            raise RefusedFileError(f"--allow-class {full_name}: it is not a class of plain modules or data")
+            raise RefusedFileError(f"--allow-class {full_name}: it is no function or class of plain modules or data")
         return None
     if named or listed or issubclass(cls, enum.Enum):
         return cls
@@ -4441,10 +4495,16 @@ def rebuild_storage(data: bytes, *, unpickler: Unpickler) -> object:
     return storage
 
 
+def class_attribute(cls: type, name: str) -> object:
+    """What `cls` or the nearest of its bases calls `name`, without any code of theirs; None for nothing."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+
+
 def rebuild_attribute(target: object, name: str) -> object:
     """builtins.getattr, for the uses that models have.
 
-    They are: a member of an enum, a module's own method or static method, and apply of a listed autograd function.
+    They are: a member of an enum, a method or static method of a module or of its class, and apply of a listed autograd
+    function.
     """
     from torch import autograd
 
@@ -4460,17 +4520,22 @@ def rebuild_attribute(target: object, name: str) -> object:
         return getattr(cls, name)
     if issubclass(cls, autograd.Function) and name == "apply":
         return getattr(cls, name)
-    if isinstance(target, nn.Module) and KEPT_METHODS.fullmatch(name):
-        function = next((vars(cls)[name] for cls in type(target).__mro__ if name in vars(cls)), None)
-        if isinstance(function, types.FunctionType):
-            return types.MethodType(function, target)
+    owner = type(target) if isinstance(target, nn.Module) else cls
+    if issubclass(owner, nn.Module) and KEPT_METHODS.fullmatch(name):
+        function = class_attribute(owner, name)
+        if isinstance(function, types.FunctionType):  # of a class it stays a function: ultralytics' Pose.detect
+            return types.MethodType(function, target) if owner is not cls else function
     raise RefusedFileError(f"the file asks for the attribute {shorten(name, 80)!r} of an object")
 
 
 def rebuild_partial(function: Token) -> functools.partial[Any]:
-    """functools.partial over a listed function or library layer; BUILD adds the arguments."""
+    """functools.partial over a listed function or a layer; BUILD adds the arguments.
+
+    Not over a function that the user named: with arguments of the file's choosing it may do what he does not expect.
+    """
     value = finished(function)
-    if not callable(value) or function.name in BUILTIN_TYPES:
+    own = function.name in USER_CLASSES and not isinstance(value, type)
+    if not callable(value) or function.name in BUILTIN_TYPES or own:
         raise RefusedFileError(f"the file asks for functools.partial of {function.name}")
     return functools.partial(value)
 
@@ -4588,8 +4653,10 @@ def finished(value: Any) -> Any:
             return BUILTIN_TYPES[value.name]
         if is_ignored(value.name):
             return Ignored()
-        is_layer = isinstance(value.value, type) and belongs(value.value.__module__, VALUE_MODULES)
-        if value.name not in FUNCTIONS and not is_layer:
+        kind = value.value if isinstance(value.value, type) else None
+        is_layer = kind and belongs(kind.__module__, VALUE_MODULES)
+        named = value.name in USER_CLASSES and (kind is None or issubclass(kind, nn.Module))
+        if not (value.name in FUNCTIONS or is_layer or named):
             raise RefusedFileError(f"the file uses {value.name} as a value")
         return value.value
     if isinstance(value, (NumpyDtype, NumpyArray)):
@@ -4657,6 +4724,25 @@ HARMFUL_MODULES = frozenset(
      "shutil", "socket", "subprocess", "sys", "timeit", "types", "urllib", "webbrowser"}
 )  # fmt: skip
 
+# What PyTorch's own quantised models are made of.
+QUANTISED = ("torch._utils._rebuild_qtensor", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.quantized",
+             "torch.nn.intrinsic.quantized", "torch.nn.quantized", "torch.nn.quantized.dynamic")  # fmt: skip
+# Packages that are there whoever made the file: none of their functions is what a model needs to be allowed.
+COMMON_PACKAGES = word_set(
+    """PIL accelerate cv2 datasets huggingface_hub joblib matplotlib numpy onnx onnxruntime optimum pandas pip
+    pkg_resources requests safetensors scipy setuptools sklearn sympy tensorflow torchvision transformers yaml"""
+)
+
+
+def may_be_advised(name: str) -> bool:
+    """Whether a message may tell the user to allow a name from a file: it is well-formed, and its code is his own.
+
+    Names in capitals are classes, of which only plain modules and data can be allowed.
+    """
+    package, _, rest = name.partition(".")
+    common = package in COMMON_PACKAGES and not name.rpartition(".")[2][:1].isupper()
+    return bool(rest) and all(part.isidentifier() for part in name.split(".")) and not common
+
 
 def explain_refusal(names: Sequence[str]) -> ConversionError:
     """The error for a pickle that refers to `names`: what that usually means, and the way out."""
@@ -4666,7 +4752,7 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
     found = [
         name
         for name, package in zip(names, packages, strict=True)
-        if package not in {*missing, *sys.stdlib_module_names, "torch"} and name.rpartition(".")[2][:1].isupper()
+        if package not in {*missing, *sys.stdlib_module_names, "torch"} and may_be_advised(name)
     ]
     listed = and_more(names, 8)
     trust = "or pass --trust-pickle if you trust its maker"
@@ -4679,13 +4765,17 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
         way = "save a state dict there (torch.save(model.state_dict(), PATH)) and pass it with --model-class"
         return RefusedFileError(f"{what}; {way}, {trust}")
     harmful = not HARMFUL_MODULES.isdisjoint(packages)
+    if any(belongs(name, QUANTISED) for name in names) and not harmful:
+        what = f"it is quantised ({listed}), and such layers are not converted"
+        way = "convert the model that it was made from, and quantise the ONNX file"
+        return RefusedFileError(f"{what}; {way} (onnxruntime.quantization.quantize_dynamic or quantize_static)")
     if missing and not harmful and all(package in missing for package in packages):
         what = f"it refers to {listed}, but the Python package {', '.join(missing)} is not installed here"
         way = "install it, or put the folder of its maker's code on PYTHONPATH, and pass --allow-class with these names"
         return DamagedFileError(f"{what}; {way}, or save a state dict")
     what = f"it refers to {listed}, outside the known model libraries, so opening it could run code that comes with it"
     if found:
-        way = f"if these are classes of a package that you installed, pass --allow-class {' '.join(found)}"
+        way = f"if these are of a package that you installed for it, pass --allow-class {' '.join(found)}"
         return RefusedFileError(f"{what}; {way}; else save a state dict, {trust}")
     if harmful:
         what += "; models do not need them, so it may well be made to do harm"
@@ -4797,6 +4887,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot 
         for old, new in RENAMED_MODULES.items():
             if belongs(module, (old,)):
                 module = new + module.removeprefix(old)
+        module, name = RENAMED_CLASSES.get(f"{module}.{name}", (module, name))
         full_name = f"{module}.{name}"
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
@@ -4805,11 +4896,12 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot 
         if full_name in known or is_ignored(full_name) or self.is_storage(module, name):
             return Token(full_name)
         if name.isidentifier() and not name.startswith("__"):
-            if full_name in FUNCTIONS:
-                return Token(full_name, getattr(import_library(module), name))
-            cls = allowed_class(module, name)
-            if cls is not None:
-                return Token(full_name, cls)
+            with contextlib.suppress(OutsideError):  # the user may allow it by name
+                if full_name in FUNCTIONS:
+                    return Token(full_name, getattr(import_library(module, named=full_name in USER_CLASSES), name))
+                allowed = allowed_class(module, name)
+                if allowed is not None:
+                    return Token(full_name, allowed)
         self.refused[full_name] = None
         return Token(full_name)
 
@@ -5122,6 +5214,10 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
         type(layers) is int and 0 <= layers <= MAX_LAYERS + len(attributes["_parameters"])
     ):
         raise DamagedFileError(f"a {name} has too many layers")
+    if issubclass(cls, nn.RNNBase) and "_flat_weights" not in attributes:  # PyTorch 1.0 to 1.3
+        attributes["_all_weights"] = [[None]]  # lets __setstate__ make the names anew
+    for base in cls.__mro__:
+        attributes = NEWER_SETTINGS.get(qualified_name(base), {}) | attributes
     # An audited library implementation (see allowed_class), or for a class that the user named the plain one.
     (cls if has_audited_setstate(cls) else nn.Module).__setstate__(module, attributes)
 
@@ -5129,7 +5225,7 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
 def replaces_method(target: object, key: str, value: object) -> bool:
     """Whether the attribute `key` hides a method of the class behind a callable that is not one of its own methods."""
     methods = (types.FunctionType, staticmethod, classmethod, property)
-    if not isinstance(next((vars(base)[key] for base in type(target).__mro__ if key in vars(base)), None), methods):
+    if not isinstance(class_attribute(type(target), key), methods):
         return False
     return not (isinstance(value, types.MethodType) and value.__self__ is target)
 
@@ -5310,6 +5406,7 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
         content = read_checkpoint(source)
     if isinstance(content, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         content = content.module
+    content = numbered(content)
     if isinstance(content, torch.nn.Module):
         check_module_graph(content)
         return Loaded(content, f"a complete model ({qualified_name(type(content))})")
@@ -5483,8 +5580,14 @@ SCRIPT_CLASSES = frozenset({"quantized", "rnn", "sparse", "xnnpack", "mkldnn"})
 # What code may call that runs while the archive is loaded: how quantised layers unpack their weights.
 SETSTATE_CALLS = re.compile(
     r"torch\.(eq|ne|len|size|dim|append|contiguous|dequantize|__\w+__)|ops\.(quantized|prepacked)\.\w+"
-    r"|unchecked_cast|annotate|uninitialized|int|float|bool|len|getattr"
+    r"|unchecked_cast|annotate|uninitialized|int|float|bool|len|getattr|ops\.prim\.RaiseException"
 )
+# Operators whose weights are packed for one kind of processor, which no exporter unpacks, and what made them.
+PACKED_OPERATORS = {
+    r"ops\.prepacked\.\w+": "optimize_for_mobile packed its weights for XNNPACK; convert the archive from before that",
+    r"ops\.quantized\.\w+_dynamic\w*": "it was quantised dynamically; convert the float model that it was made from, "
+    "and quantise the ONNX file (onnxruntime.quantization.quantize_dynamic)",
+}
 # What the pickles beside the code may name, each with what our unpickler makes of it.
 SCRIPT_REBUILDERS: dict[str, Callable[..., Any]] = {
     **{f"torch.jit._pickle.build_{kind}list": lambda items: items for kind in ("int", "tensor", "double", "bool")},
@@ -5702,6 +5805,9 @@ def vet_torchscript(path: Path) -> None:
             text = read_record(reader, record).decode()
             if not {"\r", "\f", "\v", "\0"}.isdisjoint(text):  # where Python and TorchScript may see different lines
                 raise DamagedFileError(f"{record} is not TorchScript code")
+            for pattern, advice in PACKED_OPERATORS.items():
+                if packed := re.search(pattern, text):
+                    raise RefusedFileError(f"its TorchScript code calls {shorten(packed[0], 80)}: {advice}")
             tree = ast.parse(text)
             found |= vet_script_code(tree)
             methods |= script_methods(tree, record.removeprefix("code/").removesuffix(".py").replace("/", "."))
@@ -5718,13 +5824,18 @@ def vet_torchscript(path: Path) -> None:
 
 
 def vet_script_pickle(reader: Any, record: str) -> None:
-    """Check one pickle of a TorchScript archive; its storages lie in the records of a folder of the same name."""
+    """Check one pickle of a TorchScript archive; its storages lie in the records of a folder of the same name.
+
+    Those of mobile bytecode, which is not run here, may be those of the constants.
+    """
     program = read_record(reader, record)
     folder = record.removesuffix(".pkl")
 
     def check_storage(record_id: tuple[Any, ...]) -> tuple[torch.UntypedStorage, torch.dtype]:
         key, dtype, nbytes = parse_storage_id(record_id)
         name = f"{folder}/{key}"
+        if folder == "bytecode" and not reader.has_record(name):
+            name = f"constants/{key}"
         if folder != "traced_inputs" and (not reader.has_record(name) or reader.get_record_size(name) < nbytes):
             raise DamagedFileError(f"tensor data {shorten(name, 80)} is missing or too short; the file is damaged")
         return torch.UntypedStorage(nbytes, device="meta"), dtype
@@ -5759,7 +5870,7 @@ RECORD_NAME = re.compile(
     r"(data|constants|traced_inputs|bytecode|mobile_debug_handles|attributes)\.pkl|tensors\.json|model\.json"
     r"|version|byteorder|archive_(format|version)|\.format_version|\.storage_alignment"
     r"|\.data/(serialization_id|version)"
-    r"|(data|constants|traced_inputs|bytecode|tensors)/\d{1,20}"
+    r"|(data|constants|traced_inputs|bytecode|tensors)/\d{1,20}|(constants|bytecode)/\d{1,20}\.storage"
     r"|code/(\w+/)*\w+\.py(\.debug_pkl)?"
     r"|models/[\w.-]+\.json|data/(weights|constants|sample_inputs|aotinductor)/(\w[\w.-]*/)*[\w.-]+"
     r"|extra/[ -~]+",
@@ -9619,9 +9730,40 @@ def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str])
     return {f"{name}_out" if name in taken else name: tensor for name, tensor in outputs.items()}
 
 
+def numbered(content: Any) -> Any:
+    """A list of models or weights, or a ModuleList, which has no forward, as a checkpoint whose keys are numbers."""
+    if type(content) in (nn.ModuleList, nn.ModuleDict):
+        return dict(content.named_children())
+    if isinstance(content, (list, tuple)) and any(isinstance(entry, (nn.Module, Mapping)) for entry in content):
+        return {str(number): entry for number, entry in enumerate(content)}
+    return content
+
+
 def is_archive(model: nn.Module) -> bool:
     """Whether the code of `model` came out of a TorchScript or .pt2 archive."""
     return isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
+
+
+def use_device(model: torch.jit.ScriptModule, device: str) -> None:
+    """Let what TorchScript's code puts on a GPU lie on `device`: torch.jit.load moves the weights alone."""
+
+    def named(graph: Any) -> list[Any]:
+        constants = graph.findAllNodes("prim::Constant")
+        devices = [node for node in constants if str(node.output().type()) == "Device"]
+        calls = graph.findAllNodes("aten::cuda") if device == "cpu" else []
+        return [*calls, *(node for node in devices if node.s("value").partition(":")[0] not in (device, "cpu"))]
+
+    forward: Any = getattr(model, "forward", None)
+    if not hasattr(forward, "graph") or not named(model.inlined_graph):
+        return
+    torch._C._jit_pass_inline(forward.graph)  # noqa: SLF001
+    for node in named(forward.graph):
+        if node.kind() == "aten::cuda":
+            node.output().replaceAllUsesWith(node.inputsAt(0))
+            node.destroy()
+        else:
+            node.s_("value", device)
+    LOG.info(f"device: what the TorchScript code puts on another one lies on {device} (--device)")
 
 
 @contextlib.contextmanager
@@ -10195,31 +10337,49 @@ def file_digest(path: Path) -> str:
 
 @functools.cache
 def library_folders() -> tuple[Path, ...]:
-    """Where installed packages lie: site-packages, never the shell's folder or that of the input."""
+    """Where installed packages lie: site-packages and editable installs, never the shell's folder or the input's."""
     import site
     import sysconfig
 
-    folders = [*map(sysconfig.get_path, ("purelib", "platlib")), *site.getsitepackages(), site.getusersitepackages()]
-    return (Path(torch.__file__).resolve().parents[1], *(Path(folder).resolve() for folder in folders))
+    texts = [*map(sysconfig.get_path, ("purelib", "platlib")), *site.getsitepackages(), site.getusersitepackages()]
+    folders = [Path(torch.__file__).parents[1], *map(Path, texts)]
+    return tuple(
+        dict.fromkeys(place for folder in (*folders, *editable_folders(texts)) for place in (folder, folder.resolve()))
+    )
+
+
+def editable_folders(site_packages: Sequence[str]) -> Iterator[Path]:
+    """The folders of what pip installed with --editable, as the records in `site_packages` say (PEP 610)."""
+    import importlib.metadata
+    from urllib.parse import unquote, urlparse
+
+    for distribution in importlib.metadata.distributions(path=[*site_packages]):
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            record = json.loads(distribution.read_text("direct_url.json") or "{}")
+            if record["dir_info"].get("editable") is True:
+                yield Path(unquote(urlparse(record["url"]).path))
 
 
 def check_origin(package: str, origins: Iterable[str | None], *, named: bool) -> None:
-    """Raise RefusedFileError if `package` lies outside site-packages; the user's own may lie on PYTHONPATH too.
+    """Raise OutsideError if `package` lies outside site-packages; what the user named may lie on PYTHONPATH too.
 
-    An empty entry of PYTHONPATH means the working directory, which nobody asked for.
+    An empty entry of PYTHONPATH means the working directory, which nobody asked for. Installers may put links into
+    site-packages (conda, uv): the place of the link counts.
     """
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep) if named else []
-    folders = (*library_folders(), *(Path(entry).resolve() for entry in entries if entry))
+    folders = {*library_folders(), *(Path(entry).resolve() for entry in entries if entry)}
     for origin in origins:
-        if not origin or not any(folder in Path(origin).resolve().parents for folder in folders):
+        places = {Path(origin).resolve(), Path(os.path.abspath(origin))} if origin else set()  # noqa: PTH100  (no links)
+        if not any(folders.intersection(place.parents) for place in places):
             also = " or PYTHONPATH" if named else ""
-            raise RefusedFileError(f"the package {package} would be imported from outside site-packages{also}")
+            advice = "install it there, or put its folder on PYTHONPATH" if named else "install it there"
+            raise OutsideError(f"the package {package} would be imported from outside site-packages{also}; {advice}")
 
 
 def import_library(module: str, *, named: bool = False) -> Any:
     """Import `module` from an installed package, after a look at where it would come from; `named` by the user.
 
-    Raises DamagedFileError where it is missing or cannot be imported, RefusedFileError where it lies elsewhere.
+    Raises DamagedFileError where it is missing or cannot be imported, OutsideError where it lies elsewhere.
     """
     if module in sys.modules:
         return sys.modules[module]
