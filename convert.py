@@ -1010,7 +1010,7 @@ def every_attempt_failed(
 def load_content(source: Source, options: Options) -> Loaded:
     """What the file holds: a model, or weights; of a checkpoint, what is inside."""
     with LOG.step(f"load: {source.path}"), WALL.up(unless=options.trust_pickle):
-        loaded = load(source, trust=options.trust_pickle)
+        loaded = load(source, trust=options.trust_pickle, weights=bool(options.model_class))
     return unwrap_checkpoint(loaded, options) if isinstance(loaded.content, Mapping) else loaded
 
 
@@ -3262,8 +3262,8 @@ def find_weights(content: Any, key: str | None) -> Weights:
     names = ", ".join(item.key for item in others[:4])
     if others and first.key.partition(".")[0] not in WEIGHT_KEYS:
         raise UsageError(
-            f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key {first.key} for that one, "
-            "or save the module that calls them, if they are parts of one (layers in a row: torch.nn.Sequential)"
+            f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key {first.key} for that "
+            "one, or save the module that calls them, if they are parts of one (layers in a row: torch.nn.Sequential)"
         )
     if first.key:
         also = f"; it also has {names} (--checkpoint-key)" if others else ""
@@ -3676,8 +3676,11 @@ def describe_misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
 MAX_HEADER_BYTES = 16 << 20  # safetensors header: some 130,000 tensors; the library itself stops at 100 MB
 
 
-def load(source: Source, *, trust: bool) -> Loaded:
-    """Open `source` on the CPU; raises ConversionError that names the file. `trust` runs whatever the file says."""
+def load(source: Source, *, trust: bool, weights: bool = False) -> Loaded:
+    """Open `source` on the CPU; raises ConversionError that names the file. `trust` runs whatever the file says.
+
+    `weights`: of a pickled model only they are wanted.
+    """
     loaders = {
         Kind.CHECKPOINT: load_checkpoint,
         Kind.LEGACY_CHECKPOINT: load_checkpoint,
@@ -3686,6 +3689,8 @@ def load(source: Source, *, trust: bool) -> Loaded:
         Kind.TORCHSCRIPT: load_torchscript,
         Kind.EXPORTED_PROGRAM: load_exported_program,
     }
+    if weights:
+        loaders |= dict.fromkeys((Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT), load_saved_weights)
     problem: ConversionError | None = None
     try:
         seconds = RUN_SECONDS + input_size(source.path) / BYTES_PER_SECOND
@@ -3906,6 +3911,8 @@ def state_dict_of(value: object) -> dict[str, Tensor] | None:
 
     Raises DamagedFileError where a name is endless.
     """
+    if isinstance(value, Saved):
+        value = value.tensors()
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return None
     if not all(map(is_text, value)):
@@ -3916,7 +3923,7 @@ def state_dict_of(value: object) -> dict[str, Tensor] | None:
     numbers = (torch.Tensor, np.ndarray)
     tensors = {key: torch.as_tensor(item) for key, item in value.items() if isinstance(item, numbers)}
     others = [item for item in value.values() if not isinstance(item, numbers)]
-    nested = any(isinstance(item, (Mapping, torch.nn.Module)) for item in others)
+    nested = any(isinstance(item, (Mapping, torch.nn.Module, Saved)) for item in others)
     named_like_weights = any("." in name for name in tensors)
     return tensors if tensors and (not others or (named_like_weights and not nested)) else None
 
@@ -4325,7 +4332,6 @@ MAX_CHOSEN_KEYS = 10_000  # in dictionaries and sets: old optimizers have the ad
 MAX_MODULE_PATHS = 200_000  # eval() visits every path, so a DAG of shared modules would never end
 MIN_MODULE_PATHS = 20_000  # so many are never too many
 MAX_SHARING = 100  # paths to each module, beyond that: some models use one layer a few dozen times
-MAX_MODULE_DEPTH = 400
 MIN_STORAGE_BYTES = 16  # of a legacy file for each storage: its key in the pickle and in the list, and its count
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 ZIP_METHOD_OFFSET = 8  # of the compression method in a local file header (PKWARE APPNOTE 4.3.7)
@@ -4651,7 +4657,7 @@ def finished(value: Any) -> Any:
     if isinstance(value, Token):
         if value.name in BUILTIN_TYPES:
             return BUILTIN_TYPES[value.name]
-        if is_ignored(value.name):
+        if is_ignored(value.name) or value.value is Saved:
             return Ignored()
         kind = value.value if isinstance(value.value, type) else None
         is_layer = kind and belongs(kind.__module__, VALUE_MODULES)
@@ -4662,7 +4668,7 @@ def finished(value: Any) -> Any:
     if isinstance(value, (NumpyDtype, NumpyArray)):
         return value.value()
     if isinstance(value, Wrapper):
-        return value.module()
+        return finished(value.module())
     if type(value) is tuple and any(isinstance(item, (Token, NumpyDtype, NumpyArray, Wrapper)) for item in value):
         return tuple(finished(item) for item in value)
     return value
@@ -4895,15 +4901,19 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot 
         known = REBUILDERS.keys() | BUILTIN_TYPES.keys() | VALUE_CLASSES | WRAPPER_CLASSES | {RECONSTRUCTOR}
         if full_name in known or is_ignored(full_name) or self.is_storage(module, name):
             return Token(full_name)
-        if name.isidentifier() and not name.startswith("__"):
-            with contextlib.suppress(OutsideError):  # the user may allow it by name
-                if full_name in FUNCTIONS:
-                    return Token(full_name, getattr(import_library(module, named=full_name in USER_CLASSES), name))
-                allowed = allowed_class(module, name)
-                if allowed is not None:
-                    return Token(full_name, allowed)
-        self.refused[full_name] = None
-        return Token(full_name)
+        value = self.allowed(module, name) if name.isidentifier() and not name.startswith("__") else None
+        if value is None:
+            self.refused[full_name] = None
+        return Token(full_name, value)
+
+    def allowed(self, module: str, name: str) -> Any:
+        """The class or function of that name if it may be a value or the class of one, else None."""
+        full_name = f"{module}.{name}"
+        with contextlib.suppress(OutsideError):  # the user may allow it by name
+            if full_name in FUNCTIONS:
+                return getattr(import_library(module, named=full_name in USER_CLASSES), name)
+            return allowed_class(module, name)
+        return None
 
     @staticmethod
     def is_storage(module: str, name: str) -> bool:
@@ -5114,6 +5124,46 @@ InertUnpickler.dispatch.update(
         for opcode in opcodes
     }
 )  # fmt: skip
+
+
+class WeightsUnpickler(InertUnpickler):
+    """Reads a complete model of any class for its tensors alone: no class is imported and no other object made."""
+
+    def allowed(self, module: str, name: str) -> Any:
+        """`Saved` for every name but those that models have nothing of."""
+        harmful = module.partition(".")[0] in HARMFUL_MODULES and f"{module}.{name}" not in DATA_CLASSES
+        return None if harmful else Saved
+
+    def run_reduce(self) -> None:
+        """REDUCE: make tensors and containers; what else is called is no tensor."""
+        function = self.stack[-2]
+        if isinstance(function, Token) and (function.value is Saved or function.name in CALLS_ON_CLASSES):
+            self.stack[-2:] = [Ignored()]
+        else:
+            super().run_reduce()
+
+    def new_object(self, token: object, arguments: object) -> Any:
+        """A `Saved` for an object of any class."""
+        if not isinstance(token, Token) or token.value is not Saved:
+            return super().new_object(token, arguments)
+        made = Saved()
+        made.name = token.name
+        return made
+
+    def run_build(self) -> None:
+        """BUILD: keep what modules have; other objects' states may be anything."""
+        if isinstance(self.stack[-2], Saved):
+            state = self.stack.pop()
+            self.stack[-1].state = state if isinstance(state, dict) else {}
+        else:
+            super().run_build()
+
+
+CALLS_ON_CLASSES = ("builtins.getattr", "functools.partial")
+WeightsUnpickler.dispatch = {
+    **InertUnpickler.dispatch,
+    pickle.REDUCE[0]: WeightsUnpickler.run_reduce, pickle.BUILD[0]: WeightsUnpickler.run_build,
+}  # fmt: skip
 Unpickler = Callable[[Any, int, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, size, read_storage)
 MODEL_MODULES = ("transformers.models", "transformers.backbone_utils")
 # Marks of transformers' loading and of models on several devices, which no answer depends on.
@@ -5413,6 +5463,29 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
     if isinstance(content, Mapping):
         return Loaded(content, "weights without a model (a state dict)")
     raise DamagedFileError(f"it holds {type(content).__name__}, neither a model nor a state dict")
+
+
+def load_saved_weights(source: Source, *, trust: bool) -> Loaded:
+    """The weights in a checkpoint for a class that the user names: of a complete model the tensors alone are read."""
+    try:
+        loaded = load_checkpoint(source, trust=trust)
+        models = not isinstance(loaded.content, Mapping) or any(
+            isinstance(x, nn.Module) for x in loaded.content.values()
+        )
+        if trust or not models:
+            return loaded
+    except (RefusedFileError, DamagedFileError):
+        if trust:
+            raise
+    content = numbered(read_checkpoint(source, WeightsUnpickler))
+    if isinstance(content, Saved):
+        LOG.info(
+            f"weights: those of the complete model in it ({shorten(content.name, 100)}), whose own class is not used"
+        )
+        content = content.tensors()
+    if not isinstance(content, Mapping):
+        raise DamagedFileError(f"it holds {type(content).__name__}, neither a model nor a state dict")
+    return Loaded(content, "weights")
 
 
 class Verdict(IntEnum):
@@ -5850,11 +5923,37 @@ def vet_script_pickle(reader: Any, record: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
+MAX_MODULE_DEPTH = 400
+MAX_MODULES = 20_000  # of a model that is read for its weights alone, each as often as it is used
 MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
 
 
 class Ignored:
     """Stands for an object that the forward pass does not need."""
+
+
+class Saved:
+    """Stands for an object that is not made, since only the tensors in it are wanted: its class and attributes."""
+
+    name = ""
+    state: Mapping[str, Any] = {}
+
+    def tensors(self) -> dict[str, Any]:
+        """What the state_dict of a module would be; raises DamagedFileError where modules contain each other."""
+        found: dict[str, Any] = {}
+        waiting = [("", self, 0)]
+        for _ in range(MAX_MODULES):
+            if not waiting:
+                return found
+            prefix, module, depth = waiting.pop()
+            fleeting, *groups = (module.state.get(f"_{key}", {}) for key in
+                                 ("non_persistent_buffers_set", "parameters", "buffers", "modules"))  # fmt: skip
+            for name, value in itertools.chain.from_iterable(dict(group).items() for group in groups):
+                if isinstance(value, Saved) and depth < MAX_MODULE_DEPTH:
+                    waiting.append((f"{prefix}{name}.", value, depth + 1))
+                elif isinstance(value, torch.Tensor) and name not in fleeting:
+                    found[prefix + name] = value.detach()
+        raise DamagedFileError("its modules contain each other, or are too many")
 
 
 class Token(NamedTuple):
