@@ -186,6 +186,10 @@ class DamagedFileError(InputError):
     """The file contradicts itself or ends too early."""
 
 
+class OutsideError(RefusedFileError):
+    """A package would be imported from where no packages are installed."""
+
+
 class WallError(RefusedFileError, PermissionError):
     """Something would have been opened, started or connected to that the wall is around (see Wall)."""
 
@@ -1063,7 +1067,7 @@ def reasons_of(failures: Sequence[tuple[Attempt, AttemptError]]) -> str:
 def load_content(source: Source, options: Options) -> Loaded:
     """What the file holds: a model, or weights; of a checkpoint, what is inside."""
     with LOG.step(f"load: {source.path}"), WALL.up(unless=options.trust_pickle):
-        loaded = load(source, trust=options.trust_pickle)
+        loaded = load(source, trust=options.trust_pickle, weights=bool(options.model_class))
     return unwrap_checkpoint(loaded, options) if isinstance(loaded.content, Mapping) else loaded
 
 
@@ -1109,6 +1113,8 @@ def plan_loaded(model: nn.Module, loaded: Loaded, options: Options, run: Run) ->
         for parameter in model.parameters():  # ScriptModule has no requires_grad_()
             parameter.requires_grad_(False)  # noqa: FBT003
         model.to(options.device)
+        if isinstance(model, torch.jit.ScriptModule):
+            use_device(model, options.device)
         limit = time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model)))
         with LOG.step("reference: PyTorch's answers"), without_kept_state(model), limit:
             known = preprocessing(model, options.model_class)
@@ -1498,6 +1504,7 @@ def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
     """A complete model or a checkpoint: its globals, and what they make."""
     content, names, storages, problem = take_census(source)
     facts = {**problem, "globals": names, **count_elements(storages)}
+    content = numbered(content)
     if isinstance(content, nn.Module):
         return facts | inspect_module(source, content)
     if isinstance(content, Mapping):
@@ -1507,7 +1514,7 @@ def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
     return facts | {"what": "a pickle that is not opened", "class": root}
 
 
-def inspect_module(source: Source, model: nn.Module) -> dict[str, Any]:
+def inspect_module(source: Source, model: nn.Module, *options: str) -> dict[str, Any]:
     """A complete model: its class, and the inputs that it was made for."""
     known = preprocessing(model, None)
     guess = next(input_guesses(model, Loaded(model, ""), known))
@@ -1517,7 +1524,7 @@ def inspect_module(source: Source, model: nn.Module) -> dict[str, Any]:
         "class": qualified_name(type(model)),
         "inputs": f"{shapes}, told by {guess.reason}",
         "mode": "pytorch",
-        "command": command_for(source),
+        "command": command_for(source, *options),
     }
 
 
@@ -1525,7 +1532,10 @@ def inspect_weights(source: Source, content: Mapping[Any, Any], options: Options
     """A state dict, bare or in a checkpoint."""
     found = find_weights(content, options.checkpoint_key)
     if not isinstance(found.content, Mapping):
-        return inspect_module(source, found.content) | {"what": f"a checkpoint with a model in its entry {found.key!r}"}
+        key = ["--checkpoint-key", options.checkpoint_key] if options.checkpoint_key else []
+        return inspect_module(source, found.content, *key) | {
+            "what": f"a checkpoint with a model in its entry {found.key!r}"
+        }
     shapes = {name: tuple(tensor.shape) for name, tensor in found.content.items()}
     dtypes = ((dtype_name(tensor.dtype), tensor.numel()) for tensor in found.content.values())
     where = f"weights in the entry {found.key!r} of a checkpoint" if found.key else "weights without a model"
@@ -3064,7 +3074,7 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognition:
 
     Raises ConversionError where the data file is missing or the weights are FSDP's flattened shards.
     """
-    tensors = {k: v for k, v in unwrap_names(shapes).items() if not k.endswith("num_batches_tracked")}
+    tensors = {k: v for k, v in fold_masks(unwrap_names(shapes)).items() if not k.endswith("num_batches_tracked")}
     variants = [{k.removeprefix(prefix): v for k, v in tensors.items()} for prefix in shared_prefixes(tensors)]
     for names in variants:
         found = find_architecture(names)
@@ -3127,8 +3137,8 @@ def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], 
         LOG.info(f"recognised: {recognition.explanation}")
         arguments = {**recognition.arguments, **options.model_args}
         return replace(options, model_class=recognition.candidates[0][0], model_args=arguments)
-    some = ", ".join(f"{name} {shape_text(weights[name].shape)}" for name in list(weights)[:2])
-    what = f"{options.input} holds weights only ({plural(len(weights), 'tensor')}: {some}, ...)"
+    some = "".join(f"{name} {shape_text(weights[name].shape)}, " for name in list(weights)[:2])
+    what = f"{options.input} holds weights only ({plural(len(weights), 'tensor')}: {some}...)"
     advice = "pass --model-class with their class: a torchvision or timm name, or package.module:Class"
     raise UsageError(f"{what}; {recognition.explanation}; {advice}")
 
@@ -3173,6 +3183,7 @@ def find_weights(content: Any, key: str | None) -> Weights:
         if id(value) in seen:
             return
         seen.add(id(value))
+        value = numbered(value)
         found = value if isinstance(value, nn.Module) else state_dict_of(value)
         if found is not None:
             yield Weights(found, path)
@@ -3182,6 +3193,8 @@ def find_weights(content: Any, key: str | None) -> Weights:
                 if not OTHER_STATE.search(str(name)) or (key is not None and key.startswith(f"{path}{name}")):
                     yield from entries(value[name], f"{path}.{name}" if path else str(name), depth + 1)
 
+    if not content:  # the state dict of a class without weights
+        return Weights({}, "")
     found = list(entries(content, "", 0))
     if key is not None:
         return entry_at(found, key, content)
@@ -3190,7 +3203,10 @@ def find_weights(content: Any, key: str | None) -> Weights:
     first, *others = found
     names = ", ".join(item.key for item in others[:4])
     if others and first.key.partition(".")[0] not in WEIGHT_KEYS:
-        raise UsageError(f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key")
+        raise UsageError(
+            f"the checkpoint holds several models ({first.key}, {names}); pass --checkpoint-key {first.key} for that "
+            "one, or save the module that calls them, if they are parts of one (layers in a row: torch.nn.Sequential)"
+        )
     if first.key:
         also = f"; it also has {names} (--checkpoint-key)" if others else ""
         kind = "model" if isinstance(first.content, nn.Module) else "weights"
@@ -3297,6 +3313,8 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     """
     expected = model.state_dict()
     weights = unwrap_names(weights)
+    if not any(name.endswith("_mask") for name in expected):
+        weights = fold_masks(weights)
     shared = (prefix for prefix in shared_prefixes(weights) if any(k.removeprefix(prefix) in expected for k in weights))
     prefix = next(shared, "") or part_prefix(weights, expected)
     if prefix:
@@ -3308,6 +3326,17 @@ def clean_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
         if name.endswith("num_batches_tracked"):  # counts training steps; the forward pass in eval mode ignores it
             weights[name] = torch.zeros_like(expected[name])
     return weights
+
+
+def fold_masks(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """`weights` (or their shapes) with what torch.nn.utils.prune split into NAME_orig and NAME_mask as the product."""
+    folded = dict(weights)
+    for name in [name.removesuffix("_mask") for name in weights if name.endswith("_mask")]:
+        if f"{name}_orig" in weights:
+            mask, value = folded.pop(f"{name}_mask"), folded.pop(f"{name}_orig")
+            is_tensor = isinstance(value, torch.Tensor)
+            folded[name] = (in_memory(value) * in_memory(mask)).to(value.dtype) if is_tensor else value
+    return folded
 
 
 def unwrap_names(weights: Mapping[str, T]) -> dict[str, T]:
@@ -3517,8 +3546,11 @@ def describe_misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
 MAX_HEADER_BYTES = 16 << 20  # safetensors header: some 130,000 tensors; the library itself stops at 100 MB
 
 
-def load(source: Source, *, trust: bool) -> Loaded:
-    """Open `source` on the CPU; raises ConversionError that names the file. `trust` runs whatever the file says."""
+def load(source: Source, *, trust: bool, weights: bool = False) -> Loaded:
+    """Open `source` on the CPU; raises ConversionError that names the file. `trust` runs whatever the file says.
+
+    `weights`: of a pickled model only they are wanted.
+    """
     loaders = {
         Kind.CHECKPOINT: load_checkpoint,
         Kind.LEGACY_CHECKPOINT: load_checkpoint,
@@ -3527,6 +3559,8 @@ def load(source: Source, *, trust: bool) -> Loaded:
         Kind.TORCHSCRIPT: load_torchscript,
         Kind.EXPORTED_PROGRAM: load_exported_program,
     }
+    if weights:
+        loaders |= dict.fromkeys((Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT), load_saved_weights)
     problem: ConversionError | None = None
     try:
         seconds = RUN_SECONDS + input_size(source.path) / BYTES_PER_SECOND
@@ -3717,6 +3751,8 @@ def state_dict_of(value: object) -> dict[str, Tensor] | None:
 
     Raises DamagedFileError where a name is endless.
     """
+    if isinstance(value, Saved):
+        value = value.tensors()
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return None
     if not all(map(is_text, value)):
@@ -3727,7 +3763,7 @@ def state_dict_of(value: object) -> dict[str, Tensor] | None:
     numbers = (torch.Tensor, np.ndarray)
     tensors = {key: torch.as_tensor(item) for key, item in value.items() if isinstance(item, numbers)}
     others = [item for item in value.values() if not isinstance(item, numbers)]
-    nested = any(isinstance(item, (Mapping, torch.nn.Module)) for item in others)
+    nested = any(isinstance(item, (Mapping, torch.nn.Module, Saved)) for item in others)
     named_like_weights = any("." in name for name in tensors)
     return tensors if tensors and (not others or (named_like_weights and not nested)) else None
 
@@ -3997,7 +4033,27 @@ TRANSFORMERS_FILE = re.compile(
     r"|quant_modules|perceiver|vision)"
 )
 # What modules are called in older files.
-RENAMED_MODULES = {"timm.models.layers": "timm.layers", "ultralytics.yolo": "ultralytics"}
+RENAMED_MODULES = {
+    "timm.models.layers": "timm.layers",
+    "torchvision.models.mobilenet": "torchvision.models.mobilenetv2",
+    "ultralytics.yolo": "ultralytics",
+}
+# What classes are called in older files; those of torchvision before 0.12 only add a constructor to Sequential.
+RENAMED_CLASSES = {
+    "torch.nn.modules.linear._LinearWithBias": ("torch.nn.modules.linear", "NonDynamicallyQuantizableLinear"),
+    **{f"torchvision.models.{name}": ("torch.nn.modules.container", "Sequential")
+       for name in ("mobilenetv2.ConvBNReLU", "mobilenetv2.ConvBNActivation")},
+}  # fmt: skip
+# Settings that came with a newer torch (the last one with 1.12): what they are computes as the class did without them.
+NEWER_SETTINGS: dict[str, dict[str, Any]] = {
+    "torch.nn.modules.activation.GELU": {"approximate": "none"},
+    "torch.nn.modules.activation.MultiheadAttention": {"batch_first": False},
+    "torch.nn.modules.sparse.EmbeddingBag": {"include_last_offset": False, "padding_idx": None},
+    "torch.nn.modules.transformer.Transformer": {"batch_first": False},
+    "torch.nn.modules.transformer.TransformerDecoderLayer": {"norm_first": False},
+    "torch.nn.modules.transformer.TransformerEncoder": {"enable_nested_tensor": False, "mask_check": False},
+    "torch.nn.modules.transformer.TransformerEncoderLayer": {"norm_first": False},
+}
 # Plain data: objects whose attributes the models read.
 DATA_CLASSES = full_names(
     """
@@ -4082,7 +4138,7 @@ HOOK_CLASSES = full_names(
 )
 # Objects that only load_state_dict() or training would use, and wrappers around the module that is wanted.
 IGNORED_MODULES = ("omegaconf", "typing", "torch.torch_version", "torch.optim", "torch.amp.grad_scaler",
-                   "torch._dynamo", "torch.cuda.amp.grad_scaler", "ultralytics.utils.loss",
+                   "torch._dynamo", "torch.cuda.amp.grad_scaler", "torch.nn.backends", "ultralytics.utils.loss",
                    "ultralytics.utils.tal")  # fmt: skip
 IGNORED_CLASSES = full_names(
     """
@@ -4116,7 +4172,6 @@ MAX_CHOSEN_KEYS = 10_000  # in dictionaries and sets: old optimizers have the ad
 MAX_MODULE_PATHS = 200_000  # eval() visits every path, so a DAG of shared modules would never end
 MIN_MODULE_PATHS = 20_000  # so many are never too many
 MAX_SHARING = 100  # paths to each module, beyond that: some models use one layer a few dozen times
-MAX_MODULE_DEPTH = 400
 MIN_STORAGE_BYTES = 16  # of a legacy file for each storage: its key in the pickle and in the list, and its count
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 ZIP_METHOD_OFFSET = 8  # of the compression method in a local file header (PKWARE APPNOTE 4.3.7)
@@ -4132,8 +4187,11 @@ def holds_models(module: str) -> bool:
     return belongs(module, CLASS_MODULES) and not belongs(module, DENIED_MODULES)
 
 
-def allowed_class(module: str, name: str) -> type | None:
-    """The class `module.name` if a pickle may hold instances or members of it, else None."""
+def allowed_class(module: str, name: str) -> type | types.FunctionType | None:
+    """The class `module.name` if a pickle may hold instances or members of it, else None.
+
+    A function that the user named may be an attribute; it is never called while the file is opened.
+    """
     full_name = f"{module}.{name}"
     named = full_name in USER_CLASSES
     listed = full_name in DATA_CLASSES | HOOK_CLASSES
@@ -4142,9 +4200,11 @@ def allowed_class(module: str, name: str) -> type | None:
     cls = vars(import_library(module, named=named)).get(name)
     if cls is None:
         raise DamagedFileError(missing_from(full_name))
+    if named and isinstance(cls, types.FunctionType):
+        return cls
     if not isinstance(cls, type) or is_special(cls):
         if named:
-            raise RefusedFileError(f"--allow-class {full_name}: it is not a class of plain modules or data")
+            raise RefusedFileError(f"--allow-class {full_name}: it is no function or class of plain modules or data")
         return None
     if named or listed or issubclass(cls, enum.Enum):
         return cls
@@ -4281,10 +4341,16 @@ def rebuild_storage(data: bytes, *, unpickler: Unpickler) -> object:
     return storage
 
 
+def class_attribute(cls: type, name: str) -> object:
+    """What `cls` or the nearest of its bases calls `name`, without any code of theirs; None for nothing."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+
+
 def rebuild_attribute(target: object, name: str) -> object:
     """builtins.getattr, for the uses that models have.
 
-    They are: a member of an enum, a module's own method or static method, and apply of a listed autograd function.
+    They are: a member of an enum, a method or static method of a module or of its class, and apply of a listed autograd
+    function.
     """
     from torch import autograd
 
@@ -4300,17 +4366,22 @@ def rebuild_attribute(target: object, name: str) -> object:
         return getattr(cls, name)
     if issubclass(cls, autograd.Function) and name == "apply":
         return getattr(cls, name)
-    if isinstance(target, nn.Module) and KEPT_METHODS.fullmatch(name):
-        function = next((vars(cls)[name] for cls in type(target).__mro__ if name in vars(cls)), None)
-        if isinstance(function, types.FunctionType):
-            return types.MethodType(function, target)
+    owner = type(target) if isinstance(target, nn.Module) else cls
+    if issubclass(owner, nn.Module) and KEPT_METHODS.fullmatch(name):
+        function = class_attribute(owner, name)
+        if isinstance(function, types.FunctionType):  # of a class it stays a function: ultralytics' Pose.detect
+            return types.MethodType(function, target) if owner is not cls else function
     raise RefusedFileError(f"the file asks for the attribute {shorten(name, 80)!r} of an object")
 
 
 def rebuild_partial(function: Token) -> functools.partial[Any]:
-    """functools.partial over a listed function or library layer; BUILD adds the arguments."""
+    """functools.partial over a listed function or a layer; BUILD adds the arguments.
+
+    Not over a function that the user named: with arguments of the file's choosing it may do what he does not expect.
+    """
     value = finished(function)
-    if not callable(value) or function.name in BUILTIN_TYPES:
+    own = function.name in USER_CLASSES and not isinstance(value, type)
+    if not callable(value) or function.name in BUILTIN_TYPES or own:
         raise RefusedFileError(f"the file asks for functools.partial of {function.name}")
     return functools.partial(value)
 
@@ -4426,16 +4497,18 @@ def finished(value: Any) -> Any:
     if isinstance(value, Token):
         if value.name in BUILTIN_TYPES:
             return BUILTIN_TYPES[value.name]
-        if is_ignored(value.name):
+        if is_ignored(value.name) or value.value is Saved:
             return Ignored()
-        is_layer = isinstance(value.value, type) and belongs(value.value.__module__, VALUE_MODULES)
-        if value.name not in FUNCTIONS and not is_layer:
+        kind = value.value if isinstance(value.value, type) else None
+        is_layer = kind and belongs(kind.__module__, VALUE_MODULES)
+        named = value.name in USER_CLASSES and (kind is None or issubclass(kind, nn.Module))
+        if not (value.name in FUNCTIONS or is_layer or named):
             raise RefusedFileError(f"the file uses {value.name} as a value")
         return value.value
     if isinstance(value, (NumpyDtype, NumpyArray)):
         return value.value()
     if isinstance(value, Wrapper):
-        return value.module()
+        return finished(value.module())
     if type(value) is tuple and any(isinstance(item, (Token, NumpyDtype, NumpyArray, Wrapper)) for item in value):
         return tuple(finished(item) for item in value)
     return value
@@ -4497,6 +4570,25 @@ HARMFUL_MODULES = frozenset(
      "shutil", "socket", "subprocess", "sys", "timeit", "types", "urllib", "webbrowser"}
 )  # fmt: skip
 
+# What PyTorch's own quantised models are made of.
+QUANTISED = ("torch._utils._rebuild_qtensor", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.quantized",
+             "torch.nn.intrinsic.quantized", "torch.nn.quantized", "torch.nn.quantized.dynamic")  # fmt: skip
+# Packages that are there whoever made the file: none of their functions is what a model needs to be allowed.
+COMMON_PACKAGES = word_set(
+    """PIL accelerate cv2 datasets huggingface_hub joblib matplotlib numpy onnx onnxruntime optimum pandas pip
+    pkg_resources requests safetensors scipy setuptools sklearn sympy tensorflow torchvision transformers yaml"""
+)
+
+
+def may_be_advised(name: str) -> bool:
+    """Whether a message may tell the user to allow a name from a file: it is well-formed, and its code is his own.
+
+    Names in capitals are classes, of which only plain modules and data can be allowed.
+    """
+    package, _, rest = name.partition(".")
+    common = package in COMMON_PACKAGES and not name.rpartition(".")[2][:1].isupper()
+    return bool(rest) and all(part.isidentifier() for part in name.split(".")) and not common
+
 
 def explain_refusal(names: Sequence[str]) -> ConversionError:
     """The error for a pickle that refers to `names`: what that usually means, and the way out."""
@@ -4506,7 +4598,7 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
     found = [
         name
         for name, package in zip(names, packages, strict=True)
-        if package not in {*missing, *sys.stdlib_module_names, "torch"} and name.rpartition(".")[2][:1].isupper()
+        if package not in {*missing, *sys.stdlib_module_names, "torch"} and may_be_advised(name)
     ]
     listed = and_more(names, 8)
     trust = "or pass --trust-pickle if you trust its maker"
@@ -4519,13 +4611,17 @@ def explain_refusal(names: Sequence[str]) -> ConversionError:
         way = "save a state dict there (torch.save(model.state_dict(), PATH)) and pass it with --model-class"
         return RefusedFileError(f"{what}; {way}, {trust}")
     harmful = not HARMFUL_MODULES.isdisjoint(packages)
+    if any(belongs(name, QUANTISED) for name in names) and not harmful:
+        what = f"it is quantised ({listed}), and such layers are not converted"
+        way = "convert the model that it was made from, and quantise the ONNX file"
+        return RefusedFileError(f"{what}; {way} (onnxruntime.quantization.quantize_dynamic or quantize_static)")
     if missing and not harmful and all(package in missing for package in packages):
         what = f"it refers to {listed}, but the Python package {', '.join(missing)} is not installed here"
         way = "install it, or put the folder of its maker's code on PYTHONPATH, and pass --allow-class with these names"
         return DamagedFileError(f"{what}; {way}, or save a state dict")
     what = f"it refers to {listed}, outside the known model libraries, so opening it could run code that comes with it"
     if found:
-        way = f"if these are classes of a package that you installed, pass --allow-class {' '.join(found)}"
+        way = f"if these are of a package that you installed for it, pass --allow-class {' '.join(found)}"
         return RefusedFileError(f"{what}; {way}; else save a state dict, {trust}")
     if harmful:
         what += "; models do not need them, so it may well be made to do harm"
@@ -4637,6 +4733,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot 
         for old, new in RENAMED_MODULES.items():
             if belongs(module, (old,)):
                 module = new + module.removeprefix(old)
+        module, name = RENAMED_CLASSES.get(f"{module}.{name}", (module, name))
         full_name = f"{module}.{name}"
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
@@ -4644,14 +4741,19 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot 
         known = REBUILDERS.keys() | BUILTIN_TYPES.keys() | VALUE_CLASSES | WRAPPER_CLASSES | {RECONSTRUCTOR}
         if full_name in known or is_ignored(full_name) or self.is_storage(module, name):
             return Token(full_name)
-        if name.isidentifier() and not name.startswith("__"):
+        value = self.allowed(module, name) if name.isidentifier() and not name.startswith("__") else None
+        if value is None:
+            self.refused[full_name] = None
+        return Token(full_name, value)
+
+    def allowed(self, module: str, name: str) -> Any:
+        """The class or function of that name if it may be a value or the class of one, else None."""
+        full_name = f"{module}.{name}"
+        with contextlib.suppress(OutsideError):  # the user may allow it by name
             if full_name in FUNCTIONS:
-                return Token(full_name, getattr(import_library(module), name))
-            cls = allowed_class(module, name)
-            if cls is not None:
-                return Token(full_name, cls)
-        self.refused[full_name] = None
-        return Token(full_name)
+                return getattr(import_library(module, named=full_name in USER_CLASSES), name)
+            return allowed_class(module, name)
+        return None
 
     @staticmethod
     def is_storage(module: str, name: str) -> bool:
@@ -4862,6 +4964,46 @@ InertUnpickler.dispatch.update(
         for opcode in opcodes
     }
 )  # fmt: skip
+
+
+class WeightsUnpickler(InertUnpickler):
+    """Reads a complete model of any class for its tensors alone: no class is imported and no other object made."""
+
+    def allowed(self, module: str, name: str) -> Any:
+        """`Saved` for every name but those that models have nothing of."""
+        harmful = module.partition(".")[0] in HARMFUL_MODULES and f"{module}.{name}" not in DATA_CLASSES
+        return None if harmful else Saved
+
+    def run_reduce(self) -> None:
+        """REDUCE: make tensors and containers; what else is called is no tensor."""
+        function = self.stack[-2]
+        if isinstance(function, Token) and (function.value is Saved or function.name in CALLS_ON_CLASSES):
+            self.stack[-2:] = [Ignored()]
+        else:
+            super().run_reduce()
+
+    def new_object(self, token: object, arguments: object) -> Any:
+        """A `Saved` for an object of any class."""
+        if not isinstance(token, Token) or token.value is not Saved:
+            return super().new_object(token, arguments)
+        made = Saved()
+        made.name = token.name
+        return made
+
+    def run_build(self) -> None:
+        """BUILD: keep what modules have; other objects' states may be anything."""
+        if isinstance(self.stack[-2], Saved):
+            state = self.stack.pop()
+            self.stack[-1].state = state if isinstance(state, dict) else {}
+        else:
+            super().run_build()
+
+
+CALLS_ON_CLASSES = ("builtins.getattr", "functools.partial")
+WeightsUnpickler.dispatch = {
+    **InertUnpickler.dispatch,
+    pickle.REDUCE[0]: WeightsUnpickler.run_reduce, pickle.BUILD[0]: WeightsUnpickler.run_build,
+}  # fmt: skip
 Unpickler = Callable[[Any, int, Callable[[tuple[Any, ...]], Any]], InertUnpickler]  # (file, size, read_storage)
 MODEL_MODULES = ("transformers.models", "transformers.backbone_utils")
 # Marks of transformers' loading and of models on several devices, which no answer depends on.
@@ -4962,6 +5104,10 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
         type(layers) is int and 0 <= layers <= MAX_LAYERS + len(attributes["_parameters"])
     ):
         raise DamagedFileError(f"a {name} has too many layers")
+    if issubclass(cls, nn.RNNBase) and "_flat_weights" not in attributes:  # PyTorch 1.0 to 1.3
+        attributes["_all_weights"] = [[None]]  # lets __setstate__ make the names anew
+    for base in cls.__mro__:
+        attributes = NEWER_SETTINGS.get(qualified_name(base), {}) | attributes
     # An audited library implementation (see allowed_class), or for a class that the user named the plain one.
     (cls if has_audited_setstate(cls) else nn.Module).__setstate__(module, attributes)
 
@@ -4969,7 +5115,7 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
 def replaces_method(target: object, key: str, value: object) -> bool:
     """Whether the attribute `key` hides a method of the class behind a callable that is not one of its own methods."""
     methods = (types.FunctionType, staticmethod, classmethod, property)
-    if not isinstance(next((vars(base)[key] for base in type(target).__mro__ if key in vars(base)), None), methods):
+    if not isinstance(class_attribute(type(target), key), methods):
         return False
     return not (isinstance(value, types.MethodType) and value.__self__ is target)
 
@@ -5150,12 +5296,36 @@ def load_checkpoint(source: Source, *, trust: bool) -> Loaded:
         content = read_checkpoint(source)
     if isinstance(content, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         content = content.module
+    content = numbered(content)
     if isinstance(content, torch.nn.Module):
         check_module_graph(content)
         return Loaded(content, f"a complete model ({qualified_name(type(content))})")
     if isinstance(content, Mapping):
         return Loaded(content, "weights without a model (a state dict)")
     raise DamagedFileError(f"it holds {type(content).__name__}, neither a model nor a state dict")
+
+
+def load_saved_weights(source: Source, *, trust: bool) -> Loaded:
+    """The weights in a checkpoint for a class that the user names: of a complete model the tensors alone are read."""
+    try:
+        loaded = load_checkpoint(source, trust=trust)
+        models = not isinstance(loaded.content, Mapping) or any(
+            isinstance(x, nn.Module) for x in loaded.content.values()
+        )
+        if trust or not models:
+            return loaded
+    except (RefusedFileError, DamagedFileError):
+        if trust:
+            raise
+    content = numbered(read_checkpoint(source, WeightsUnpickler))
+    if isinstance(content, Saved):
+        LOG.info(
+            f"weights: those of the complete model in it ({shorten(content.name, 100)}), whose own class is not used"
+        )
+        content = content.tensors()
+    if not isinstance(content, Mapping):
+        raise DamagedFileError(f"it holds {type(content).__name__}, neither a model nor a state dict")
+    return Loaded(content, "weights")
 
 
 class Verdict(IntEnum):
@@ -5323,8 +5493,14 @@ SCRIPT_CLASSES = frozenset({"quantized", "rnn", "sparse", "xnnpack", "mkldnn"})
 # What code may call that runs while the archive is loaded: how quantised layers unpack their weights.
 SETSTATE_CALLS = re.compile(
     r"torch\.(eq|ne|len|size|dim|append|contiguous|dequantize|__\w+__)|ops\.(quantized|prepacked)\.\w+"
-    r"|unchecked_cast|annotate|uninitialized|int|float|bool|len|getattr"
+    r"|unchecked_cast|annotate|uninitialized|int|float|bool|len|getattr|ops\.prim\.RaiseException"
 )
+# Operators whose weights are packed for one kind of processor, which no exporter unpacks, and what made them.
+PACKED_OPERATORS = {
+    r"ops\.prepacked\.\w+": "optimize_for_mobile packed its weights for XNNPACK; convert the archive from before that",
+    r"ops\.quantized\.\w+_dynamic\w*": "it was quantised dynamically; convert the float model that it was made from, "
+    "and quantise the ONNX file (onnxruntime.quantization.quantize_dynamic)",
+}
 # What the pickles beside the code may name, each with what our unpickler makes of it.
 SCRIPT_REBUILDERS: dict[str, Callable[..., Any]] = {
     **{f"torch.jit._pickle.build_{kind}list": lambda items: items for kind in ("int", "tensor", "double", "bool")},
@@ -5542,6 +5718,9 @@ def vet_torchscript(path: Path) -> None:
             text = read_record(reader, record).decode()
             if not {"\r", "\f", "\v", "\0"}.isdisjoint(text):  # where Python and TorchScript may see different lines
                 raise DamagedFileError(f"{record} is not TorchScript code")
+            for pattern, advice in PACKED_OPERATORS.items():
+                if packed := re.search(pattern, text):
+                    raise RefusedFileError(f"its TorchScript code calls {shorten(packed[0], 80)}: {advice}")
             tree = ast.parse(text)
             found |= vet_script_code(tree)
             methods |= script_methods(tree, record.removeprefix("code/").removesuffix(".py").replace("/", "."))
@@ -5558,13 +5737,18 @@ def vet_torchscript(path: Path) -> None:
 
 
 def vet_script_pickle(reader: Any, record: str) -> None:
-    """Check one pickle of a TorchScript archive; its storages lie in the records of a folder of the same name."""
+    """Check one pickle of a TorchScript archive; its storages lie in the records of a folder of the same name.
+
+    Those of mobile bytecode, which is not run here, may be those of the constants.
+    """
     program = read_record(reader, record)
     folder = record.removesuffix(".pkl")
 
     def check_storage(record_id: tuple[Any, ...]) -> tuple[torch.UntypedStorage, torch.dtype]:
         key, dtype, nbytes = parse_storage_id(record_id)
         name = f"{folder}/{key}"
+        if folder == "bytecode" and not reader.has_record(name):
+            name = f"constants/{key}"
         if folder != "traced_inputs" and (not reader.has_record(name) or reader.get_record_size(name) < nbytes):
             raise DamagedFileError(f"tensor data {shorten(name, 80)} is missing or too short; the file is damaged")
         return torch.UntypedStorage(nbytes, device="meta"), dtype
@@ -5579,11 +5763,37 @@ def vet_script_pickle(reader: Any, record: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
+MAX_MODULE_DEPTH = 400
+MAX_MODULES = 20_000  # of a model that is read for its weights alone, each as often as it is used
 MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
 
 
 class Ignored:
     """Stands for an object that the forward pass does not need."""
+
+
+class Saved:
+    """Stands for an object that is not made, since only the tensors in it are wanted: its class and attributes."""
+
+    name = ""
+    state: Mapping[str, Any] = {}
+
+    def tensors(self) -> dict[str, Any]:
+        """What the state_dict of a module would be; raises DamagedFileError where modules contain each other."""
+        found: dict[str, Any] = {}
+        waiting = [("", self, 0)]
+        for _ in range(MAX_MODULES):
+            if not waiting:
+                return found
+            prefix, module, depth = waiting.pop()
+            fleeting, *groups = (module.state.get(f"_{key}", {}) for key in
+                                 ("non_persistent_buffers_set", "parameters", "buffers", "modules"))  # fmt: skip
+            for name, value in itertools.chain.from_iterable(dict(group).items() for group in groups):
+                if isinstance(value, Saved) and depth < MAX_MODULE_DEPTH:
+                    waiting.append((f"{prefix}{name}.", value, depth + 1))
+                elif isinstance(value, torch.Tensor) and name not in fleeting:
+                    found[prefix + name] = value.detach()
+        raise DamagedFileError("its modules contain each other, or are too many")
 
 
 class Token(NamedTuple):
@@ -5599,7 +5809,7 @@ RECORD_NAME = re.compile(
     r"(data|constants|traced_inputs|bytecode|mobile_debug_handles|attributes)\.pkl|tensors\.json|model\.json"
     r"|version|byteorder|archive_(format|version)|\.format_version|\.storage_alignment"
     r"|\.data/(serialization_id|version)"
-    r"|(data|constants|traced_inputs|bytecode|tensors)/\d{1,20}"
+    r"|(data|constants|traced_inputs|bytecode|tensors)/\d{1,20}|(constants|bytecode)/\d{1,20}\.storage"
     r"|code/(\w+/)*\w+\.py(\.debug_pkl)?"
     r"|models/[\w.-]+\.json|data/(weights|constants|sample_inputs|aotinductor)/(\w[\w.-]*/)*[\w.-]+"
     r"|extra/[ -~]+",
@@ -9559,9 +9769,40 @@ def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str])
     return {f"{name}_out" if name in taken else name: tensor for name, tensor in outputs.items()}
 
 
+def numbered(content: Any) -> Any:
+    """A list of models or weights, or a ModuleList, which has no forward, as a checkpoint whose keys are numbers."""
+    if type(content) in (nn.ModuleList, nn.ModuleDict):
+        return dict(content.named_children())
+    if isinstance(content, (list, tuple)) and any(isinstance(entry, (nn.Module, Mapping)) for entry in content):
+        return {str(number): entry for number, entry in enumerate(content)}
+    return content
+
+
 def is_archive(model: nn.Module) -> bool:
     """Whether the code of `model` came out of a TorchScript or .pt2 archive."""
     return isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
+
+
+def use_device(model: torch.jit.ScriptModule, device: str) -> None:
+    """Let what TorchScript's code puts on a GPU lie on `device`: torch.jit.load moves the weights alone."""
+
+    def named(graph: Any) -> list[Any]:
+        constants = graph.findAllNodes("prim::Constant")
+        devices = [node for node in constants if str(node.output().type()) == "Device"]
+        calls = graph.findAllNodes("aten::cuda") if device == "cpu" else []
+        return [*calls, *(node for node in devices if node.s("value").partition(":")[0] not in (device, "cpu"))]
+
+    forward: Any = getattr(model, "forward", None)
+    if not hasattr(forward, "graph") or not named(model.inlined_graph):
+        return
+    torch._C._jit_pass_inline(forward.graph)  # noqa: SLF001
+    for node in named(forward.graph):
+        if node.kind() == "aten::cuda":
+            node.output().replaceAllUsesWith(node.inputsAt(0))
+            node.destroy()
+        else:
+            node.s_("value", device)
+    LOG.info(f"device: what the TorchScript code puts on another one lies on {device} (--device)")
 
 
 @contextlib.contextmanager
@@ -10138,31 +10379,49 @@ def file_digest(path: Path) -> str:
 
 @functools.cache
 def library_folders() -> tuple[Path, ...]:
-    """Where installed packages lie: site-packages, never the shell's folder or that of the input."""
+    """Where installed packages lie: site-packages and editable installs, never the shell's folder or the input's."""
     import site
     import sysconfig
 
-    folders = [*map(sysconfig.get_path, ("purelib", "platlib")), *site.getsitepackages(), site.getusersitepackages()]
-    return (Path(torch.__file__).resolve().parents[1], *(Path(folder).resolve() for folder in folders))
+    texts = [*map(sysconfig.get_path, ("purelib", "platlib")), *site.getsitepackages(), site.getusersitepackages()]
+    folders = [Path(torch.__file__).parents[1], *map(Path, texts)]
+    return tuple(
+        dict.fromkeys(place for folder in (*folders, *editable_folders(texts)) for place in (folder, folder.resolve()))
+    )
+
+
+def editable_folders(site_packages: Sequence[str]) -> Iterator[Path]:
+    """The folders of what pip installed with --editable, as the records in `site_packages` say (PEP 610)."""
+    import importlib.metadata
+    from urllib.parse import unquote, urlparse
+
+    for distribution in importlib.metadata.distributions(path=[*site_packages]):
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            record = json.loads(distribution.read_text("direct_url.json") or "{}")
+            if record["dir_info"].get("editable") is True:
+                yield Path(unquote(urlparse(record["url"]).path))
 
 
 def check_origin(package: str, origins: Iterable[str | None], *, named: bool) -> None:
-    """Raise RefusedFileError if `package` lies outside site-packages; the user's own may lie on PYTHONPATH too.
+    """Raise OutsideError if `package` lies outside site-packages; what the user named may lie on PYTHONPATH too.
 
-    An empty entry of PYTHONPATH means the working directory, which nobody asked for.
+    An empty entry of PYTHONPATH means the working directory, which nobody asked for. Installers may put links into
+    site-packages (conda, uv): the place of the link counts.
     """
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep) if named else []
-    folders = (*library_folders(), *(Path(entry).resolve() for entry in entries if entry))
+    folders = {*library_folders(), *(Path(entry).resolve() for entry in entries if entry)}
     for origin in origins:
-        if not origin or not any(folder in Path(origin).resolve().parents for folder in folders):
+        places = {Path(origin).resolve(), Path(os.path.abspath(origin))} if origin else set()  # noqa: PTH100  (no links)
+        if not any(folders.intersection(place.parents) for place in places):
             also = " or PYTHONPATH" if named else ""
-            raise RefusedFileError(f"the package {package} would be imported from outside site-packages{also}")
+            advice = "install it there, or put its folder on PYTHONPATH" if named else "install it there"
+            raise OutsideError(f"the package {package} would be imported from outside site-packages{also}; {advice}")
 
 
 def import_library(module: str, *, named: bool = False) -> Any:
     """Import `module` from an installed package, after a look at where it would come from; `named` by the user.
 
-    Raises DamagedFileError where it is missing or cannot be imported, RefusedFileError where it lies elsewhere.
+    Raises DamagedFileError where it is missing or cannot be imported, OutsideError where it lies elsewhere.
     """
     if module in sys.modules:
         return sys.modules[module]
