@@ -107,9 +107,12 @@ SYMBOLICS = {
     "repeat_interleave": Case(
         lambda x: (x[None].repeat_interleave(2, dim=-1), x.repeat_interleave(2, dim=-1)), (X,), (X,)
     ),
-    "adaptive_avg_pool2d": Case(
-        lambda x: functional.adaptive_avg_pool2d(x[None, None], (2, 4)), (X,), (X + 1,)
-    ),
+    "adaptive_avg_pool1d": Case(lambda x: functional.adaptive_avg_pool1d(x[None], 4), (X,), (X + 1,)),
+    "adaptive_avg_pool2d": Case(lambda x: functional.adaptive_avg_pool2d(x[None, None], (2, 4)), (X,), (X + 1,)),
+    "adaptive_avg_pool3d": Case(lambda x: functional.adaptive_avg_pool3d(x[None, None, None], (1, 2, 4)), (X,), (X - 1,)),
+    "adaptive_max_pool1d": Case(lambda x: functional.adaptive_max_pool1d(x[None], 4), (X,), (X.flip(1),)),
+    "adaptive_max_pool2d": Case(lambda x: functional.adaptive_max_pool2d(x[None, None], (2, 4)), (X,), (X.flip(1),)),
+    "adaptive_max_pool3d": Case(lambda x: functional.adaptive_max_pool3d(x[None, None, None], (1, 2, 4)), (X,), (-X,)),
     "cumsum": Case(lambda x: (x > 0.5).cumsum(-1), (X,), (X.flip(1),)),
     "unfold": Case(lambda x: x.unfold(-1, 4, 2), (X,), (LONGER,), (1,)),
     "as_strided": Case(lambda x: x.as_strided((2, x.shape[1] // 2), (x.shape[1], 2)), (X,), (LONGER,), (1,)),
