@@ -7016,29 +7016,17 @@ class ValueWatch:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watch what runs in context, in this thread."""
-        from torch.overrides import TorchFunctionMode
+        reads = [getattr(torch.Tensor, name) for name in self.READS]
 
-        reads, note = [getattr(torch.Tensor, name) for name in self.READS], self.note
-        library = torch_folder()
+        def call(function: Any, args: Any, kwargs: Any) -> Any:
+            value = function(*args, **kwargs)
+            if function in reads and (frame := model_frame(sys._getframe())):  # noqa: SLF001
+                place = f"{os.path.basename(frame.f_code.co_filename)}({frame.f_lineno})"  # noqa: PTH119
+                self.decisions.setdefault(place, []).append(shown(value))
+            return value
 
-        class Mode(TorchFunctionMode):
-            def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-                value = function(*args, **(kwargs or {}))
-                if function in reads:
-                    note(value, library)
-                return value
-
-        with Mode():
+        with torch_calls(call):
             yield
-
-    def note(self, value: object, library: str) -> None:
-        """Keep `value` for the innermost source line outside of torch and of this file."""
-        frame: Any = sys._getframe(2)  # noqa: SLF001
-        while frame is not None and frame.f_code.co_filename.startswith((library, __file__)):
-            frame = frame.f_back
-        if frame is not None:
-            place = f"{os.path.basename(frame.f_code.co_filename)}({frame.f_lineno})"  # noqa: PTH119
-            self.decisions.setdefault(place, []).append(shown(value))
 
 
 class Reference:
@@ -8307,7 +8295,9 @@ def exporter_name(attempt: Attempt) -> str:
 # verify: the checker, then ONNX Runtime against PyTorch's answers
 #
 # Takes a file and its Job, gives the Differences or raises AttemptError. Calls the model again, in float64 and with
-# perturbed inputs, where rounding may explain a difference.
+# perturbed inputs, where rounding may explain a difference, and to tell where one begins (where_it_differs): what each
+# call of torch takes and gives is looked for among the values of the graph. They are paired by their numbers, so that
+# the names that exporters and passes give do not matter.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -8556,7 +8546,8 @@ def verify(path: Path, job: Job, options: Options) -> list[Difference]:
         if bad:
             worst = max(bad, key=lambda item: item.largest - item.allowed)
             slight = all(item.largest <= SLIGHT * item.allowed for item in bad)
-            failure = AttemptError(worst.problem, exported=True, slight=worst.largest if slight else None, case=case)
+            problem = worst.problem + where_it_differs(path, case, job, options)
+            failure = AttemptError(problem, exported=True, slight=worst.largest if slight else None, case=case)
             failure.numbers = not math.isinf(worst.largest)
             raise failure
         differences += found
@@ -8766,6 +8757,179 @@ def largest_value(tensor: Tensor) -> float:
     if not tensor.is_floating_point() or not tensor.numel():
         return 0.0
     return float(tensor.abs().nan_to_num(0.0, 0.0).max())
+
+
+SAMPLE_SIZE = 1 << 14  # numbers of a value that are compared: of one wrong channel in a thousand, a dozen
+FIRST_NUMBERS = 32  # of them, which tell most pairs apart
+CLEARLY = 10  # times what rounding explains: a value that is nearer to one of the graph's is not said to differ
+CHUNK_BYTES = 256 << 20  # of the graph's values at once, if all were as large as the largest of the model's
+
+
+class Step(NamedTuple):
+    """A call of torch by the model: the module and the source line that make it, and the values (see StepWatch)."""
+
+    module: str
+    line: str
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+
+
+class StepWatch:
+    """Writes down a model's steps. A value is a number: equal tensors have the same one, and weights have none."""
+
+    def __init__(self, model: nn.Module, inputs: Iterable[Tensor]) -> None:
+        ours = type(model).__module__ == __name__
+        names = [(name.removeprefix("inner").lstrip(".") if ours else name, of) for name, of in model.named_modules()]
+        self.names = {id(module): name or type(module).__name__ for name, module in names}
+        self.weights = {id(tensor) for _, tensor in state_of(model)}
+        self.samples: dict[tuple[int, bool, bytes], int] = {}  # size, whether these are whole numbers, some of them
+        self.steps: list[Step] = []
+        self.largest = 1  # bytes of a value
+        self.varying = set(self.numbers(list(inputs)))  # what depends on the inputs
+
+    def call(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Call `function`, and note the step if a tensor comes out that did not go in."""
+        inputs = self.numbers((args, kwargs))
+        result = function(*args, **kwargs)
+        changed = args[:1] if result is None else result  # such as by __setitem__
+        outputs = [number for number in self.numbers(changed) if number not in inputs]
+        if outputs:
+            if not self.varying.isdisjoint(inputs):
+                self.varying.update(outputs)
+            self.steps.append(Step(*self.place(), inputs, outputs))
+        return result
+
+    def numbers(self, value: Any) -> list[int]:
+        """The numbers of the tensors in `value`, without those that have no elements, or none outside of a vmap()."""
+        found = []
+        for tensor in flatten_outputs(value).values():
+            if id(tensor) not in self.weights and tensor.numel():
+                with contextlib.suppress(RuntimeError):
+                    array = to_numpy(tensor)
+                    self.largest = max(self.largest, array.nbytes)
+                    key = (array.size, array.dtype.kind in "iub", sample_of(array).tobytes())
+                    found.append(self.samples.setdefault(key, len(self.samples)))
+        return found
+
+    def place(self) -> tuple[str, str]:
+        """The innermost module that is being called, and the innermost line of code that is not torch's."""
+        start = frame = sys._getframe()  # noqa: SLF001
+        while frame.f_code is not call_model.__code__ and id(frame.f_locals.get("self")) not in self.names:
+            frame = cast("Any", frame.f_back)
+        line = model_frame(start)
+        where = f"{os.path.basename(line.f_code.co_filename)}:{line.f_lineno}" if line else ""  # noqa: PTH119
+        return self.names.get(id(frame.f_locals.get("self")), ""), where
+
+
+def sample_of(array: Any) -> Any:
+    """Up to SAMPLE_SIZE of an array's elements, as float64, from places that its size decides."""
+    flat = array.reshape(-1)
+    flat = flat.view(flat.real.dtype) if flat.dtype.kind == "c" else flat
+    if flat.size > SAMPLE_SIZE:
+        flat = flat[np.random.default_rng(0).integers(flat.size, size=SAMPLE_SIZE)]
+    return flat.astype(np.float64)
+
+
+class Family:
+    """The model's values of one size, to be compared with the graph's."""
+
+    def __init__(self, keys: Sequence[tuple[int, bool, bytes]], numbers: Sequence[int], dtype: str) -> None:
+        self.numbers = np.array(numbers)
+        self.samples = np.stack([np.frombuffer(key[2]) for key in keys])
+        relative, absolute = TOLERANCES[dtype]
+        sizes = np.abs(np.nan_to_num(self.samples, posinf=0, neginf=0))
+        self.bounds = relative * sizes + absolute * sizes.max(1, keepdims=True)
+        self.bounds[[key[1] for key in keys]] = 1 / CLEARLY / 2  # whole numbers are equal or they are not
+
+    def distances(self, sample: Any) -> Any:
+        """How far each value is from one of the graph's: 1 is as far as rounding may take it, inf is CLEARLY."""
+        result = np.full(len(self.numbers), np.inf)
+        rows: Any = slice(None)
+        for part in (slice(FIRST_NUMBERS), slice(None)):
+            ours, bounds = self.samples[rows, part], self.bounds[rows, part]
+            with np.errstate(all="ignore"):
+                gaps = np.where(ours == sample[part], 0, np.abs(ours - sample[part]) / bounds)
+            found = np.nan_to_num(gaps, nan=np.inf).max(1)
+            rows = np.arange(len(result))[rows][found <= CLEARLY]
+        result[rows] = found[found <= CLEARLY]
+        return result
+
+
+def graph_distances(path: Path, case: Case, watch: StepWatch, dtype: str, device: str) -> Any:
+    """How far each of the model's values is from the nearest of its size in the graph (see Family.distances)."""
+    by_size: dict[int, list[tuple[int, bool, bytes]]] = {}
+    for key in watch.samples:
+        by_size.setdefault(key[0], []).append(key)
+    families = {size: Family(keys, [watch.samples[key] for key in keys], dtype) for size, keys in by_size.items()}
+    nearest = np.full(len(watch.samples), np.inf)
+    model = onnx.load(path, load_external_data=False)
+    names = [name for node in model.graph.node for name in node.output if name]
+    names += [tensor.name for tensor in model.graph.initializer if math.prod(tensor.dims) in families]
+    count, probe = max(1, CHUNK_BYTES // watch.largest), path.with_name(f".{path.name}.probe")
+    for start in range(0, len(names), count):
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names[start : start + count])
+        onnx.save(model, probe)
+        results = open_session(probe, device).run(None, case.inputs)
+        for array in itertools.chain(results, case.inputs.values()):
+            family = families.get(getattr(array, "size", 0))  # sequences have none
+            if family is not None:
+                numbers = family.numbers
+                nearest[numbers] = np.minimum(nearest[numbers], family.distances(sample_of(array)))
+    probe.unlink()
+    return nearest
+
+
+def first_difference(watch: StepWatch, nearest: Any, outputs: Collection[int]) -> Step | None:
+    """The first step that takes what the graph has too and gives what it has not; None where that is not clear.
+
+    A value that is missing because nodes were fused is none: all that is made of it is there. What is the same
+    everywhere shows nothing, and whole numbers show nothing of the others that they were made of.
+    """
+    keys = list(watch.samples)
+    live, vouched, doubted = set(outputs), set[int](), set[int]()
+
+    def is_right(value: int) -> bool:
+        return nearest[value] <= 1 or value not in watch.varying or (value in vouched and value not in doubted)
+
+    for step in reversed(watch.steps):
+        made = live.intersection(step.outputs)
+        if made:
+            live.update(step.inputs)
+        if not all(map(is_right, made)):
+            doubted.update(step.inputs)
+        for value in filter(is_right, made):
+            _, whole, sample = keys[value]
+            if np.ptp(np.frombuffer(sample)):
+                vouched.update(given for given in step.inputs if keys[given][1] or not whole)
+    for step in watch.steps:
+        wrong = [value for value in live.intersection(step.outputs) if not is_right(value)]
+        if wrong and all(map(is_right, step.inputs)):
+            return step if any(nearest[value] > CLEARLY for value in wrong) else None
+    return None
+
+
+def where_it_differs(path: Path, case: Case, job: Job, options: Options) -> str:
+    """Where the graph first differs from the model for `case`, as the end of a sentence; "" where that is not clear.
+
+    Nothing is looked for in graphs whose nodes lie in branches and loops. It is a courtesy: whatever goes wrong with
+    it, the difference itself has been shown.
+    """
+    if is_archive(job.model) or job.step or job.parts:
+        return ""
+    inputs = [torch.from_numpy(case.inputs[spec.name]).to(options.device, spec.dtype) for spec in job.specs]
+    try:
+        watch = StepWatch(job.model, inputs)
+        with torch_calls(watch.call):
+            outputs = call_model(job.model, inputs, [spec.name for spec in job.specs])
+        dtype = str(float_dtype(job.model)).removeprefix("torch.")
+        nearest = graph_distances(path, case, watch, dtype, options.device)
+        step = first_difference(watch, nearest, watch.numbers(outputs))
+    except Exception:  # also for want of memory
+        if LOG.verbose:
+            traceback.print_exc(file=LOG.stream)
+        return ""
+    return f"; first differs in {step.module}{step.line and f' ({step.line})'}" if step and step.module else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9776,6 +9940,27 @@ def numbered(content: Any) -> Any:
     if isinstance(content, (list, tuple)) and any(isinstance(entry, (nn.Module, Mapping)) for entry in content):
         return {str(number): entry for number, entry in enumerate(content)}
     return content
+
+
+@contextlib.contextmanager
+def torch_calls(call: Callable[[Any, Any, Any], Any]) -> Iterator[None]:
+    """Let `call` make every call of a function of torch's in context: it gets the function, `args` and `kwargs`."""
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return call(function, args, kwargs or {})
+
+    with Mode():
+        yield
+
+
+def model_frame(frame: Any) -> Any:
+    """The innermost frame, from `frame` outwards, that runs neither torch's code nor this file's; None for none."""
+    library = torch_folder()
+    while frame is not None and frame.f_code.co_filename.startswith((library, __file__)):
+        frame = None if frame.f_code is call_model.__code__ else frame.f_back
+    return frame
 
 
 def is_archive(model: nn.Module) -> bool:

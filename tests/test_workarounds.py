@@ -109,7 +109,7 @@ SYMBOLICS = {
     ),
     "adaptive_avg_pool1d": Case(lambda x: functional.adaptive_avg_pool1d(x[None], 4), (X,), (X + 1,)),
     "adaptive_avg_pool2d": Case(lambda x: functional.adaptive_avg_pool2d(x[None, None], (2, 4)), (X,), (X + 1,)),
-    "adaptive_avg_pool3d": Case(lambda x: functional.adaptive_avg_pool3d(x[None, None, None], (1, 2, 4)), (X,), (X - 1,)),
+    "adaptive_avg_pool3d": Case(lambda x: functional.adaptive_avg_pool3d(x[None, None, None], (1, 2, 4)), (X,), (-X,)),
     "adaptive_max_pool1d": Case(lambda x: functional.adaptive_max_pool1d(x[None], 4), (X,), (X.flip(1),)),
     "adaptive_max_pool2d": Case(lambda x: functional.adaptive_max_pool2d(x[None, None], (2, 4)), (X,), (X.flip(1),)),
     "adaptive_max_pool3d": Case(lambda x: functional.adaptive_max_pool3d(x[None, None, None], (1, 2, 4)), (X,), (-X,)),
