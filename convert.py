@@ -3563,8 +3563,10 @@ def load(source: Source, *, trust: bool, weights: bool = False) -> Loaded:
         loaders |= dict.fromkeys((Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT), load_saved_weights)
     problem: ConversionError | None = None
     try:
-        seconds = RUN_SECONDS + input_size(source.path) / BYTES_PER_SECOND
-        with time_limit(seconds) if not trust else contextlib.nullcontext():
+        size = input_size(source.path)
+        limit = time_limit(RUN_SECONDS + size / BYTES_PER_SECOND) if not trust else contextlib.nullcontext()
+        extra = RUN_BYTES + 4 * size if not trust else None
+        with limit, memory_bound(extra, "opening it", "save it again"):
             loaded = loaders[source.kind](source, trust=trust)
     except (RefusedFileError, DamagedFileError) as error:
         problem = error
@@ -3694,8 +3696,7 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
     else:
         vet_torchscript(source.path)
     try:
-        bound = memory_bound(RUN_BYTES + 4 * source.path.stat().st_size, "opening it", "save it again")
-        with open_input(source.path) as file, bound:
+        with open_input(source.path) as file:
             module = torch.jit.load(file if trust else without_debug_records(file), map_location="cpu")
     except ConversionError:
         raise
@@ -3711,12 +3712,14 @@ def load_torchscript(source: Source, *, trust: bool) -> Loaded:
 def without_debug_records(file: io.BufferedReader) -> mmap.mmap:
     """A TorchScript archive whose records of source lines have other names, so that torch does not look for them.
 
-    They are pickles that C++ code reads unchecked when a model raises, and they only make its message longer. The
-    archive's directory, at its end, alone says what a record is called; pages that are changed are copied.
+    They are pickles that C++ code reads unchecked when a model raises, and they only make its message longer. The name
+    is changed wherever it stands: which of two directories is the archive's, readers may see differently. Pages that
+    are changed are copied.
     """
     archive = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = zipfile.ZipFile(file).start_dir
-    archive[start:] = archive[start:].replace(b".py.debug_pkl", b".py.debug_off")
+    place = -1
+    while (place := archive.find(b".py.debug_pkl", place + 1)) >= 0:
+        archive[place : place + 13] = b".py.debug_off"
     return archive
 
 
@@ -5815,6 +5818,9 @@ RECORD_NAME = re.compile(
     r"|extra/[ -~]+",
     re.ASCII,
 )
+# From the fifth byte on, where a zip archive has what nobody reads: to torch.jit.load the whole file is then a flatbuffer
+# (torch/csrc/jit/mobile/file_format.h, getFileFormat).
+MOBILE_MARK = b"PTMF"
 MAX_RECORD_NAME = 240  # characters, with the folder that is the archive's own
 
 
@@ -5834,6 +5840,8 @@ def open_archive(path: Path) -> tuple[Any, list[str]]:
     """Torch's own zip reader and its record names: zipfile disagrees with it on duplicate and mismatched entries."""
     try:
         file = open_input(path)
+        if file.peek(8)[4:8] == MOBILE_MARK:
+            raise RefusedFileError("torch would not read it as the archive that it is, but as a mobile model")
         reader = torch._C.PyTorchFileReader(file)  # noqa: SLF001
         records = reader.get_all_records()
         check_record_names(records)
@@ -9112,8 +9120,8 @@ def worker_error(number: int, step: str, options: Options) -> ConversionError:
 
 
 def staging_folder(options: Options, name: str) -> Path:
-    """Where a run works: beside the target, so that the last step is a rename, and in one folder to remove."""
-    return options.output.parent / f".pt2onnx.{name}.partial"
+    """Where a run works: in the model's folder, so that the last step is a rename, and in one folder to remove."""
+    return options.folder / f".pt2onnx.{name}.partial"
 
 
 def supervise(arguments: Sequence[str], options: Options, name: str) -> int:
@@ -9121,7 +9129,7 @@ def supervise(arguments: Sequence[str], options: Options, name: str) -> int:
     if options.inspect:
         return conclude(run_worker(arguments, name), None, options)
     staging = staging_folder(options, name)
-    made = [folder for folder in staging.absolute().parents if not folder.exists()]
+    made = [folder for folder in options.output.absolute().parents if not folder.exists()]
     try:
         claim(staging)
         remove_abandoned(staging.parent)
@@ -9215,6 +9223,8 @@ def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging:
     """
     beside = staging / "beside"
     moved = [place for place in places if place.file.parent != beside or not same_content(place.file, place.target)]
+    for folder in {place.target.parent for place in moved}:
+        folder.mkdir(exist_ok=True)
     write_journal(moved, report, staging)
     if len(moved) > 1:
         (staging / "old").mkdir()
@@ -9232,11 +9242,7 @@ def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging:
 
 def write_journal(moved: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
     """Note what will be moved where, told from the staging folder's parent, whose own path differs in containers."""
-    root = staging.parent.resolve()
-    moves = [
-        (os.path.relpath(place.target.parent.resolve() / place.target.name, root), file_identity(place.file))
-        for place in moved
-    ]
+    moves = [(str(place.target.relative_to(staging.parent)), file_identity(place.file)) for place in moved]
     unfinished = staging / f"{JOURNAL}.new"
     with unfinished.open("w", encoding="utf-8") as stream:
         json.dump({"moves": moves, "report": report}, stream)
@@ -9277,11 +9283,9 @@ def settle(staging: Path) -> dict[str, Any] | None:
     journal = next((file for file in (staging / FINISHED_JOURNAL, staging / JOURNAL) if file.exists()), None)
     if journal is None:
         return None
-    content = json.loads(journal.read_bytes())
-    root = staging.parent.resolve()
-    moves = [(root / target, mark) for target, mark in content["moves"]]
+    moves, report = read_journal(journal)
     if journal.name == FINISHED_JOURNAL or all(file_identity(target) == mark for target, mark in moves):
-        return dict(content["report"])
+        return report
     for number, (target, mark) in enumerate(moves):
         kept = staging / "old" / str(number)
         if file_identity(target) not in (None, mark):
@@ -9291,6 +9295,26 @@ def settle(staging: Path) -> dict[str, Any] | None:
         else:
             target.unlink(missing_ok=True)
     return None
+
+
+def read_journal(file: Path) -> tuple[list[tuple[Path, Any]], dict[str, Any]]:
+    """What a journal says: each target with the identity of its new file, and the report.
+
+    Raises ValueError for one that no run has written. It may have come with the input, whose folder may be the output's,
+    too: so it names files of that folder only.
+    """
+    staging, status = file.parent, file.lstat()
+    plain = stat.S_ISREG(status.st_mode) and status.st_size < MAX_JSON_BYTES and not (staging / "old").is_symlink()
+    try:
+        content = json.loads(file.read_bytes() if plain else b"")
+        moves, report = [(str(target), mark) for target, mark in content["moves"]], dict(content["report"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"its {file.name} is damaged") from None
+    for target, _ in moves:
+        name = target.removeprefix("onnx/")
+        if not is_file_name(name) or (name != target and (staging.parent / "onnx").is_symlink()):
+            raise ValueError(f"its {file.name} names what lies elsewhere")
+    return [(staging.parent / target, mark) for target, mark in moves], report
 
 
 def claim(staging: Path) -> int:
@@ -9333,7 +9357,7 @@ def remove_abandoned(folder: Path) -> None:
             LOG.info(f"removed {staging.name}, which a killed run had left")
         except (BlockingIOError, FileNotFoundError):  # its run goes on, or another run was quicker
             continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             LOG.warn(f"{staging}, which a killed run left, cannot be removed: {first_line(error)}")
 
 

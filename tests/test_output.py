@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -294,6 +295,36 @@ def test_weights_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
         del model.graph.value_info[:]  # says again what the initializers say
     assert ours == library
     assert len(ours.graph.initializer) == len(weights)
+
+
+def test_a_journal_that_came_with_the_input(tmp_path: Path) -> None:
+    """The output's folder may be the input's: a journal in it changes nothing outside, and neither hangs nor ends us."""
+    folder = tmp_path / "model"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "kept.txt").write_text("kept", encoding="utf-8")
+    kept = product.file_identity(tmp_path / "kept.txt")
+    targets = ("../new.txt", "../kept.txt", str(tmp_path / "new.txt"), "onnx/new.txt", "..", "", "onnx/")
+    for number, target in enumerate(targets):
+        staging = folder / f".pt2onnx.{number}.partial"
+        (staging / "old").mkdir(parents=True)
+        (staging / "old" / "0").write_text("theirs", encoding="utf-8")
+        journal = {"moves": [[target, kept], ["x", [1, 1]]], "report": {}}
+        (staging / "moves.json").write_text(json.dumps(journal), encoding="utf-8")
+    others: dict[str, Callable[[Path], object]] = {
+        "pipe": lambda file: os.mkfifo(file),
+        "device": lambda file: file.symlink_to("/dev/zero"),
+        "deep": lambda file: file.write_text("[" * 200_000, encoding="utf-8"),
+        "list": lambda file: file.write_text("[]", encoding="utf-8"),
+    }
+    for name, make in others.items():
+        (folder / f".pt2onnx.{name}.partial").mkdir()
+        make(folder / f".pt2onnx.{name}.partial" / "moves.json")
+    (folder / "onnx").symlink_to(tmp_path / "theirs")
+    outcome = forked.in_child(lambda: product.remove_abandoned(folder) or 0, tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert len(list(folder.glob("*.partial"))) == len(targets) + len(others)
+    assert names(tmp_path) == ["kept.txt", "model", "theirs"]
+    assert not names(tmp_path / "theirs")
 
 
 def test_layouts_settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
