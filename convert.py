@@ -868,7 +868,10 @@ def convert_huggingface_model(source: Source, options: Options, run: Run) -> lis
         graphs = graphs_of(found, folder, options)
         if not found.of_timm:
             found.model.set_attn_implementation("eager")  # the others answer differently where all is masked
-        jobs = [plan_graph(graph, options) for graph in graphs]
+        samples = read_samples(options.verify_data) if options.verify_data else {}
+        if samples and len(graphs) > 1:
+            raise UsageError(f"--verify-data is for one graph, and {found.describe()} becomes several: leave it out")
+        jobs = [plan_graph(graph, options, samples) for graph in graphs]
     if not found.of_timm:
         prepare_for_export(found.model)
     if len(jobs) > 1:
@@ -2083,7 +2086,7 @@ def check_options(options: Options) -> None:
     """Raise UsageError for options of the other modes."""
     if options.mode not in ("auto", "huggingface"):
         raise UsageError(f"--mode {options.mode}: {options.input} is a Hugging Face folder; pass one of its files")
-    flags = "model-class checkpoint-key input-shape input-value dynamic-axes model-args allow-class verify-data"
+    flags = "model-class checkpoint-key input-shape input-value dynamic-axes model-args allow-class"
     for flag in flags.split():
         if getattr(options, flag.replace("-", "_")):
             raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out")
@@ -2158,9 +2161,9 @@ def widen_case(case: Case, specs: Sequence[InputSpec], *, cached: bool) -> Case:
     return Case(f"{case.label} {CACHE_FLAG}:{cached}", inputs, outputs)
 
 
-def plan_graph(graph: Graph, options: Options) -> Job:
-    """PyTorch's answers for the graph's examples at all its sizes."""
-    reference = Reference(graph.module, graph.specs, options, graph.examples)
+def plan_graph(graph: Graph, options: Options, samples: Mapping[str, Arrays]) -> Job:
+    """PyTorch's answers for the graph's examples at all its sizes, for other kinds of values, and for `samples`."""
+    reference = Reference(graph.module, graph.specs, options, functools.partial(valued_examples, graph))
     cases = []
     for seed, sizes in enumerate(graph.sizes[: 1 if options.static else None]):
         try:
@@ -2168,19 +2171,40 @@ def plan_graph(graph: Graph, options: Options) -> Job:
         except RejectedInputError as error:
             what = f"the model does not run at {sizes}: {error}; try another --task"
             raise ConversionError(ExitStatus.EXPORT, what) from error.__cause__
-    if not options.no_verify:
-        check_deterministic(reference, cases[0], graph.sizes[0], 0)
-        check_outputs(cases[0])
-        cases = [case._replace(outputs=mask_padding(case.outputs, case.inputs)) for case in cases]
-        for case in cases:
-            check_finite(case)
     traced = reference.tensors(graph.sizes[0], 0)
     if options.static:
         graph = graph._replace(specs=[spec._replace(axes={}) for spec in graph.specs], further_checks=None)
     specs = [spec._replace(dims=tuple(tensor.shape)) for spec, tensor in zip(graph.specs, traced, strict=True)]
+    if not options.no_verify:
+        cases += value_cases(reference, graph.sizes[0], cases[0], watched=False)
+        check_deterministic(reference, cases[0], graph.sizes[0], 0)
+        check_outputs(cases[0])
+        given = Reference(graph.module, specs, options)
+        cases += [sample_case(file, sample, given, options, watched=False) for file, sample in samples.items()]
+        cases = [case._replace(outputs=mask_padding(case.outputs, case.inputs)) for case in cases]
+        for case in cases:
+            check_finite(case)
     file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
     checks = graph.further_checks
     return Job(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
+
+
+def valued_examples(graph: Graph, sizes: Mapping[str, int], seed: int, values: str = "") -> list[Tensor]:
+    """The graph's examples, with `values` (one of VALUE_SETS) for images and signals, or one token over and over.
+
+    Raises RejectedInputError where no input is of that kind.
+    """
+    drawn = graph.examples(sizes, seed)
+    generator = torch.Generator().manual_seed(seed)
+    changed = False
+    for place, (spec, tensor) in enumerate(zip(graph.specs, drawn, strict=True) if values else ()):
+        if spec.name == "input_ids" and values == "repeated values":
+            drawn[place], changed = tensor[..., :1].expand(tensor.shape).clone(), True
+        elif tensor.is_floating_point() and "mask" not in spec.name and not spec.name.startswith("past_"):
+            drawn[place], changed = unusual_values(spec, tensor.shape, values, generator).to(tensor), True
+    if values and not changed:
+        raise RejectedInputError
+    return drawn
 
 
 def label_metadata(labels: object) -> dict[str, str]:
@@ -7359,7 +7383,7 @@ def shapes_of(sample: Arrays, model: nn.Module) -> list[InputShape]:
     ]
 
 
-def sample_case(file: str, sample: Arrays, reference: Reference, options: Options) -> Case:
+def sample_case(file: str, sample: Arrays, reference: Reference, options: Options, *, watched: bool = True) -> Case:
     """PyTorch's answer for a sample of the user's; raises UsageError where it does not fit the inputs."""
     specs, fits = reference.specs, "name arrays as the inputs"
     if len(sample) == len(specs) == 1:
@@ -7380,7 +7404,7 @@ def sample_case(file: str, sample: Arrays, reference: Reference, options: Option
         return [torch.from_numpy(sample[spec.name]).to(spec.dtype) for spec in specs]
 
     try:
-        case = Reference(reference.model, specs, options, tensors).run(sizes, 0, watched=True)
+        case = Reference(reference.model, specs, options, tensors).run(sizes, 0, watched=watched)
     except RejectedInputError as error:
         raise UsageError(f"--verify-data: the model does not accept {file}: {error}") from error.__cause__
     check_finite(case)
@@ -7446,12 +7470,12 @@ def plan_module(
     )
 
 
-def value_cases(reference: Reference, sizes: Mapping[str, int], given: Case) -> list[Case]:
+def value_cases(reference: Reference, sizes: Mapping[str, int], given: Case, *, watched: bool = True) -> list[Case]:
     """PyTorch's answers for each of VALUE_SETS that it takes, and has finite answers for."""
     cases, start = [], time.monotonic()
     for seed, values in enumerate(VALUE_SETS):
         with contextlib.suppress(RejectedInputError, DamagedFileError, AttemptError):  # not in the model's domain
-            case = reference.run(sizes, seed, values, watched=True)
+            case = reference.run(sizes, seed, values, watched=watched)
             if is_finite(case) and case.outputs.keys() == given.outputs.keys():
                 cases.append(case)
         if time.monotonic() - start > VALUES_SECONDS:
