@@ -1611,9 +1611,7 @@ TASKS = ("text2text-generation", "fill-mask", "text-generation", "zero-shot-imag
          "question-answering", "multiple-choice", "image-classification", "object-detection",
          "image-segmentation", "depth-estimation", "audio-classification", "feature-extraction",
          "sentence-similarity")  # fmt: skip
-EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
-# Heads that may be missing from a checkpoint for these tasks, with the output that then is left out.
-OPTIONAL_HEADS = {"pooler": "pooler_output"}
+EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")  # for which a checkpoint may lack the pooler
 DEFAULT_TASK = "text-generation"
 GENERATION_TASKS = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 # What a user of the model needs beside the graph; the index of shards and adapters belong to the weights.
@@ -1793,10 +1791,9 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
         stored, wanted = resized[name]
         sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
         raise InputError(f"{options.input}: {sizes}; they do not belong together")
-    unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
-    missing = sorted(report["missing_keys"] - own.keys())
-    needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
-    if needed:
+    missing = report["missing_keys"] - own.keys()
+    pooler = {name for name in missing if "pooler." in name and task in EMBEDDING_TASKS}
+    if needed := sorted(missing - pooler):
         what = f"{options.input} lacks weights that {cls.__name__} needs for {task}: {and_more(needed, 3)}"
         advice = "pass the --task that it was trained for, or the complete checkpoint"
         raise InputError(f"{what}; {advice}")
@@ -1804,8 +1801,8 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
         merge_adapter(model, adapter, report["missing_keys"] | resized.keys())
     if extra := sorted(report["unexpected_keys"]):
         LOG.info(f"{cls.__name__} has no place for {len(extra)} tensors of the checkpoint, such as {extra[0]}")
-    heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
-    return FolderModel(model.eval().requires_grad_(requires_grad=False).to(options.device), task, heads)
+    left_out = frozenset({"pooler_output"} if pooler else ())
+    return FolderModel(model.eval().requires_grad_(requires_grad=False).to(options.device), task, left_out)
 
 
 def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
@@ -1943,10 +1940,9 @@ def dense_step(folder: VettedFolder, module: Settings, *, trust: bool) -> Senten
     activation = (settings.name("activation_function") or "torch.nn.Identity").rpartition(".")[2]
     if activation not in ACTIVATIONS:
         raise settings.misfit("activation_function", "an activation of torch.nn that is known here")
-    files = [f"{name}/{file}" for file in ("model.safetensors", "pytorch_model.bin")]
-    file = next((file for file in files if os.path.lexists(folder.path / file)), files[0])
-    there = os.path.lexists(folder.path / file)
-    weights = state_dict_of(load(detect_file(folder.path / file), trust=trust).content) if there else None
+    files = [folder.path / name / file for file in ("model.safetensors", "pytorch_model.bin")]
+    file = next(filter(os.path.lexists, files), None)
+    weights = state_dict_of(load(detect_file(file), trust=trust).content) if file else None
     if not weights or "linear.weight" not in weights:
         raise DamagedFileError(f"{name} has no linear.weight; copy or download the whole folder")
     matrix, bias = weights["linear.weight"], weights.get("linear.bias")
@@ -2080,11 +2076,11 @@ def plan_graph(graph: Graph, options: Options) -> Job:
         for case in cases:
             check_finite(case)
     traced = reference.tensors(graph.sizes[0], 0)
-    if options.static:
-        graph = graph._replace(specs=[spec._replace(axes={}) for spec in graph.specs], further_checks=None)
     specs = [spec._replace(dims=tuple(tensor.shape)) for spec, tensor in zip(graph.specs, traced, strict=True)]
-    file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
     checks = graph.further_checks
+    if options.static:
+        specs, checks = [spec._replace(axes={}) for spec in specs], None
+    file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
     return Job(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
 
 
