@@ -1403,12 +1403,13 @@ def count_elements(pairs: Iterable[tuple[str, int]]) -> dict[str, Any]:
     return {"parameters": sum(dtypes.values()), "dtypes": dtypes}
 
 
-def command_for(source: Source, *extra: str) -> str:
-    """The command that converts `source`."""
+def conversion(source: Source, mode: str, *extra: str) -> dict[str, Any]:
+    """The mode and the command that convert `source`."""
     target = source.path.resolve().with_suffix(".onnx").name
     if source.kind is Kind.HUGGINGFACE:
         target = f"{source.path.resolve().name}-onnx/"
-    return shlex.join(["python", "convert.py", "-i", str(source.path), "-o", target, *extra])
+    command = ["python", "convert.py", "-i", str(source.path), "-o", target, *extra]
+    return {"mode": mode, "command": shlex.join(command)}
 
 
 def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
@@ -1433,8 +1434,7 @@ def inspect_module(source: Source, model: nn.Module) -> dict[str, Any]:
         "what": "a complete model",
         "class": qualified_name(type(model)),
         "inputs": f"{shapes}, told by {guess.reason}",
-        "mode": "pytorch",
-        "command": command_for(source),
+        **conversion(source, "pytorch"),
     }
 
 
@@ -1460,8 +1460,7 @@ def inspect_shapes(
         "tensors": len(shapes),
         "architecture": recognition.explanation,
         "candidates": recognition.candidates,
-        "mode": "state_dict",
-        "command": command_for(source, *key, *([] if known else ["--model-class", "CLASS"])),
+        **conversion(source, "state_dict", *key, *([] if known else ["--model-class", "CLASS"])),
     }
 
 
@@ -1530,8 +1529,7 @@ def inspect_torchscript(source: Source, options: Options) -> dict[str, Any]:  # 
         "globals": census.names,
         **count_elements(census.storages.values()),
         "inputs": " ".join(map(str, examples)) + ", recorded when it was traced" if examples else "not recorded",
-        "mode": "pytorch",
-        "command": command_for(source),
+        **conversion(source, "pytorch"),
     }
 
 
@@ -1548,8 +1546,7 @@ def inspect_program(source: Source, options: Options) -> dict[str, Any]:  # noqa
         "what": "an exported program",
         **count_elements((dtype_name(tensor.dtype), tensor.numel()) for tensor in tensors),
         "inputs": " ".join(inputs),
-        "mode": "pytorch",
-        "command": command_for(source),
+        **conversion(source, "pytorch"),
     }
 
 
@@ -1577,8 +1574,7 @@ def inspect_folder(source: Source, options: Options) -> dict[str, Any]:
         "class": shorten(", ".join(filter(None, names)), 200) or None,
         **weights.facts,
         **count_elements(weights.elements),
-        "mode": "huggingface",
-        "command": command_for(source),
+        **conversion(source, "huggingface"),
     }
 
 
@@ -5590,6 +5586,7 @@ TASK_OUTPUTS = {
     "zero-shot-image-classification": ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
 }
 # Sizes of the free axes: what is traced first, then what is verified beside it. No two axes change alike.
+BATCH_SIZES = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
 TEXT_SIZES = ({BATCH: 2, SEQUENCE: 12}, {BATCH: 1, SEQUENCE: 7}, {BATCH: 3, SEQUENCE: 18})
 DECODER_SIZES = tuple(
     {BATCH: batch, PAST: past, SEQUENCE: new} for batch, past, new in ((2, 6, 5), (1, 0, 9), (3, 11, 1), (2, 0, 14))
@@ -5758,7 +5755,7 @@ def image_spec(model: Any, folder: Path, task: str) -> tuple[InputSpec, tuple[di
     dtype = float_dtype(model)
     if not free or task != "object-detection":
         spec = InputSpec("pixel_values", (2, channels, height, width), dtype, {0: BATCH})
-        return spec, ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
+        return spec, BATCH_SIZES
     spec = InputSpec("pixel_values", (2, channels, 256, 320), dtype, {0: BATCH, 2: "height", 3: "width"})
     sizes = ({"height": 256, "width": 320}, {"height": 224, "width": 288}, {"height": 320, "width": 256})
     return spec, tuple({BATCH: batch, **size} for batch, size in zip((2, 1, 3), sizes, strict=True))
@@ -5770,19 +5767,18 @@ MAX_FRAMES = 16_384  # of a spectrogram: Whisper's has 3,000
 def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
     """input_values (samples, or a spectrogram of fixed length) or input_features (mel spectrogram)."""
     config, name, dtype = model.config, model.main_input_name, float_dtype(model)
-    batches: tuple[dict[str, int], ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
     bins = config_number(config, "num_mel_bins input_feat_per_channel", 80, MAX_IMAGE_EDGE)
     if name == "input_values" and getattr(config, "num_mel_bins", None) and getattr(config, "max_length", None):  # AST
         frames = config_number(config, "max_length", 1, MAX_FRAMES)
-        return InputSpec(name, (2, frames, bins), dtype, {0: BATCH}), batches
+        return InputSpec(name, (2, frames, bins), dtype, {0: BATCH}), BATCH_SIZES
     if name == "input_values":
         lengths = (AUDIO_SAMPLES, AUDIO_SAMPLES // 2 + 80, AUDIO_SAMPLES + 4321)
-        sizes = tuple({**batch, "audio_length": length} for batch, length in zip(batches, lengths, strict=True))
+        sizes = tuple({**batch, "audio_length": length} for batch, length in zip(BATCH_SIZES, lengths, strict=True))
         return InputSpec(name, (2, AUDIO_SAMPLES), dtype, {0: BATCH, 1: "audio_length"}), sizes
     if getattr(config, "model_type", "") == "whisper":  # bins first, and always 30 seconds
         frames = 2 * config_number(config, "max_source_positions", 1, MAX_FRAMES)
-        return InputSpec(name, (2, bins, frames), dtype, {0: BATCH}), batches
-    sizes = tuple({**batch, "frames": frames} for batch, frames in zip(batches, (96, 64, 160), strict=True))
+        return InputSpec(name, (2, bins, frames), dtype, {0: BATCH}), BATCH_SIZES
+    sizes = tuple({**batch, "frames": frames} for batch, frames in zip(BATCH_SIZES, (96, 64, 160), strict=True))
     return InputSpec(name, (2, 96, bins), dtype, {0: BATCH, 1: "frames"}), sizes
 
 
@@ -5875,9 +5871,8 @@ def timm_graph(model: Any, output: str) -> Graph:
     """The graph of a model of timm: images of the size that it was made for, and its one `output`."""
     size = preprocessing(model, None).size or ()  # three: timm_model saw to it
     spec = InputSpec("pixel_values", (2, *size), float_dtype(model), {0: BATCH})
-    sizes = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
     module = as_module(model, [spec], lambda inner, given: {output: inner(*given.values())})
-    return Graph("model", module, [spec], functools.partial(example_tensors, [spec], None), sizes)
+    return Graph("model", module, [spec], functools.partial(example_tensors, [spec], None), BATCH_SIZES)
 
 
 def cache_layer(key: Tensor, value: Tensor) -> Any:
