@@ -1495,12 +1495,13 @@ def count_elements(pairs: Iterable[tuple[str, int]]) -> dict[str, Any]:
     return {"parameters": sum(dtypes.values()), "dtypes": dtypes}
 
 
-def command_for(source: Source, *extra: str) -> str:
-    """The command that converts `source`."""
+def conversion(source: Source, mode: str, *extra: str) -> dict[str, Any]:
+    """The mode and the command that convert `source`."""
     target = source.path.resolve().with_suffix(".onnx").name
     if source.kind is Kind.HUGGINGFACE:
         target = f"{source.path.resolve().name}-onnx/"
-    return shlex.join(["python", "convert.py", "-i", str(source.path), "-o", target, *extra])
+    command = ["python", "convert.py", "-i", str(source.path), "-o", target, *extra]
+    return {"mode": mode, "command": shlex.join(command)}
 
 
 def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
@@ -1526,8 +1527,7 @@ def inspect_module(source: Source, model: nn.Module, *options: str) -> dict[str,
         "what": "a complete model",
         "class": qualified_name(type(model)),
         "inputs": f"{shapes}, told by {guess.reason}",
-        "mode": "pytorch",
-        "command": command_for(source, *options),
+        **conversion(source, "pytorch", *options),
     }
 
 
@@ -1556,8 +1556,7 @@ def inspect_shapes(
         "tensors": len(shapes),
         "architecture": recognition.explanation,
         "candidates": recognition.candidates,
-        "mode": "state_dict",
-        "command": command_for(source, *key, *([] if known else ["--model-class", "CLASS"])),
+        **conversion(source, "state_dict", *key, *([] if known else ["--model-class", "CLASS"])),
     }
 
 
@@ -1626,8 +1625,7 @@ def inspect_torchscript(source: Source, options: Options) -> dict[str, Any]:  # 
         "globals": census.names,
         **count_elements(census.storages.values()),
         "inputs": " ".join(map(str, examples)) + ", recorded when it was traced" if examples else "not recorded",
-        "mode": "pytorch",
-        "command": command_for(source),
+        **conversion(source, "pytorch"),
     }
 
 
@@ -1644,8 +1642,7 @@ def inspect_program(source: Source, options: Options) -> dict[str, Any]:  # noqa
         "what": "an exported program",
         **count_elements((dtype_name(tensor.dtype), tensor.numel()) for tensor in tensors),
         "inputs": " ".join(inputs),
-        "mode": "pytorch",
-        "command": command_for(source),
+        **conversion(source, "pytorch"),
     }
 
 
@@ -1673,8 +1670,7 @@ def inspect_folder(source: Source, options: Options) -> dict[str, Any]:
         "class": shorten(", ".join(filter(None, names)), 200) or None,
         **weights.facts,
         **count_elements(weights.elements),
-        "mode": "huggingface",
-        "command": command_for(source),
+        **conversion(source, "huggingface"),
     }
 
 
@@ -1707,9 +1703,7 @@ TASKS = ("text2text-generation", "fill-mask", "text-generation", "zero-shot-imag
          "question-answering", "multiple-choice", "image-classification", "object-detection",
          "image-segmentation", "depth-estimation", "audio-classification", "feature-extraction",
          "sentence-similarity")  # fmt: skip
-EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
-# Heads that may be missing from a checkpoint for these tasks, with the output that then is left out.
-OPTIONAL_HEADS = {"pooler": "pooler_output"}
+EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")  # for which a checkpoint may lack the pooler
 DEFAULT_TASK = "text-generation"
 GENERATION_TASKS = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 # What a user of the model needs beside the graph; the index of shards and adapters belong to the weights.
@@ -1889,10 +1883,9 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
         stored, wanted = resized[name]
         sizes = f"{name} is {shape_text(stored)} in the weights and {shape_text(wanted)} by config.json"
         raise InputError(f"{options.input}: {sizes}; they do not belong together")
-    unused = OPTIONAL_HEADS if task in EMBEDDING_TASKS else {}
-    missing = sorted(report["missing_keys"] - own.keys())
-    needed = [name for name in missing if not any(f"{head}." in name for head in unused)]
-    if needed:
+    missing = report["missing_keys"] - own.keys()
+    pooler = {name for name in missing if "pooler." in name and task in EMBEDDING_TASKS}
+    if needed := sorted(missing - pooler):
         what = f"{options.input} lacks weights that {cls.__name__} needs for {task}: {and_more(needed, 3)}"
         advice = "pass the --task that it was trained for, or the complete checkpoint"
         raise InputError(f"{what}; {advice}")
@@ -1902,8 +1895,8 @@ def load_pretrained(  # noqa: PLR0913, PLR0917
         LOG.info(
             f"{cls.__name__} has no place for {plural(len(extra), 'tensor')} of the checkpoint, such as {extra[0]}"
         )
-    heads = frozenset(output for head, output in unused.items() if any(f"{head}." in name for name in missing))
-    return FolderModel(model.eval().requires_grad_(requires_grad=False).to(options.device), task, heads)
+    left_out = frozenset({"pooler_output"} if pooler else ())
+    return FolderModel(model.eval().requires_grad_(requires_grad=False).to(options.device), task, left_out)
 
 
 def load_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
@@ -2041,10 +2034,9 @@ def dense_step(folder: VettedFolder, module: Settings, *, trust: bool) -> Senten
     activation = (settings.name("activation_function") or "torch.nn.Identity").rpartition(".")[2]
     if activation not in ACTIVATIONS:
         raise settings.misfit("activation_function", "an activation of torch.nn that is known here")
-    files = [f"{name}/{file}" for file in ("model.safetensors", "pytorch_model.bin")]
-    file = next((file for file in files if os.path.lexists(folder.path / file)), files[0])
-    there = os.path.lexists(folder.path / file)
-    weights = state_dict_of(load(detect_file(folder.path / file), trust=trust).content) if there else None
+    files = [folder.path / name / file for file in ("model.safetensors", "pytorch_model.bin")]
+    file = next(filter(os.path.lexists, files), None)
+    weights = state_dict_of(load(detect_file(file), trust=trust).content) if file else None
     if not weights or "linear.weight" not in weights:
         raise DamagedFileError(f"{name} has no linear.weight; copy or download the whole folder")
     matrix, bias = weights["linear.weight"], weights.get("linear.bias")
@@ -2172,9 +2164,10 @@ def plan_graph(graph: Graph, options: Options, samples: Mapping[str, Arrays]) ->
             what = f"the model does not run at {sizes}: {error}; try another --task"
             raise ConversionError(ExitStatus.EXPORT, what) from error.__cause__
     traced = reference.tensors(graph.sizes[0], 0)
-    if options.static:
-        graph = graph._replace(specs=[spec._replace(axes={}) for spec in graph.specs], further_checks=None)
     specs = [spec._replace(dims=tuple(tensor.shape)) for spec, tensor in zip(graph.specs, traced, strict=True)]
+    checks = graph.further_checks
+    if options.static:
+        specs, checks = [spec._replace(axes={}) for spec in specs], None
     if not options.no_verify:
         cases += value_cases(reference, graph.sizes[0], cases[0], watched=False)
         check_deterministic(reference, cases[0], graph.sizes[0], 0)
@@ -2185,7 +2178,6 @@ def plan_graph(graph: Graph, options: Options, samples: Mapping[str, Arrays]) ->
         for case in cases:
             check_finite(case)
     file = options.output.name if graph.file == "model" else f"{graph.file}.onnx"
-    checks = graph.further_checks
     return Job(graph.module, specs, list(cases[0].outputs), traced, cases, file, checks, step=graph.step)
 
 
@@ -5922,6 +5914,7 @@ TASK_OUTPUTS = {
     "zero-shot-image-classification": ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
 }
 # Sizes of the free axes: what is traced first, then what is verified beside it. No two axes change alike.
+BATCH_SIZES = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
 TEXT_SIZES = ({BATCH: 2, SEQUENCE: 12}, {BATCH: 1, SEQUENCE: 7}, {BATCH: 3, SEQUENCE: 18})
 DECODER_SIZES = tuple(
     {BATCH: batch, PAST: past, SEQUENCE: new} for batch, past, new in ((2, 6, 5), (1, 0, 9), (3, 11, 1), (2, 0, 14))
@@ -6090,7 +6083,7 @@ def image_spec(model: Any, folder: Path, task: str) -> tuple[InputSpec, tuple[di
     dtype = float_dtype(model)
     if not free or task != "object-detection":
         spec = InputSpec("pixel_values", (2, channels, height, width), dtype, {0: BATCH})
-        return spec, ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
+        return spec, BATCH_SIZES
     spec = InputSpec("pixel_values", (2, channels, 256, 320), dtype, {0: BATCH, 2: "height", 3: "width"})
     sizes = ({"height": 256, "width": 320}, {"height": 224, "width": 288}, {"height": 320, "width": 256})
     return spec, tuple({BATCH: batch, **size} for batch, size in zip((2, 1, 3), sizes, strict=True))
@@ -6102,19 +6095,18 @@ MAX_FRAMES = 16_384  # of a spectrogram: Whisper's has 3,000
 def audio_spec(model: Any) -> tuple[InputSpec, tuple[dict[str, int], ...]]:
     """input_values (samples, or a spectrogram of fixed length) or input_features (mel spectrogram)."""
     config, name, dtype = model.config, model.main_input_name, float_dtype(model)
-    batches: tuple[dict[str, int], ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
     bins = config_number(config, "num_mel_bins input_feat_per_channel", 80, MAX_IMAGE_EDGE)
     if name == "input_values" and getattr(config, "num_mel_bins", None) and getattr(config, "max_length", None):  # AST
         frames = config_number(config, "max_length", 1, MAX_FRAMES)
-        return InputSpec(name, (2, frames, bins), dtype, {0: BATCH}), batches
+        return InputSpec(name, (2, frames, bins), dtype, {0: BATCH}), BATCH_SIZES
     if name == "input_values":
         lengths = (AUDIO_SAMPLES, AUDIO_SAMPLES // 2 + 80, AUDIO_SAMPLES + 4321)
-        sizes = tuple({**batch, "audio_length": length} for batch, length in zip(batches, lengths, strict=True))
+        sizes = tuple({**batch, "audio_length": length} for batch, length in zip(BATCH_SIZES, lengths, strict=True))
         return InputSpec(name, (2, AUDIO_SAMPLES), dtype, {0: BATCH, 1: "audio_length"}), sizes
     if getattr(config, "model_type", "") == "whisper":  # bins first, and always 30 seconds
         frames = 2 * config_number(config, "max_source_positions", 1, MAX_FRAMES)
-        return InputSpec(name, (2, bins, frames), dtype, {0: BATCH}), batches
-    sizes = tuple({**batch, "frames": frames} for batch, frames in zip(batches, (96, 64, 160), strict=True))
+        return InputSpec(name, (2, bins, frames), dtype, {0: BATCH}), BATCH_SIZES
+    sizes = tuple({**batch, "frames": frames} for batch, frames in zip(BATCH_SIZES, (96, 64, 160), strict=True))
     return InputSpec(name, (2, 96, bins), dtype, {0: BATCH, 1: "frames"}), sizes
 
 
@@ -6207,9 +6199,8 @@ def timm_graph(model: Any, output: str) -> Graph:
     """The graph of a model of timm: images of the size that it was made for, and its one `output`."""
     size = preprocessing(model, None).size or ()  # three: timm_model saw to it
     spec = InputSpec("pixel_values", (2, *size), float_dtype(model), {0: BATCH})
-    sizes = ({BATCH: 2}, {BATCH: 1}, {BATCH: 3})
     module = as_module(model, [spec], lambda inner, given: {output: inner(*given.values())})
-    return Graph("model", module, [spec], functools.partial(example_tensors, [spec], None), sizes)
+    return Graph("model", module, [spec], functools.partial(example_tensors, [spec], None), BATCH_SIZES)
 
 
 def cache_layer(key: Tensor, value: Tensor) -> Any:
@@ -9259,9 +9250,9 @@ def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging:
     with contextlib.suppress(OSError):  # everything is in place, whatever happens here
         (staging / JOURNAL).replace(staging / FINISHED_JOURNAL)
         for parent in {place.target.parent for place in moved}:
-            folder = os.open(parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            descriptor = os.open(parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
 
 
 def write_journal(moved: Iterable[Place], report: Mapping[str, Any], staging: Path) -> None:
