@@ -8782,10 +8782,8 @@ def largest_value(tensor: Tensor) -> float:
     return float(tensor.abs().nan_to_num(0.0, 0.0).max())
 
 
-SAMPLE_SIZE = 1 << 14  # numbers of a value that are compared: of one wrong channel in a thousand, a dozen
-FIRST_NUMBERS = 32  # of them, which tell most pairs apart
+SAMPLE_SIZE = 1 << 13  # numbers of a value that are compared: of one wrong channel in a thousand, some eight
 CLEARLY = 10  # times what rounding explains: a value that is nearer to one of the graph's is not said to differ
-CHUNK_BYTES = 256 << 20  # of the graph's values at once, if all were as large as the largest of the model's
 
 
 class Step(NamedTuple):
@@ -8800,15 +8798,15 @@ class Step(NamedTuple):
 class StepWatch:
     """Writes down a model's steps. A value is a number: equal tensors have the same one, and weights have none."""
 
-    def __init__(self, model: nn.Module, inputs: Iterable[Tensor]) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         ours = type(model).__module__ == __name__
         names = [(name.removeprefix("inner").lstrip(".") if ours else name, of) for name, of in model.named_modules()]
         self.names = {id(module): name or type(module).__name__ for name, module in names}
         self.weights = {id(tensor) for _, tensor in state_of(model)}
         self.samples: dict[tuple[int, bool, bytes], int] = {}  # size, whether these are whole numbers, some of them
         self.steps: list[Step] = []
-        self.largest = 1  # bytes of a value
-        self.varying = set(self.numbers(list(inputs)))  # what depends on the inputs
+        self.given = self.numbers(inputs)
+        self.varying = set(self.given)  # what depends on the inputs
 
     def call(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Call `function`, and note the step if a tensor comes out that did not go in."""
@@ -8828,92 +8826,89 @@ class StepWatch:
         for tensor in flatten_outputs(value).values():
             if id(tensor) not in self.weights and tensor.numel():
                 with contextlib.suppress(RuntimeError):
-                    array = to_numpy(tensor)
-                    self.largest = max(self.largest, array.nbytes)
-                    key = (array.size, array.dtype.kind in "iub", sample_of(array).tobytes())
+                    flat = to_numpy(torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+                    sample = flat[sample_places(flat.size)].astype(np.float64)
+                    key = (flat.size, flat.dtype.kind in "iub", sample.tobytes())
                     found.append(self.samples.setdefault(key, len(self.samples)))
         return found
 
     def place(self) -> tuple[str, str]:
         """The innermost module that is being called, and the innermost line of code that is not torch's."""
-        start = frame = sys._getframe()  # noqa: SLF001
-        while frame.f_code is not call_model.__code__ and id(frame.f_locals.get("self")) not in self.names:
-            frame = cast("Any", frame.f_back)
-        line = model_frame(start)
-        where = f"{os.path.basename(line.f_code.co_filename)}:{line.f_lineno}" if line else ""  # noqa: PTH119
-        return self.names.get(id(frame.f_locals.get("self")), ""), where
+        frame: Any = sys._getframe()  # noqa: SLF001
+        line, module = model_frame(frame), None
+        while not module and frame.f_code is not call_model.__code__:
+            frame = frame.f_back
+            module = self.names.get(id(frame.f_locals.get("self")))
+        return module or "", f"{os.path.basename(line.f_code.co_filename)}:{line.f_lineno}" if line else ""  # noqa: PTH119
 
 
-def sample_of(array: Any) -> Any:
-    """Up to SAMPLE_SIZE of an array's elements, as float64, from places that its size decides."""
-    flat = array.reshape(-1)
-    flat = flat.view(flat.real.dtype) if flat.dtype.kind == "c" else flat
-    if flat.size > SAMPLE_SIZE:
-        flat = flat[np.random.default_rng(0).integers(flat.size, size=SAMPLE_SIZE)]
-    return flat.astype(np.float64)
+def sample_places(size: int) -> Any:
+    """The places of the elements of a value of `size` that are compared: up to SAMPLE_SIZE."""
+    return np.random.default_rng(0).integers(size, size=SAMPLE_SIZE) if size > SAMPLE_SIZE else np.arange(size)
 
 
-class Family:
-    """The model's values of one size, to be compared with the graph's."""
+def graph_samples(path: Path, case: Case, sizes: Collection[int], device: str) -> Iterator[tuple[int, Any]]:
+    """The size of each value of a graph that has one of `sizes`, and a sample of it, which the graph itself takes.
 
-    def __init__(self, keys: Sequence[tuple[int, bool, bytes]], numbers: Sequence[int], dtype: str) -> None:
-        self.numbers = np.array(numbers)
-        self.samples = np.stack([np.frombuffer(key[2]) for key in keys])
-        relative, absolute = TOLERANCES[dtype]
-        sizes = np.abs(np.nan_to_num(self.samples, posinf=0, neginf=0))
-        self.bounds = relative * sizes + absolute * sizes.max(1, keepdims=True)
-        self.bounds[[key[1] for key in keys]] = 1 / CLEARLY / 2  # whole numbers are equal or they are not
+    So no more of the values than what is compared is in memory at once.
+    """
+    model, node = onnx.load(path, load_external_data=False), onnx.helper.make_node
+    graph, count = model.graph, len(model.graph.node)
+    probe = path.with_name(f".{path.name}.probe")
 
-    def distances(self, sample: Any) -> Any:
-        """How far each value is from one of the graph's: 1 is as far as rounding may take it, inf is CLEARLY."""
-        result = np.full(len(self.numbers), np.inf)
-        rows: Any = slice(None)
-        for part in (slice(FIRST_NUMBERS), slice(None)):
-            ours, bounds = self.samples[rows, part], self.bounds[rows, part]
-            with np.errstate(all="ignore"):
-                gaps = np.where(ours == sample[part], 0, np.abs(ours - sample[part]) / bounds)
-            found = np.nan_to_num(gaps, nan=np.inf).max(1)
-            rows = np.arange(len(result))[rows][found <= CLEARLY]
-        result[rows] = found[found <= CLEARLY]
-        return result
-
-
-def graph_distances(path: Path, case: Case, watch: StepWatch, dtype: str, device: str) -> Any:
-    """How far each of the model's values is from the nearest of its size in the graph (see Family.distances)."""
-    by_size: dict[int, list[tuple[int, bool, bytes]]] = {}
-    for key in watch.samples:
-        by_size.setdefault(key[0], []).append(key)
-    families = {size: Family(keys, [watch.samples[key] for key in keys], dtype) for size, keys in by_size.items()}
-    nearest = np.full(len(watch.samples), np.inf)
-    model = onnx.load(path, load_external_data=False)
-    names = [name for node in model.graph.node for name in node.output if name]
-    names += [tensor.name for tensor in model.graph.initializer if math.prod(tensor.dims) in families]
-    count, probe = max(1, CHUNK_BYTES // watch.largest), path.with_name(f".{path.name}.probe")
-    for start in range(0, len(names), count):
-        del model.graph.output[:]
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names[start : start + count])
+    def run(nodes: Sequence[onnx.NodeProto], results: Sequence[str]) -> Any:
+        del graph.node[count:], graph.output[:]
+        graph.node.extend(nodes)
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in results)
         onnx.save(model, probe)
-        results = open_session(probe, device).run(None, case.inputs)
-        for array in itertools.chain(results, case.inputs.values()):
-            family = families.get(getattr(array, "size", 0))  # sequences have none
-            if family is not None:
-                numbers = family.numbers
-                nearest[numbers] = np.minimum(nearest[numbers], family.distances(sample_of(array)))
-    probe.unlink()
-    return nearest
+        return open_session(probe, device).run(results, case.inputs)
+
+    names = [tensor.name for tensor in graph.initializer if math.prod(tensor.dims) in sizes]
+    names += [name for made in graph.node if "Sequence" not in made.op_type for name in made.output if name]
+    found = run([node("Size", [name], [f"{name}/size"]) for name in names], [f"{name}/size" for name in names])
+    known = {name: int(size) for name, size in zip(names, found, strict=True) if int(size) in sizes}
+    for size in {*known.values()}:
+        graph.initializer.append(onnx.numpy_helper.from_array(sample_places(size), f"probe/{size}"))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "probe/flat"))
+    nodes = []
+    for name, size in known.items():
+        nodes.append(node("Reshape", [name, "probe/flat"], [f"{name}/flat"]))
+        nodes.append(node("Gather", [f"{name}/flat", f"probe/{size}"], [f"{name}/some"]))
+        nodes.append(node("Cast", [f"{name}/some"], [f"{name}/sample"], to=onnx.TensorProto.DOUBLE))
+    yield from zip(known.values(), run(nodes, [f"{name}/sample" for name in known]), strict=True)
 
 
-def first_difference(watch: StepWatch, nearest: Any, outputs: Collection[int]) -> Step | None:
+def find_in_graph(path: Path, case: Case, watch: StepWatch, dtype: str, device: str) -> tuple[set[int], set[int]]:
+    """The model's values that the graph has too, and those that one of its values is near to."""
+    by_size: dict[int, list[tuple[int, Any, float, float]]] = {}
+    for (size, whole, sample), value in watch.samples.items():
+        ours = np.frombuffer(sample)
+        relative, absolute = (0.0, 0.0) if whole else TOLERANCES[dtype]
+        absolute *= float(np.abs(ours[np.isfinite(ours)]).max(initial=0))
+        by_size.setdefault(size, []).append((value, ours, relative, absolute))
+    right, near = set(watch.given), set[int]()
+    for size, theirs in graph_samples(path, case, by_size, device):
+        for value, ours, relative, absolute in by_size[size]:
+            for factor, found in ((CLEARLY, near), (1, right)):
+                rel, most = factor * relative, factor * absolute
+                if not math.isclose(theirs[0], ours[0], rel_tol=rel, abs_tol=most):  # nearly always enough, and fast
+                    break
+                if np.isclose(theirs, ours, rel, most).all():
+                    found.add(value)
+    return right, near
+
+
+def first_difference(watch: StepWatch, right: set[int], near: set[int], outputs: Collection[int]) -> Step | None:
     """The first step that takes what the graph has too and gives what it has not; None where that is not clear.
 
-    A value that is missing because nodes were fused is none: all that is made of it is there. What is the same
-    everywhere shows nothing, and whole numbers show nothing of the others that they were made of.
+    A value that is missing because nodes were fused is right where all that is made of it is. What is the same
+    everywhere shows nothing of that, nor do whole numbers that were made of others.
     """
     keys = list(watch.samples)
     live, vouched, doubted = set(outputs), set[int](), set[int]()
 
     def is_right(value: int) -> bool:
-        return nearest[value] <= 1 or value not in watch.varying or (value in vouched and value not in doubted)
+        return value in right or value not in watch.varying or (value in vouched and value not in doubted)
 
     for step in reversed(watch.steps):
         made = live.intersection(step.outputs)
@@ -8921,14 +8916,13 @@ def first_difference(watch: StepWatch, nearest: Any, outputs: Collection[int]) -
             live.update(step.inputs)
         if not all(map(is_right, made)):
             doubted.update(step.inputs)
-        for value in filter(is_right, made):
-            _, whole, sample = keys[value]
+        for _, whole, sample in (keys[value] for value in made if is_right(value)):
             if np.ptp(np.frombuffer(sample)):
                 vouched.update(given for given in step.inputs if keys[given][1] or not whole)
     for step in watch.steps:
-        wrong = [value for value in live.intersection(step.outputs) if not is_right(value)]
+        wrong = {value for value in live.intersection(step.outputs) if not is_right(value)}
         if wrong and all(map(is_right, step.inputs)):
-            return step if any(nearest[value] > CLEARLY for value in wrong) else None
+            return None if wrong <= near else step
     return None
 
 
@@ -8946,8 +8940,8 @@ def where_it_differs(path: Path, case: Case, job: Job, options: Options) -> str:
         with torch_calls(watch.call):
             outputs = call_model(job.model, inputs, [spec.name for spec in job.specs])
         dtype = str(float_dtype(job.model)).removeprefix("torch.")
-        nearest = graph_distances(path, case, watch, dtype, options.device)
-        step = first_difference(watch, nearest, watch.numbers(outputs))
+        right, near = find_in_graph(path, case, watch, dtype, options.device)
+        step = first_difference(watch, right, near, watch.numbers(outputs))
     except Exception:  # also for want of memory
         if LOG.verbose:
             traceback.print_exc(file=LOG.stream)
@@ -9315,8 +9309,8 @@ def settle(staging: Path) -> dict[str, Any] | None:
 def read_journal(file: Path) -> tuple[list[tuple[Path, Any]], dict[str, Any]]:
     """What a journal says: each target with the identity of its new file, and the report.
 
-    Raises ValueError for one that no run has written. It may have come with the input, whose folder may be the output's,
-    too: so it names files of that folder only.
+    Raises ValueError for one that no run has written. It may have come with the input, whose folder may be the
+    output's, too: so it names files of that folder only.
     """
     staging, status = file.parent, file.lstat()
     plain = stat.S_ISREG(status.st_mode) and status.st_size < MAX_JSON_BYTES and not (staging / "old").is_symlink()

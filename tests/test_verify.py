@@ -124,6 +124,76 @@ def test_a_mutated_model_fails(name: str, exported: tuple[product.Job, Path], tm
         product.verify(tmp_path / "wrong.onnx", plan, OPTIONS)
 
 
+class Steps(nn.Module):
+    """A convolution that the exporter joins with its norm, attention whose parts it writes otherwise, and a choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Each step is on a line of its own."""
+        y = self.body(x).flatten(2).transpose(1, 2)
+        y = y + self.attention(y, y, y)[0]
+        z = self.head(y.mean(1))
+        return torch.where(z > 0, z, torch.tanh(z) * 0.5)
+
+
+def line_of(text: str) -> str:
+    """Where a line of this file that ends with `text` is, as messages tell it."""
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    return f"test_verify.py:{next(number for number, line in enumerate(lines, 1) if line.endswith(text))}"
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[product.Job, Path]:
+    """Its plan and its right export."""
+    torch.manual_seed(0)
+    torch.backends.mha.set_fastpath_enabled(False)  # as the product has it
+    return export(Steps().eval(), (1, 3, 12, 12), tmp_path_factory.mktemp("steps"))
+
+
+BODY, ATTENTION = "y = self.body(x).flatten(2).transpose(1, 2)", "y = y + self.attention(y, y, y)[0]"
+HEAD, CHOICE = "z = self.head(y.mean(1))", "return torch.where(z > 0, z, torch.tanh(z) * 0.5)"
+
+
+WRONG = {
+    ("Conv", ""): ("body.3", BODY),
+    ("Relu", "Abs"): ("body.2", BODY),
+    ("Softmax", "Tanh"): ("attention", ATTENTION),
+    ("ReduceMean", "ReduceMax"): ("Steps", HEAD),
+    ("Gemm", ""): ("head", HEAD),
+    ("Tanh", "Sin"): ("Steps", CHOICE),
+}
+
+
+@pytest.mark.parametrize(("operator", "other"), WRONG)
+def test_a_difference_is_located(operator: str, other: str, steps: tuple[product.Job, Path], tmp_path: Path) -> None:
+    """The module and the line of the step that a changed node belongs to; what is fused before it is not blamed."""
+    plan, path = steps
+    model = onnx.load(path)
+    node = [node for node in model.graph.node if node.op_type == operator][-1]
+    if not other:
+        del node.input[2:]  # the bias
+    elif other == "Tanh":
+        del node.attribute[:]
+    node.op_type = other or operator
+    onnx.save(model, tmp_path / "wrong.onnx")
+    module, line = WRONG[operator, other]
+    with pytest.raises(product.AttemptError, match=re.escape(f"; first differs in {module} ({line_of(line)})") + "$"):
+        product.verify(tmp_path / "wrong.onnx", plan, OPTIONS)
+
+
+def test_what_differs_nowhere_is_not_located(steps: tuple[product.Job, Path]) -> None:
+    """Nor is a graph that is right, nor one that an archive's code made: there is nothing to say."""
+    plan, path = steps
+    assert product.where_it_differs(path, plan.cases[0], plan, OPTIONS) == ""
+    traced = torch.jit.trace(plan.model, torch.ones(1, 3, 12, 12))
+    assert product.where_it_differs(path, plan.cases[0], plan._replace(model=traced), OPTIONS) == ""
+
+
 def test_a_wrong_exporter_ends_in_exit_code_6(models: Path, tmp_path: Path) -> None:
     """End to end: an exporter that errs in one weight writes nothing."""
     text = CONVERT.read_text(encoding="utf-8")
@@ -310,6 +380,7 @@ def test_rounding_is_judged_by_float64(tmp_path: Path) -> None:
         result = run_forked("-i", str(tmp_path / "deep.pt"), "-o", str(tmp_path / "m.onnx"))
         assert result.code == code, result.err
         assert any("amplifies rounding" in line for line in lines(result, "WARN")) == (code == 0)
+        assert "first differs" not in result.err  # no step of it does
 
 
 class Vanishing(nn.Module):
