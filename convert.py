@@ -867,7 +867,13 @@ def convert_state_dict_model(loaded: Loaded, options: Options, run: Run) -> list
     check_weights(weights.values(), options.input)
     if not options.model_class:
         options = recognised_class(weights, loaded.around, options)
-    with LOG.step(f"build: {options.model_class}"), WALL.up(unless=has_own_code(options)):
+    size = sum(tensor.nbytes for tensor in weights.values())
+    with (
+        LOG.step(f"build: {options.model_class}"),
+        WALL.up(unless=has_own_code(options)),
+        naming(options.input),
+        bounded_build(len(weights), size),
+    ):
         hints = hints if isinstance(hints, Mapping) else {}
         weights = store_all(weights, options, run)
         model = model_from_weights(str(options.model_class), options.model_args, weights, hints)

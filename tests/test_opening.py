@@ -16,6 +16,7 @@ import corpus
 import forked
 import pytest
 import torch
+import torchvision
 from helpers import check_error, run_cli
 from torch import nn
 
@@ -237,6 +238,26 @@ def test_hyper_parameters_that_describe(tmp_path: Path) -> None:
     assert outcome.code == forked.BUILT, outcome
 
 
+@pytest.mark.parametrize(
+    ("larger", "code", "words"),
+    [
+        ({}, forked.BUILT, "hyper_parameters tell"),
+        ({"num_layers": 2**24}, 2, "it cannot be built"),
+        ({"image_size": 2**20}, 3, "building the model that it describes takes more than 1.07 GB"),
+    ],
+    ids=["as-they-are", "layers", "positions"],
+)
+def test_hyper_parameters_that_are_too_large(larger: dict[str, int], code: int, words: str, tmp_path: Path) -> None:
+    """They cannot make a model much larger than its weights are."""
+    sizes = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 16}
+    weights = torchvision.models.VisionTransformer(**sizes).state_dict()
+    torch.save({"state_dict": weights, "hyper_parameters": {**sizes, **larger}}, tmp_path / "input.pt")
+    named = ("--model-class", "torchvision.models:VisionTransformer")
+    outcome = forked.convert_in_child(tmp_path / "input.pt", tmp_path, *named, export=False)
+    assert outcome.code == code, outcome
+    assert words in outcome.err
+
+
 def test_switches_of_a_pickle(tmp_path: Path) -> None:
     """Attributes that transformers' own code does not set in a constructor are left out, and said."""
     from transformers import BertConfig, BertModel
@@ -388,8 +409,6 @@ def test_guessed_sizes_have_a_budget(tmp_path: Path) -> None:
 
 def test_code_that_crashes(tmp_path: Path) -> None:
     """A setting that PyTorch does not look at, and crashes on, is the file's fault."""
-    import torchvision
-
     detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights_backbone=None)
     detector.roi_heads.box_roi_pool.sampling_ratio = 2**30
     torch.save(detector, tmp_path / "input.pt")
