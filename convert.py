@@ -20,7 +20,19 @@ Nothing named by an input file is executed (see "pickles"), and nothing but the 
 model is built from it (see "files").
 """
 
+# ruff: noqa: E402  (signals wait before the other imports)
 from __future__ import annotations
+
+import os
+import signal
+
+# The kernel drops these for the first process of a container while nobody handles them, so entrypoint.sh blocks them
+# until there is a handler; from here on they wait, until there is a worker to end.
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+# Set for the worker: the run's name. A process id alone is no name: it is 1 in every container.
+WORKER_VARIABLE = "PT2ONNX_RUN"
+if __name__ == "__main__" and WORKER_VARIABLE not in os.environ:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
 import bisect
@@ -44,12 +56,10 @@ import json
 import lzma
 import math
 import mmap
-import os
 import pickle
 import re
 import shlex
 import shutil
-import signal
 import stat
 import struct
 import sys
@@ -722,8 +732,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     name, step = os.environ.pop(WORKER_VARIABLE, None), os.environ.pop(STEP_VARIABLE, None)
     crashed = json.loads(os.environ.pop(CRASHED_VARIABLE, "{}"))
-    if name is None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until there is a worker to end
     as_json = "--json" in arguments
     try:
         options = parse_arguments(arguments)
@@ -850,10 +858,11 @@ def convert_huggingface_model(source: Source, options: Options, run: Run) -> lis
     check_side_files(folder, options)
     found = load_folder_model(outer, folder, adapter, options, run)
     LOG.info(f"mode: huggingface; {source.path.name} holds {found.describe()} for {found.task}: {source.why}")
+    RUNS.begin(options, own_code=False)
     what = f"{type(found.model).__name__} cannot be called the way that {found.task} needs"
     advice = "try another --task, or --no-cache"
     bound = memory_bound(
-        free_bytes(options, LATER_BYTES), "running the model", "check its settings, or pass --run-timeout"
+        free_bytes(options, LATER_BYTES), "running the model", "check its settings, or pass --run-timeout", RUNS.start
     )
     with (
         LOG.step("reference: PyTorch's answers"),
@@ -888,7 +897,13 @@ def convert_state_dict_model(loaded: Loaded, options: Options, run: Run) -> list
     check_weights(weights.values(), options.input)
     if not options.model_class:
         options = recognised_class(weights, loaded.around, options)
-    with LOG.step(f"build: {options.model_class}"), WALL.up(unless=has_own_code(options)):
+    size = sum(tensor.nbytes for tensor in weights.values())
+    with (
+        LOG.step(f"build: {options.model_class}"),
+        WALL.up(unless=has_own_code(options)),
+        naming(options.input),
+        bounded_build(len(weights), size),
+    ):
         hints = hints if isinstance(hints, Mapping) else {}
         weights = store_all(weights, options, run)
         model = model_from_weights(str(options.model_class), options.model_args, weights, hints)
@@ -910,13 +925,14 @@ def produce(job: Job, options: Options, run: Run) -> Produced:
     if job.parts:
         attempts = [run.produced[job.parts[0]].attempt]
     make = functools.partial(make_graph, job=job, options=options, run=run)
-    seconds = CONVERSION_RUNS * run_seconds(options, own_code=True)
+    own_code = is_archive(job.model)
+    seconds = math.inf if options.run_timeout else CONVERSION_RUNS * run_seconds(options, own_code=own_code)
     what, advice = "converting the model at guessed sizes", "pass --input-shape, or --run-timeout"
     with (
         naming(options.input),
         WALL.up(run.staging, unless=has_own_code(options)),
-        memory_bound(free_bytes(options, LATER_BYTES), what, advice),
-        time_limit(seconds) if is_archive(job.model) else contextlib.nullcontext(),
+        memory_bound(free_bytes(options, LATER_BYTES), what, advice, RUNS.start),
+        time_limit(seconds if not has_own_code(options) else math.inf),
     ):
         higher = options.opset is None and not job.parts
         produced, failures = first_success(attempts, make, higher=higher)
@@ -1118,8 +1134,8 @@ def plan_loaded(model: nn.Module, loaded: Loaded, options: Options, run: Run) ->
         model.to(options.device)
         if isinstance(model, torch.jit.ScriptModule):
             use_device(model, options.device)
-        limit = time_limit(REFERENCE_RUNS * run_seconds(options, own_code=is_archive(model)))
-        with LOG.step("reference: PyTorch's answers"), without_kept_state(model), limit:
+        RUNS.begin(options, own_code=is_archive(model))
+        with LOG.step("reference: PyTorch's answers"), without_kept_state(model):
             known = preprocessing(model, options.model_class)
             samples = read_samples(options.verify_data) if options.verify_data else {}
             if samples and not options.input_shape:
@@ -3632,8 +3648,10 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             safe_open(path, "np")
             axes = max((len(entry["shape"]) for entry in header.values()), default=0)
     except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        plain = isinstance(error, (SafetensorError, ValueError, RecursionError))
+        problem = json_problem(error) if plain else "an entry says no dtype, shape or place of a tensor"
         advice = "copy or download it again"
-        raise DamagedFileError(f"its safetensors header is damaged ({first_line(error)}); {advice}") from None
+        raise DamagedFileError(f"its safetensors header is damaged ({problem}); {advice}") from None
     if size < needed:
         what = f"a safetensors file of {needed} bytes, {size} of which are there"
         raise DamagedFileError(f"it is cut off: {what}; copy or download it again")
@@ -3668,13 +3686,11 @@ def shard_files(index: Path) -> dict[str, set[str]]:
 
 def check_shards(content: Any, index: Path) -> dict[str, set[str]]:
     """The tensors by shard that the `content` of an index tells; raises DamagedFileError, or RefusedFileError."""
-    try:
-        entries = content["weight_map"].items()
-    except (TypeError, KeyError, AttributeError) as error:
-        what = f"the weight_map of {index.name} is damaged ({first_line(error)})"
-        raise DamagedFileError(f"{what}; download it again") from None
+    entries = Settings(content, index.name).section("weight_map")
+    if entries is None:
+        raise DamagedFileError(f"{index.name} has no weight_map; download it again")
     shards: dict[str, set[str]] = {}
-    for tensor, name in entries:
+    for tensor, name in entries.content.items():
         if not isinstance(name, str) or not is_file_name(name):
             raise RefusedFileError(
                 f"{index.name} points at {shown(name)}, outside its own folder; copy the shard there and name it alone"
@@ -3824,7 +3840,7 @@ def is_operator(target: object) -> bool:
     match = GRAPH_TARGET.fullmatch(target) if isinstance(target, str) else None
     if match is None:
         return target in PYTHON_TARGETS if isinstance(target, str) else False
-    return match[2] in HIGHER_ORDER if match[1] == "higher_order" else match[2] not in DENIED_OPERATORS
+    return match[2] in HIGHER_ORDER if match[1] == "higher_order" else not is_denied_operator([match[2]])
 
 
 def is_symbolic_expression(text: object) -> bool:
@@ -3961,8 +3977,10 @@ def rewrite_exported_program(path: Path) -> io.BytesIO:
         ranges = program.get("range_constraints", {})
         found.update(f"the range of {shorten(key, 60)}" for key in ranges if not SYMBOL.fullmatch(key))
         text = json.dumps(program)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedFileError(f"its program is damaged ({first_line(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"its program is damaged ({json_problem(error)})") from None
+    except (TypeError, KeyError, AttributeError):
+        raise DamagedFileError("its program is damaged: it has not the parts that torch.export.save writes") from None
     if found:
         raise RefusedFileError(
             f"it holds {', '.join(sorted(found)[:8])}, which torch.export.load would run as code; "
@@ -4174,6 +4192,8 @@ WRAPPER_CLASSES = full_names(
     timm.utils.model_ema: ModelEmaV2 ModelEmaV3
     """
 )
+# What torch.nn.Module's constructor has made since PyTorch 0.1, and its __setstate__ does not add.
+MODULE_STATE = frozenset({"_parameters", "_buffers", "_modules", "_backward_hooks", "_forward_hooks"})
 LOADING_HOOKS = frozenset(
     {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 )
@@ -4379,7 +4399,7 @@ def rebuild_attribute(target: object, name: str) -> object:
         return Ignored()  # a method that only load_state_dict() would call
     cls = target.value if isinstance(target, Token) and isinstance(target.value, type) else object
     if issubclass(cls, enum.Enum):
-        return cls.__members__[name]
+        return enum_member(cls, cls.__members__, name)
     static = issubclass(cls, nn.Module) and isinstance(vars(cls).get(name), staticmethod)
     if static and KEPT_STATIC_METHODS.fullmatch(name):
         return getattr(cls, name)
@@ -4391,6 +4411,14 @@ def rebuild_attribute(target: object, name: str) -> object:
         if isinstance(function, types.FunctionType):  # of a class it stays a function: ultralytics' Pose.detect
             return types.MethodType(function, target) if owner is not cls else function
     raise RefusedFileError(f"the file asks for the attribute {shorten(name, 80)!r} of an object")
+
+
+def enum_member(cls: type[enum.Enum], members: Mapping[Any, Any], key: Any) -> Any:
+    """A member of an enumeration by its name or value; raises DamagedFileError where this version has none."""
+    if hashable(key) not in members:
+        what = f"it holds the {qualified_name(cls)} {shown(key)}, which the installed version has not"
+        raise DamagedFileError(f"{what}; save it again with that version")
+    return members[key]
 
 
 def rebuild_partial(function: Token) -> functools.partial[Any]:
@@ -4696,7 +4724,8 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot 
         read_storage: Callable[[tuple[Any, ...]], Any],
         budget: Budget | None = None,
     ) -> None:
-        super().__init__(BoundedFile(file, size), fix_imports=True, encoding="latin1")
+        self.bounded, self.size = BoundedFile(file, size), size
+        super().__init__(self.bounded, fix_imports=True, encoding="latin1")
         self.persistent_load = read_storage  # type: ignore[assignment, method-assign]  # no method: it takes no self
         self.refused: dict[str, None] = {}
         self.budget = budget or Budget(size)
@@ -4735,9 +4764,9 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot 
         except Exception as error:  # a damaged program can make the machine fail anywhere
             raise_out_of_memory(error)
             if not self.refused:
-                raise DamagedFileError(
-                    f"the pickle is damaged ({first_line(error)}); copy or download it again"
-                ) from None
+                reason = f" ({first_line(error)})" if type(error) is RuntimeError else ""  # of torch's reader
+                place = f"before byte {self.size - self.bounded.left}{reason}"
+                raise DamagedFileError(f"its pickle is damaged {place}; copy or download it again") from None
         if self.refused:
             raise explain_refusal(list(self.refused))
         if self.left_out:
@@ -4796,7 +4825,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot 
         if function.name in REBUILDERS:
             self.stack[-1] = self.rebuild(function.name, arguments)
         elif isinstance(cls, type) and issubclass(cls, enum.Enum) and len(arguments) == 1:
-            self.stack[-1] = cls._value2member_map_[hashable(arguments[0])]
+            self.stack[-1] = enum_member(cls, cls._value2member_map_, arguments[0])
         elif is_ignored(function.name):
             self.stack[-1] = Ignored()
         elif function.name == RECONSTRUCTOR:
@@ -5103,6 +5132,8 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
     """Give `module` its `__dict__`, if that holds modules, tensors and data and nothing that the model would run."""
     cls = type(module)
     name = qualified_name(cls)
+    if not attributes.keys() >= MODULE_STATE:
+        raise DamagedFileError(f"a {name} has not all of a module's own attributes; save it again")
     for key in LOADING_HOOKS & attributes.keys():
         attributes[key] = ordered_dict()
     for key in CALLED_HOOKS & attributes.keys():
@@ -5112,7 +5143,7 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
         if any(qualified_name(type(hook)) not in HOOK_CLASSES for hook in attributes[key].values()):
             raise RefusedFileError(f"a {name} carries a hook that would run with the model")
     for key, kind in (("_parameters", torch.Tensor), ("_buffers", torch.Tensor), ("_modules", nn.Module)):
-        entries = attributes.get(key, {})
+        entries = attributes[key]
         if not isinstance(entries, dict):
             raise DamagedFileError(f"{key} of a {name} holds something else")
         attributes[key] = {entry: value for entry, value in entries.items() if not isinstance(value, Ignored)}
@@ -5504,8 +5535,36 @@ def take_census(source: Source) -> Contents:
 # imports modules that it names, and unpickles. They are vetted before they are opened.
 DENIED_OPERATORS = frozenset(
     {"from_file", "save", "load", "_load", "rpc_sync", "rpc_async", "rpc_remote", "remote", "set_data", "breakpoint",
-     "PythonOp", "IgnoredPythonOp", "AddStatValue", "_reinterpret_tensor", "_reshape_alias"}
+     "PythonOp", "IgnoredPythonOp", "AddStatValue", "_reinterpret_tensor", "_reshape_alias", "shallow_copy_data_",
+     "segment_reduce", "ctc_loss"}
 )  # fmt: skip
+# Operators that PyTorch's own code calls, and that trust it with indices and sizes: they read and write beside tensors
+# where a file calls them. No exporter knows them, but for those that KNOWN_INTERNALS names.
+INTERNAL_OPERATOR = re.compile(
+    r"_(?!_).*|.*_backward(_.*)?|.*(sparse|nested|_(coo|cs[cr]|bs[cr])(_|$)).*|(mkldnn|cudnn|miopen|mps|fbgemm)_.*"
+)
+KNOWN_INTERNALS = word_set(
+    """_adaptive_avg_pool2d _adaptive_avg_pool3d _addmm_activation _aminmax _assert_async _assert_scalar
+    _assert_tensor_metadata _batch_norm_impl_index _batch_norm_no_update _batch_norm_with_update
+    _batch_norm_with_update_functional _cast_Byte _cast_Char _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long
+    _cast_Short _cdist_forward _chunk_cat _conj _conj_physical _convolution _convolution_mode _dim_arange
+    _embedding_bag _embedding_bag_forward_only _euclidean_dist _fft_c2c _fft_c2r _fft_r2c _functional_assert_async
+    _functional_assert_scalar _functional_sym_constrain_range _functional_sym_constrain_range_for_size _fused_dropout
+    _fused_rms_norm _get_tracing_state _grouped_mm _infer_size _int_mm _is_all_true _is_any_true _linalg_check_errors
+    _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex _linalg_svd _list_to_tensor _local_scalar_dense
+    _log_softmax _logcumsumexp _masked_softmax _native_batch_norm_legit _native_batch_norm_legit_functional
+    _native_batch_norm_legit_no_training _native_multi_head_attention _neg_view _nested_tensor_from_mask
+    _nested_tensor_from_mask_left_aligned _no_grad_fill_ _no_grad_normal_ _no_grad_uniform_ _no_grad_zero_
+    _pack_padded_sequence _pad_circular _pad_enum _pad_packed_sequence _pdist_forward _prelu_kernel _print
+    _reshape_copy _reshape_from_tensor _safe_softmax _sample_dirichlet _scaled_dot_product_attention_math
+    _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention
+    _scaled_dot_product_flash_attention_for_cpu _set_item _shape_as_tensor _size_if_not_equal _softmax _stack
+    _standard_gamma _tensor_to_list _thnn_fused_gru_cell _thnn_fused_lstm_cell _to_copy _to_cpu
+    _transform_bias_rescale_qkv _transformer_encoder_layer_fwd _trilinear _unique _unique2 _unsafe_index
+    _unsafe_index_put _unsafe_masked_index _unsafe_view _unwrap_optional _upsample_bicubic2d_aa
+    _upsample_bilinear2d_aa _upsample_lanczos2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d _weight_norm _weight_norm_interface"""
+)
 OPERATOR_NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized", "prepacked"})
 # Classes of C++ whose objects hold packed weights; others (c10d.FileStore) hold files and connections.
 SCRIPT_CLASSES = frozenset({"quantized", "rnn", "sparse", "xnnpack", "mkldnn"})
@@ -5600,12 +5659,22 @@ def denied_script_name(parts: Sequence[str]) -> bool:
     if root == "__torch__":
         known = rest[:2] != ["torch", "classes"] or (len(rest) > 2 and rest[2] in SCRIPT_CLASSES)
         return rest in ([], ["torch"]) or not known
+    if root == "torch" and rest in ([], ["autograd"]):  # a variable may stand for them, too
+        return True
     return is_denied_operator(rest)
 
 
 def is_denied_operator(names: Sequence[str]) -> bool:
-    """Whether one of `names` is an operator that acts, or makes tensors without looking at their indices or sizes."""
-    return not DENIED_OPERATORS.isdisjoint(names) or any(re.fullmatch(r"_sparse_\w+_unsafe", name) for name in names)
+    """Whether one of `names` is an operator that acts, or one of PyTorch's internals."""
+    return not DENIED_OPERATORS.isdisjoint(names) or any(map(is_internal_operator, names))
+
+
+@functools.cache
+def is_internal_operator(name: str) -> bool:
+    """Whether `name` is that of an operator, and not of a module's attribute, which only PyTorch's own code calls."""
+    if not INTERNAL_OPERATOR.fullmatch(name) or name in KNOWN_INTERNALS:
+        return False
+    return bool(torch._C._jit_get_schemas_for_operator(f"aten::{name}"))  # noqa: SLF001
 
 
 def called_while_loading(tree: ast.AST) -> Iterator[str]:
@@ -5834,8 +5903,8 @@ RECORD_NAME = re.compile(
     r"|extra/[ -~]+",
     re.ASCII,
 )
-# From the fifth byte on, where a zip archive has what nobody reads: to torch.jit.load the whole file is then a flatbuffer
-# (torch/csrc/jit/mobile/file_format.h, getFileFormat).
+# From the fifth byte on, where a zip archive has what nobody reads. To torch.jit.load the whole file is then a
+# flatbuffer (torch/csrc/jit/mobile/file_format.h, getFileFormat).
 MOBILE_MARK = b"PTMF"
 MAX_RECORD_NAME = 240  # characters, with the folder that is the archive's own
 
@@ -5865,7 +5934,9 @@ def open_archive(path: Path) -> tuple[Any, list[str]]:
         if total > os.fstat(file.fileno()).st_size + MAX_EXPANSION:
             raise DamagedFileError("the archive expands to far more than its own size")
         byte_order = reader.get_record("byteorder") if "byteorder" in records else b"little"
-    except (RuntimeError, ValueError, IndexError) as error:  # the last two: a version that is no number, or a huge one
+    except (ValueError, IndexError):
+        raise DamagedFileError("it is a damaged archive: its version is no number that PyTorch writes") from None
+    except RuntimeError as error:
         raise DamagedFileError(f"it is a damaged or truncated archive ({first_line(error)})") from None
     if byte_order != b"little":
         raise DamagedFileError("it was saved on a big-endian machine; save it again on a little-endian one")
@@ -5892,7 +5963,10 @@ def parse_storage_id(record_id: object) -> tuple[str, torch.dtype, int]:
         raise DamagedFileError("a storage has a damaged record")
     name = token.name.rpartition(".")[2]
     untyped = name == "UntypedStorage"
-    dtype = torch.uint8 if untyped else torch.storage._get_dtype_from_pickle_storage_type(name)  # noqa: SLF001
+    try:
+        dtype = torch.uint8 if untyped else torch.storage._get_dtype_from_pickle_storage_type(name)  # noqa: SLF001
+    except KeyError:
+        raise DamagedFileError(f"it has a {shorten(name, 60)}, which PyTorch lacks") from None
     return str(key), dtype, elements * dtype.itemsize
 
 
@@ -7067,7 +7141,6 @@ class Reference:
         self.model, self.specs, self.device = model, list(specs), options.device
         self.names = [spec.name for spec in specs]
         self.bytes, self.later_bytes = free_bytes(options, RUN_BYTES), free_bytes(options, LATER_BYTES)
-        self.seconds, self.later = run_seconds(options, own_code=is_archive(model)), 0.0
         self.examples: Callable[..., list[Tensor]] = examples or functools.partial(
             make_inputs, self.specs, highest_index(model), domain=domain
         )
@@ -7083,14 +7156,12 @@ class Reference:
         `watched`: what the model's code decides by values is noted in the case.
         """
         watch = ValueWatch()
-        start, before = time.monotonic(), memory_bytes("VmRSS")
-        bound = memory_bound(self.bytes, "running the model at guessed sizes", "pass --input-shape, or --run-timeout")
-        with time_limit(max(self.seconds, self.later)), bound:
+        before, advice = memory_bytes("VmRSS"), "pass --input-shape, or --run-timeout"
+        with memory_bound(self.bytes, "running the model at guessed sizes", advice, RUNS.start):
             inputs = self.tensors(sizes, seed, values)
             given = dict(zip(self.names, map(to_numpy, inputs), strict=True))  # before a model writes into its inputs
             with watch.watching() if watched else contextlib.nullcontext():
                 outputs = call_model(self.model, inputs, self.names)
-        self.later = max(self.later, min(LATER_RUNS * (time.monotonic() - start), MOST_LATER * self.seconds))
         if self.bytes and self.later_bytes:
             taken = memory_bytes("VmHWM") - before
             self.bytes = max(self.bytes, min(LATER_FACTOR * taken, self.later_bytes))
@@ -7536,7 +7607,8 @@ def export_torchscript(flat: nn.Module, job: Job, opset: int, folder: Path) -> i
     if isinstance(
         job.model, (torch.jit.ScriptModule, torch.fx.GraphModule)
     ):  # the exporter's own tracing fails on them
-        flat = torch.jit.trace(flat, tuple(job.traced), check_trace=False)
+        with RUNS.one():
+            flat = torch.jit.trace(flat, tuple(job.traced), check_trace=False)
     export = functools.partial(
         torch.onnx.export,
         f=str(path),
@@ -8550,7 +8622,9 @@ def verify(path: Path, job: Job, options: Options) -> list[Difference]:
     differences: list[Difference] = []
     for case in job.cases:
         try:
-            results = mask_padding(dict(zip(names, session.run(None, case.inputs), strict=True)), case.inputs)
+            with RUNS.one():
+                answers = session.run(None, case.inputs)
+            results = mask_padding(dict(zip(names, answers, strict=True)), case.inputs)
         except Exception as error:
             reason = f"ONNX Runtime fails for {case.label}: {first_line(error)}"
             if case.is_drawn_wide():
@@ -8956,8 +9030,6 @@ def where_it_differs(path: Path, case: Case, job: Job, options: Options) -> str:
 # another process can then still speak, remove the staging folder and choose the exit code.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Set for the worker: the run's name. A process id alone is no name: it is 1 in every container.
-WORKER_VARIABLE = "PT2ONNX_RUN"
 # The number of a descriptor: the worker writes there what it does, for the supervisor to say should it crash.
 STEP_VARIABLE = "PT2ONNX_STEP"
 # What ended earlier workers, as JSON: the attempts that are not to be repeated, and how each crashed.
@@ -8965,9 +9037,6 @@ CRASHED_VARIABLE = "PT2ONNX_CRASHED"
 CRASHES = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL)
 # Steps that do what the input says, and nothing else: where they crash, it is the input that cannot be used.
 INPUT_STEPS = ("load", "build", "reference")
-# The kernel drops these for the first process of a container while nobody handles them, so entrypoint.sh blocks them
-# until there is a handler; until then they wait.
-STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 # glibc then asks for 2 MB pages for large blocks: a quarter less time for a 350 MB model, which is copied a few times.
 # It is read when a process starts, so the worker is a new program and not only a fork. (glibc manual, "Tunables")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -9232,8 +9301,8 @@ def move_into_place(places: Iterable[Place], report: Mapping[str, Any], staging:
     """
     beside = staging / "beside"
     moved = [place for place in places if place.file.parent != beside or not same_content(place.file, place.target)]
-    for folder in {place.target.parent for place in moved}:
-        folder.mkdir(exist_ok=True)
+    for parent in {place.target.parent for place in moved}:
+        parent.mkdir(exist_ok=True)
     write_journal(moved, report, staging)
     if len(moved) > 1:
         (staging / "old").mkdir()
@@ -9309,8 +9378,8 @@ def settle(staging: Path) -> dict[str, Any] | None:
 def read_journal(file: Path) -> tuple[list[tuple[Path, Any]], dict[str, Any]]:
     """What a journal says: each target with the identity of its new file, and the report.
 
-    Raises ValueError for one that no run has written. It may have come with the input, whose folder may be the
-    output's, too: so it names files of that folder only.
+    Raises ValueError for one that no run has written. The output's folder may be the input's, and the journal have come
+    with that: so it may only name files of the folder.
     """
     staging, status = file.parent, file.lstat()
     plain = stat.S_ISREG(status.st_mode) and status.st_size < MAX_JSON_BYTES and not (staging / "old").is_symlink()
@@ -9956,7 +10025,7 @@ def call_model(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str])
     """The model's outputs by name; raises RejectedInputError with what the model said."""
     by_position, by_name = Arguments.of(model, names)(inputs)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), RUNS.one():
             result = model(*by_position, **by_name)
     except Exception as error:  # a model may raise anything
         raise_out_of_memory(error)
@@ -10222,7 +10291,7 @@ def parse_json(data: bytes, file: str) -> Any:
     try:
         content = json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{file} is damaged ({first_line(error)}); download it again") from None
+        raise DamagedFileError(f"{file} is damaged ({json_problem(error)}); download it again") from None
     level = [content]
     for _ in range(MAX_JSON_DEPTH):
         level = [
@@ -10236,6 +10305,17 @@ def parse_json(data: bytes, file: str) -> Any:
             f"{file} is nested more than {MAX_JSON_DEPTH} levels deep, as no known one is; repair it"
         )
     return content
+
+
+def json_problem(error: Exception) -> str:
+    """What keeps a text from being read as JSON, told from what json.loads raised."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON from line {error.lineno}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is no UTF-8 from byte {error.start}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number has too many digits" if "int_max_str_digits" in str(error) else str(error)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -10433,8 +10513,8 @@ BYTES_PER_SECOND = 10_000_000
 SHAPE_FACTOR = 20  # times as long, where --input-shape says what is to be run
 LATER_RUNS = 40  # times as long as the first run: batches of 5, and longer axes; ...
 MOST_LATER = 3  # ... but no more than so many times what the first one may
-REFERENCE_RUNS = 8  # what all runs for PyTorch's answers may take together
-CONVERSION_RUNS = 40  # what an archive's conversion may take: its code runs again in the exporters and ONNX Runtime
+ALL_RUNS = 8  # times what the first run may take: all runs together, of PyTorch, in the exporters and in ONNX Runtime
+CONVERSION_RUNS = 20  # the same for making one graph, most of which is the exporters' own time
 GRAPH_RUNS = 10  # runs that a Hugging Face model's graphs take beside the cases: caches, generated tokens
 RUN_BYTES = 1 << 30  # of memory beyond four times the file's size, for building a model and for its first run
 LATER_BYTES = 4 << 30  # the same for larger batches and longer axes, and for the exporters and the verification
@@ -10456,14 +10536,48 @@ def input_size(path: Path) -> int:
     return 0
 
 
+class RunBudget:
+    """What running the input's model may take: seconds for each run and for all together, and the memory from `start`.
+
+    A file may hold code that is quick four times, and endless from then on.
+    """
+
+    def __init__(self) -> None:
+        self.each = self.most = self.left = math.inf
+        self.start = 0
+
+    def begin(self, options: Options, *, own_code: bool) -> None:
+        """Fix the budget of a model that is about to run for the first time."""
+        self.each = run_seconds(options, own_code=own_code)
+        self.most = MOST_LATER * self.each
+        self.left = ALL_RUNS * self.each if options.run_timeout is None else math.inf
+        self.start = memory_bytes("VmData") if sys.platform == "linux" else 0
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """One run: what it takes is taken off, and later ones may take some times as long."""
+        start = time.monotonic()
+        try:
+            with time_limit(min(self.each, self.left)):
+                yield
+        finally:
+            taken = time.monotonic() - start
+            self.each = max(self.each, min(LATER_RUNS * taken, self.most))
+            self.left = max(self.left - taken, 1e-3)
+
+
+RUNS = RunBudget()
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """End this process by SIGALRM, of which the supervisor says why, when what is in context takes longer.
 
-    A loop in C++ code that holds Python's lock listens to nothing less.
+    A loop in C++ code that holds Python's lock listens to nothing less. Without end: no limit but an outer one.
     """
-    start = time.monotonic()
-    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    start, (outer, _) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
+    within = min(seconds, outer or math.inf)
+    signal.setitimer(signal.ITIMER_REAL, within if within < math.inf else 0)
     try:
         yield
     finally:
@@ -10484,8 +10598,10 @@ def memory_bytes(field: str) -> int:
 
 
 @contextlib.contextmanager
-def memory_bound(extra: int | None, what: str, advice: str) -> Iterator[None]:
-    """Let allocations fail beyond `extra` bytes more than this process has now; None, or no Linux: no bound.
+def memory_bound(extra: int | None, what: str, advice: str, start: int = 0) -> Iterator[None]:
+    """Let allocations fail beyond `extra` bytes more than this process has now, or had at the `start`.
+
+    None, or no Linux: no bound.
 
     Raises DamagedFileError that says that `what` takes too much, unless a smaller limit of the user's own (ulimit) was
     reached: then the MemoryError stays.
@@ -10496,7 +10612,7 @@ def memory_bound(extra: int | None, what: str, advice: str) -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = memory_bytes("VmData") + extra + (os.cpu_count() or 1) * THREAD_STACK
+    wanted = (start or memory_bytes("VmData")) + extra + (os.cpu_count() or 1) * THREAD_STACK
     known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     ours = not [limit for limit in known if limit < wanted] and resource.getrlimit(resource.RLIMIT_AS)[0] < 0
     resource.setrlimit(resource.RLIMIT_DATA, (min(wanted, *known) if known else wanted, hard))

@@ -346,7 +346,7 @@ def structure_items() -> list[Item]:
             program(glob("subprocess", "Popen"), value(()), value({"args": ["touch", MARKER]}), b"\x92", protocol=4),
             4, refers("subprocess.Popen"), ""),
         "computed-names": (computed_name(), 4, REFERS_TO_SYSTEM, "load"),
-        "name-of-a-number": (program(b"K\x01K\x02\x93", protocol=4), 3, "STACK_GLOBAL requires str", ""),
+        "name-of-a-number": (program(b"K\x01K\x02\x93", protocol=4), 3, "its pickle is damaged before byte 7", ""),
         "BUILD-on-a-function": (program(glob("posix", "system"), value({"a": 1}), b"b"), 4, REFERS_TO_SYSTEM, ""),
         "BUILD-on-a-class": (
             program(glob("torch.nn.modules.linear", "Linear"), value({"forward": 1}), b"b"),
@@ -491,7 +491,7 @@ def structure_items() -> list[Item]:
         "nested-legacy-file": (
             lambda: nested_torch_file(saved(touch(), legacy=True)), 4, REFERS_TO_SYSTEM, "load"),
         "nested-zip-file": (
-            lambda: nested_torch_file(saved(touch())), 3, "the pickle is damaged (persistent IDs", "load"),
+            lambda: nested_torch_file(saved(touch())), 3, "its pickle is damaged before byte 73", "load"),
         "nested-state-dict": (
             lambda: nested_torch_file(saved({"a": TENSOR}, legacy=True)),
             4, "_load_from_bytes does not hold a storage", ""),
@@ -624,10 +624,10 @@ def script_items() -> list[Item]:
         "ops-save": (f"ops.aten.save(x, {MARKER!r})", "ops.aten.save", "jit"),
         "ops-alias": (f"o = ops\n    o.aten.save(x, {MARKER!r})", "o.aten.save, ops", "jit"),
         "ops-aten-alias": (f"o = ops.aten\n    o.save(x, {MARKER!r})", "o.save, ops.aten", "jit"),
-        "torch-alias": (f"t = torch\n    t.save(x, {MARKER!r})", "t.save", "jit"),
+        "torch-alias": (f"t = torch\n    t.save(x, {MARKER!r})", "t.save, torch", "jit"),
         "function-alias": (f"f = torch.save\n    f(x, {MARKER!r})", "torch.save", "jit"),
         "autograd": (f"torch.autograd.save(x, {MARKER!r})", "torch.autograd.save", "jit"),
-        "getattr": (f"getattr(torch, 'save')(x, {MARKER!r})", "getattr of save", "jit"),
+        "getattr": (f"getattr(torch, 'save')(x, {MARKER!r})", "getattr of save, torch", "jit"),
         "getattr-ops": (f"getattr(getattr(ops, 'aten'), 'save')(x, {MARKER!r})", "getattr of save, ops", ""),
         "from-file": ("x = torch.from_file('/etc/hostname', False, 1)", "torch.from_file", ""),
         "ops-from-file": ("x = ops.aten.from_file('/etc/hostname', False, 1)", "ops.aten.from_file", ""),
@@ -643,6 +643,16 @@ def script_items() -> list[Item]:
         "set-data": ("torch.set_data(x, x)", "torch.set_data", ""),
         "sparse-without-checks": (
             "x = torch._sparse_coo_tensor_unsafe(x, x, [4])", "torch._sparse_coo_tensor_unsafe", ""),
+        "indices-without-checks": (
+            "x = torch._convert_indices_from_csr_to_coo(x, x)", "torch._convert_indices_from_csr_to_coo", ""),
+        "method-without-checks": ("x = x._coalesced_(True)", "x._coalesced_", ""),
+        "backward-without-checks": (
+            "x = torch.max_pool2d_with_indices_backward(x, x, [2], [2], [0], [1], False, x)",
+            "torch.max_pool2d_with_indices_backward", ""),
+        "sparse-rows": ("x = torch.sparse_csr_tensor(x, x, x)", "torch.sparse_csr_tensor", ""),
+        "segments": ("x = torch.segment_reduce(x, 'sum', lengths=x, unsafe=True)", "torch.segment_reduce", ""),
+        "alias-of-torch": ("t = torch\n    x = t.relu(x)", "torch", ""),
+        "alias-of-autograd": ("t = torch.autograd\n    x = t.relu(x)", "torch.autograd", ""),
         "memory-beyond-a-tensor": (
             "x = ops.aten._reinterpret_tensor(x, [9000], [1], 0)", "ops.aten._reinterpret_tensor", ""),
         "file-store": (
@@ -799,6 +809,12 @@ def program_items() -> list[Item]:
         "target-custom": (
             set_path(*NODE, "target", to="torch.ops.mylib.run.default"),
             "", 4, "it holds the operator 'torch.ops.mylib.run.default'", ""),
+        **{
+            f"target-{name}": (
+                set_path(*NODE, "target", to=f"torch.ops.aten.{name}.default"),
+                "", 4, f"it holds the operator 'torch.ops.aten.{name}.default'", "")
+            for name in ("_sparse_coo_tensor_unsafe", "_convert_indices_from_csr_to_coo", "segment_reduce")
+        },
         "target-from-file": (
             set_path(*NODE, "target", to="torch.ops.aten.from_file.default"),
             "", 4, "it holds the operator 'torch.ops.aten.from_file.default'", ""),
@@ -935,9 +951,9 @@ def program_items() -> list[Item]:
             3, "has an old .pt2 layout", ""),
         "other-version": ({"archive_version": b"99"}, 3, "archive version 99", ""),
         "no-program": ({"models/model.json": None}, 3, not_one, ""),
-        "empty-program": ({"models/model.json": b""}, 3, "its program is damaged (Expecting value", ""),
-        "deep-program": ({"models/model.json": b"[" * 200_000}, 3, "its program is damaged (maximum recursion", ""),
-        "program-of-lists": ({"models/model.json": b"[" + b"[]," * 100_000 + b"1]"}, 3, "its program is damaged (", ""),
+        "empty-program": ({"models/model.json": b""}, 3, "damaged (it is no JSON from line 1, column 1)", ""),
+        "deep-program": ({"models/model.json": b"[" * 200_000}, 3, "damaged (it is nested too deeply)", ""),
+        "program-of-lists": ({"models/model.json": b"[" + b"[]," * 100_000 + b"1]"}, 3, "its program is damaged: ", ""),
         "empty-weights": ({"data/weights/weight_0": b""}, 3, "its weight 0.weight is larger than its data", ""),
         "cut-weights": ({"data/weights/weight_0": bytes(4)}, 3, "torch.export.load cannot open it", ""),
     }  # fmt: skip
@@ -1175,7 +1191,7 @@ def folder_items() -> list[Item]:
             "index-no-map",
             {"config.json": BERT, index: {"weight_map": []}},
             3,
-            "the weight_map of model.safetensors.index.json",
+            "model.safetensors.index.json: weight_map holds a list",
         ),
         folder(
             "index-alone",
@@ -1209,22 +1225,24 @@ def folder_items() -> list[Item]:
             "bin", {"config.json": {"hidden_size": 1}, "pytorch_model.bin": weights}, 3, "config.json has no model_type"
         ),
         folder("config-list", {"config.json": [1]}, 3, "config.json holds a list of 1 entries"),
-        folder("config-cut", {"config.json": b'{"a": '}, 3, "config.json is damaged (Expecting value"),
+        folder(
+            "config-cut", {"config.json": b'{"a": '}, 3, "config.json is damaged (it is no JSON from line 1, column 7)"
+        ),
         folder(
             "config-twice", {"config.json": b'{"a": 1, "a": 2}'}, 3, "config.json is damaged (a key is there twice)"
         ),
-        folder("config-deep", {"config.json": b"[" * 100_000}, 3, "config.json is damaged (maximum recursion"),
+        folder("config-deep", {"config.json": b"[" * 100_000}, 3, "config.json is damaged (it is nested too deeply)"),
         folder(
             "config-encoding",
             {"config.json": b'{"a": "\xff"}'},
             3,
-            "config.json is damaged ('utf-8' codec can't decode",
+            "config.json is damaged (it is no UTF-8 from byte 7)",
         ),
         folder(
             "config-number",
             {"config.json": b'{"a": ' + b"9" * 10_000 + b"}"},
             3,
-            "config.json is damaged (Exceeds the limit",
+            "config.json is damaged (a number has too many digits)",
         ),
         folder("config-folder", {"config.json/x": b""}, 3, "config.json"),
     ]
@@ -1280,7 +1298,37 @@ def name_items() -> list[Item]:
         "weights-in-capitals": (
             lambda: renamed(program_(), upper("data/weights")), 4, "no record called 'DATA/WEIGHTS/weight_0'"),
     }  # fmt: skip
-    return [file(f"name-{name}", make, code, words) for name, (make, code, words) in makes.items()]
+    both = "torch would not read it as the archive that it is, but as a mobile model"
+    return [
+        file("name-of-a-mobile-model", archive_and_mobile_model, 4, both, "jit"),
+        *(file(f"name-{name}", make, code, words) for name, (make, code, words) in makes.items()),
+    ]
+
+
+class Saver(nn.Module):
+    """Writes its input to MARKER."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Save and return."""
+        torch.save(x, "PT2ONNX_WAS_EXECUTED")  # MARKER, which TorchScript does not know
+        return x
+
+
+def archive_and_mobile_model() -> bytes:
+    """A harmless TorchScript archive that torch.jit.load takes for the mobile model in one of its records.
+
+    "PTMF" in the fifth byte makes it a flatbuffer, and its first four bytes the place of the root table.
+    """
+    buffer = io.BytesIO()
+    torch.jit.save_jit_module_to_flatbuffer(torch.jit.script(Saver()), buffer)
+    model, root = buffer.getvalue(), int.from_bytes(b"PK\3\4", "little")
+    start = root - struct.unpack_from("<I", model)[0]
+    with zipfile.ZipFile(io.BytesIO(script_archive())) as good:
+        records = [(name, good.read(name)) for name in good.namelist()]
+    name = f"{records[0][0].partition('/')[0]}/extra/model"
+    filled = plain_zip(records).index(b"PK\x01\x02") + 30 + len(name)  # where the content of one more record begins
+    data = plain_zip([*records, (name, bytes(start - filled) + model)])
+    return data[:4] + b"PTMF" + data[8:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1699,6 +1747,15 @@ def bomb(name: str, size: int) -> bytes:
     return buffer.getvalue()
 
 
+def packed(base: bytes) -> bytes:
+    """The archive `base` with its records compressed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(base)) as good, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as output:
+        for name in good.namelist():
+            output.writestr(name, good.read(name))
+    return buffer.getvalue()
+
+
 def overlapping_entries() -> bytes:
     """A checkpoint whose directory has a thousand records more, which all lie at the same place."""
     base = plain_zip([("a/data.pkl", program(b"}")), ("a/version", b"3")])
@@ -1769,12 +1826,22 @@ def numpy_dtype(code: str) -> bytes:
     )
 
 
+# What every module's pickle has.
+MODULE: dict[str, Any] = {
+    "_parameters": {},
+    "_buffers": {},
+    "_modules": {},
+    "_backward_hooks": {},
+    "_forward_hooks": {},
+}
+
+
 def pickle_items() -> list[Item]:
     """Broken programs, and programs that would take for ever or fill the memory."""
     exa = struct.pack("<Q", 1 << 60)
     relu = glob("torch.nn.modules.activation", "ReLU") + b")\x81"
     million = long_list(100_000)
-    pops = "the pickle is damaged (IndexError: pop from empty list)"
+    pops = "its pickle is damaged before byte "
     far = "its pickle builds far more than the file holds"
     record = "a storage has a damaged record"
     stride = "a tensor has a damaged size or stride"
@@ -1784,23 +1851,23 @@ def pickle_items() -> list[Item]:
         "no-stop": (lambda: archive(b"\x80\x02}"), 3, TOO_EARLY),
         "empty": (lambda: archive(b""), 3, TOO_EARLY),
         "only-stop": (lambda: archive(b"."), 3, pops),
-        "protocol-99": (lambda: archive(b"\x80\x63N."), 3, "unsupported pickle protocol: 99"),
-        "unknown-opcode": (lambda: archive(b"\x80\x02\xff."), 3, "the pickle is damaged (KeyError: 255)"),
+        "protocol-99": (lambda: archive(b"\x80\x63N."), 3, "its pickle is damaged before byte 2"),
+        "unknown-opcode": (lambda: archive(b"\x80\x02\xff."), 3, "its pickle is damaged before byte 3"),
         "stack-underflow": (lambda: archive(program(b"0" * 10)), 3, pops),
         "no-mark": (lambda: archive(program(b"}u")), 3, pops),
-        "no-memo": (lambda: archive(program(b"j\xff\xff\xff\x7f")), 3, "Memo value not found at index 2147483647"),
-        "negative-memo": (lambda: archive(program(b"N", b"p-5\n")), 3, "negative PUT argument"),
+        "no-memo": (lambda: archive(program(b"j\xff\xff\xff\x7f")), 3, "its pickle is damaged before byte 7"),
+        "negative-memo": (lambda: archive(program(b"N", b"p-5\n")), 3, "its pickle is damaged before byte 7"),
         "bytes-of-an-exabyte": (lambda: archive(program(b"\x8e" + exa, protocol=4)), 3, TOO_EARLY),
         "text-of-an-exabyte": (lambda: archive(program(b"\x8d" + exa, protocol=4)), 3, TOO_EARLY),
         "frame-of-an-exabyte": (lambda: archive(program(b"\x95" + exa, protocol=4)), 3, TOO_EARLY),
         "long-of-2-gigabytes": (
             lambda: archive(program(b"\x8b\xff\xff\xff\x7f")), 3, "an integer that is longer than that of any known"),
-        "negative-length": (lambda: archive(program(b"T\xff\xff\xff\xff")), 3, "negative byte count"),
+        "negative-length": (lambda: archive(program(b"T\xff\xff\xff\xff")), 3, "its pickle is damaged before byte 7"),
         "legacy-bytes-of-an-exabyte": (lambda: legacy_stream(program(b"\x8e" + exa, protocol=4)), 3, TOO_EARLY),
         "legacy-text-of-4-gigabytes": (lambda: legacy_stream(program(b"X\xff\xff\xff\xff")), 3, TOO_EARLY),
         "decimal-of-a-million-digits": (
-            lambda: archive(program(b"L" + b"9" * 1_000_000 + b"L\n")), 3, "the pickle is damaged (Exceeds the limit"),
-        "no-utf-8": (lambda: archive(program(b"X\x02\0\0\0\xff\xfe")), 3, "can't decode byte 0xff in position 0"),
+            lambda: archive(program(b"L" + b"9" * 1_000_000 + b"L\n")), 3, "its pickle is damaged before byte 1000005"),
+        "no-utf-8": (lambda: archive(program(b"X\x02\0\0\0\xff\xfe")), 3, "its pickle is damaged before byte 9"),
         "nested-a-million": (
             lambda: archive(program(b"(" * 1_000_000 + b"]" + b"t" * 1_000_000)),
             3, "it holds tuple, neither a model"),
@@ -1847,7 +1914,7 @@ def pickle_items() -> list[Item]:
         "array-of-negative-size": (lambda: numpy_array((-4,), numpy_dtype("f4"), bytes(16)), 3, larger),
         "array-of-odd-shape": (lambda: numpy_array(("a",), numpy_dtype("f4"), bytes(16)), 3, larger),
         "array-of-many-axes": (
-            lambda: numpy_array((1,) * 100, numpy_dtype("f4"), bytes(4)), 3, "maximum supported dimension"),
+            lambda: numpy_array((1,) * 100, numpy_dtype("f4"), bytes(4)), 3, "its pickle is damaged before byte 428"),
         "array-of-objects": (
             lambda: numpy_array((1,), numpy_dtype("O8"), bytes(8)), 4, "a numpy array of Python objects"),
         "array-of-records": (
@@ -1903,10 +1970,10 @@ def pickle_items() -> list[Item]:
         "state-of-a-module": (
             lambda: archive(program(relu, value([1]), b"b")), 3, "the state of a torch.nn.modules.activation.ReLU"),
         "parts-of-a-module": (
-            lambda: archive(program(relu, value({"_modules": [1]}), b"b")),
+            lambda: archive(program(relu, value({**MODULE, "_modules": [1]}), b"b")),
             3, "_modules of a torch.nn.modules.activation.ReLU holds"),
         "tensors-for-modules": (
-            lambda: archive(program(relu, value({"_modules": {"a": 1}}), b"b")),
+            lambda: archive(program(relu, value({**MODULE, "_modules": {"a": 1}}), b"b")),
             3, "_modules of a torch.nn.modules.activation.ReLU holds"),
         "module-without-state": (lambda: archive(program(relu)), 3, "a torch.nn.modules.activation.ReLU has no state"),
         "modules-in-a-cycle": (lambda: cyclic(wrapped=False), 3, "its modules contain each other"),
@@ -2055,6 +2122,11 @@ def archive_items() -> list[Item]:
         "bomb": (lambda: bomb("data/0", 100 << 20), 3, expands),
         "bomb-of-a-pickle": (lambda: bomb("data.pkl", 70 << 20), 3, expands),
         "bomb-of-code": (lambda: bomb("code/a.py", 100 << 20), 3, expands),
+        "bomb-of-statements": (
+            lambda: packed(script_with("1;" * 15_000_000 + "1")), 3, "corpus.py is not TorchScript code"),
+        "bomb-of-json": (
+            lambda: packed(changed_program({"models/model.json": b'{"a":[' + b"{}," * 20_000_000 + b"{}]}"})),
+            3, "opening it takes more than 1.07 GB of memory"),
         "overlapping-entries": (overlapping_entries, 3, expands),
         "absolute-path": (lambda: entry_named("/etc/passwd"), 3, "is not in a subdirectory a/: /etc/passwd"),
         "parent-path": (lambda: entry_named("a/../../x"), 3, "a record outside itself (../../x)"),
@@ -2081,7 +2153,7 @@ def archive_items() -> list[Item]:
             lambda: big[:2000] + bytes(len(big) - 4000) + big[-2000:], 3, "failed reading file data/0: invalid header"),
         "zeroed-end": (lambda: big[:-3000] + bytes(3000), 3, no_zip),
         "version-of-30-digits": (
-            lambda: changed(script_archive(), {"version": b"9" * 30}), 3, "damaged or truncated archive ("),
+            lambda: changed(script_archive(), {"version": b"9" * 30}), 3, "its version is no number"),
         "version-of-text": (lambda: changed(script_archive(), {"version": b"three"}), 3, "parse the version three"),
         "record-before-the-file": (negative_offset, 3, "invalid header or archive is corrupted"),
         "script-without-code": (
@@ -2115,6 +2187,7 @@ def safetensors_items() -> list[Item]:
         for name in "ab"
     )
     damaged = "its safetensors header is damaged (Error while deserializing header: invalid JSON in header: invalid"
+    no_entry = "an entry says no dtype, shape or place of a tensor"
     other_size = "invalid shape, data type, or offset for tensor"
     uncovered = "incomplete metadata, file not fully covered"
     makes: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -2152,28 +2225,28 @@ def safetensors_items() -> list[Item]:
         "dtype-number": (
             lambda: safetensors({"a": {**tensor(0, 16), "dtype": 7}}, four),
             "invalid type: integer `7`"),
-        "no-offsets": (lambda: safetensors({"a": {"dtype": "F32", "shape": [4]}}, four), "'data_offsets'"),
+        "no-offsets": (lambda: safetensors({"a": {"dtype": "F32", "shape": [4]}}, four), no_entry),
         "three-offsets": (
             lambda: safetensors({"a": {**tensor(0, 16), "data_offsets": [0, 8, 16]}}, four),
             "invalid length 3, expected 2 elements"),
-        "entry-of-text": (lambda: safetensors({"a": "b"}, four), "its safetensors header is damaged (string indices"),
+        "entry-of-text": (lambda: safetensors({"a": "b"}, four), no_entry),
         "twice-the-same": (
             lambda: safetensors(b'{"a":%s,"a":%s}' % ((json.dumps(tensor(0, 16)).encode(),) * 2), four),
             "a key is there twice"),
-        "not-utf-8": (lambda: safetensors(b'{"\xff\xfe": 1}', four), "can't decode byte 0xff in position 2"),
+        "not-utf-8": (lambda: safetensors(b'{"\xff\xfe": 1}', four), "it is no UTF-8 from byte 2"),
         "not-json": (
             lambda: safetensors(b"{not json at all}", four),
-            "its safetensors header is damaged (Expecting property name"),
-        "json-list": (lambda: safetensors(b'{"a": [1]}', four), "its safetensors header is damaged (list indices"),
-        "deep-json": (lambda: safetensors(deep, four), "its safetensors header is damaged (maximum recursion"),
+            "its safetensors header is damaged (it is no JSON from line 1, column 2)"),
+        "json-list": (lambda: safetensors(b'{"a": [1]}', four), no_entry),
+        "deep-json": (lambda: safetensors(deep, four), "its safetensors header is damaged (it is nested too deeply)"),
         "long-number": (
             lambda: safetensors(b'{"a": ' + b"9" * 100_000 + b"}", four),
-            "its safetensors header is damaged (Exceeds the limit"),
+            "its safetensors header is damaged (a number has too many digits)"),
         "name-with-escapes": (
             lambda: safetensors({"\x1b]0;x\x07\n\u202e": tensor(0, 16, [-4])}, four),
             "invalid value: integer `-4`"),
         "empty-header": (lambda: safetensors(b"{}", four), uncovered),
-        "nan": (lambda: safetensors(b'{"a": NaN}', four), "its safetensors header is damaged ('float' object"),
+        "nan": (lambda: safetensors(b'{"a": NaN}', four), no_entry),
         "only-metadata": (
             lambda: safetensors({"__metadata__": {"a": "b"}}, four), uncovered),
     }  # fmt: skip

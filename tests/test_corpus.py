@@ -19,7 +19,7 @@ from helpers import check_error, run_cli
 
 import convert as product
 
-MEMORY = 1_000_000  # kilobytes beyond the file's size: torch's code, and the objects of MAX_OPCODES opcodes
+MEMORY = 1_200_000  # kilobytes beyond the file's size: torch's code, and what opening a file may take
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -364,6 +364,28 @@ def test_interrupted(moment: str, send: Callable[[int], None], code: int, models
     assert group_ends(process.pid)
 
 
+EARLY = """import os, sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "bisect":
+            os.kill(os.getpid(), {})
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_before_the_imports(number: signal.Signals, models: Path, tmp_path: Path) -> None:
+    """A signal that comes as soon as convert.py runs ends it as every later one does."""
+    (tmp_path / "sitecustomize.py").write_text(EARLY.format(int(number)), encoding="utf-8")
+    process = start(models, tmp_path / "out" / "x.onnx", path=str(tmp_path))
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 128 + number, log
+    assert log.splitlines() == [f"[ERROR] interrupted by {number.name}: nothing was written; run it again"]
+    assert not (tmp_path / "out").exists()
+
+
 # Read by every Python process: renames take long enough to be interrupted before and after.
 SLOW = "import os, time\nreplace = os.replace\nos.replace = lambda *names: (time.sleep(0.5), replace(*names))"
 

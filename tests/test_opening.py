@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import corpus
 import forked
 import pytest
 import torch
+import torchvision
 from helpers import check_error, run_cli
 from torch import nn
 
@@ -235,6 +238,26 @@ def test_hyper_parameters_that_describe(tmp_path: Path) -> None:
     assert outcome.code == forked.BUILT, outcome
 
 
+@pytest.mark.parametrize(
+    ("larger", "code", "words"),
+    [
+        ({}, forked.BUILT, "hyper_parameters tell"),
+        ({"num_layers": 2**24}, 2, "it cannot be built"),
+        ({"image_size": 2**20}, 3, "building the model that it describes takes more than 1.07 GB"),
+    ],
+    ids=["as-they-are", "layers", "positions"],
+)
+def test_hyper_parameters_that_are_too_large(larger: dict[str, int], code: int, words: str, tmp_path: Path) -> None:
+    """They cannot make a model much larger than its weights are."""
+    sizes = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 16}
+    weights = torchvision.models.VisionTransformer(**sizes).state_dict()
+    torch.save({"state_dict": weights, "hyper_parameters": {**sizes, **larger}}, tmp_path / "input.pt")
+    named = ("--model-class", "torchvision.models:VisionTransformer")
+    outcome = forked.convert_in_child(tmp_path / "input.pt", tmp_path, *named, export=False)
+    assert outcome.code == code, outcome
+    assert words in outcome.err
+
+
 def test_switches_of_a_pickle(tmp_path: Path) -> None:
     """Attributes that transformers' own code does not set in a constructor are left out, and said."""
     from transformers import BertConfig, BertModel
@@ -386,8 +409,6 @@ def test_guessed_sizes_have_a_budget(tmp_path: Path) -> None:
 
 def test_code_that_crashes(tmp_path: Path) -> None:
     """A setting that PyTorch does not look at, and crashes on, is the file's fault."""
-    import torchvision
-
     detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights_backbone=None)
     detector.roi_heads.box_roi_pool.sampling_ratio = 2**30
     torch.save(detector, tmp_path / "input.pt")
@@ -408,6 +429,60 @@ def test_records_that_torch_reads_when_a_model_raises(tmp_path: Path) -> None:
         check_error(result, 2, "shape '[7, 7, 7]' is invalid")
         codes.append(result.err.replace(name, ""))
     assert codes[0] == codes[1]
+
+
+class Slow(nn.Module):
+    """Takes a tenth of a second each time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Sleep."""
+        time.sleep(0.1)
+        return x
+
+
+@pytest.mark.parametrize(("flag", "code"), [(None, -signal.SIGALRM), (1.0, 0)])
+def test_all_runs_together_have_a_budget(
+    flag: float | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code that is quick enough each time does not run for ever; --run-timeout is for one run, and lifts that."""
+    monkeypatch.setattr(product, "RUN_SECONDS", 0.2)
+    (tmp_path / "input.pt").write_bytes(b"")
+
+    def action() -> int:
+        options = product.Options(input=tmp_path / "input.pt", run_timeout=flag)
+        product.RUNS.begin(options, own_code=False)
+        for _ in range(25):
+            product.call_model(Slow(), [torch.ones(1)], ["x"])
+        return 0
+
+    assert forked.in_child(action, tmp_path).code == code
+
+
+def test_an_inner_limit_does_not_lift_an_outer_one(tmp_path: Path) -> None:
+    """A run that may take long ends with what is around it."""
+
+    def action() -> int:
+        with product.time_limit(0.2), product.time_limit(50):
+            time.sleep(5)
+        return 0
+
+    assert forked.in_child(action, tmp_path).code == -signal.SIGALRM
+
+
+def test_what_runs_keep_counts(tmp_path: Path) -> None:
+    """The bound of memory is told from one start, so that what earlier runs left is in it."""
+
+    def action() -> int:
+        start, kept = product.memory_bytes("VmData"), []
+        for _ in range(4):
+            with product.memory_bound(100 << 20, "running it", "stop", start):
+                kept.append(torch.ones(12 << 20, dtype=torch.uint8))
+                kept.append(torch.ones(36 << 20, dtype=torch.uint8))
+        return len(kept)
+
+    outcome = forked.in_child(action, tmp_path)
+    assert outcome.code == 70, outcome
+    assert "running it takes more than" in outcome.err
 
 
 def test_patience_is_a_number() -> None:

@@ -298,7 +298,7 @@ def test_weights_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
 
 
 def test_a_journal_that_came_with_the_input(tmp_path: Path) -> None:
-    """The output's folder may be the input's: a journal in it changes nothing outside, and neither hangs nor ends us."""
+    """The output's folder may be the input's: a journal in it changes nothing outside, and does not keep us."""
     folder = tmp_path / "model"
     (tmp_path / "theirs").mkdir()
     (tmp_path / "kept.txt").write_text("kept", encoding="utf-8")
@@ -311,7 +311,7 @@ def test_a_journal_that_came_with_the_input(tmp_path: Path) -> None:
         journal = {"moves": [[target, kept], ["x", [1, 1]]], "report": {}}
         (staging / "moves.json").write_text(json.dumps(journal), encoding="utf-8")
     others: dict[str, Callable[[Path], object]] = {
-        "pipe": lambda file: os.mkfifo(file),
+        "pipe": os.mkfifo,
         "device": lambda file: file.symlink_to("/dev/zero"),
         "deep": lambda file: file.write_text("[" * 200_000, encoding="utf-8"),
         "list": lambda file: file.write_text("[]", encoding="utf-8"),

@@ -134,8 +134,9 @@ def shared_hooks() -> bytes:
     hooks = b"ccollections\nOrderedDict\n)Rq\x01"
     module = b"ctorch.nn.modules.activation\nReLU\n)\x81}(" + text("_forward_hooks") + hooks
     module += (
-        text("_modules") + b"}" + text("_parameters") + b"}" + text("_buffers") + b"}" + text("inplace") + b"\x89ub"
+        text("_modules") + b"}" + text("_parameters") + b"}" + text("_buffers") + b"}" + text("_backward_hooks") + b"}"
     )
+    module += text("inplace") + b"\x89ub"
     return archive(program(b"}(", text("model"), module, text("hooks"), b"h\x01K\x00" + relu + b"s", b"u"))
 
 
