@@ -169,6 +169,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "read_architectures": ("architectures.json.xz",),
     "load_exported_program": (".py",),  # torch.export notes the source lines of the code that runs
     "c_library": ("None",),
+    "editable_folders": ("site-packages", "dist-packages", "direct_url.json"),  # what pip says of installed packages
     "vet_torchscript": ("<unknown>",),  # where Python looks for the line of a syntax error
 }
 

@@ -16,8 +16,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from forked import convert_folder
-from helpers import edit_config
+from forked import convert_folder, run_forked
+from helpers import Result, check_error, edit_config
 
 GENERATORS = {
     "llama": "grouped-query attention, rotary embeddings",
@@ -101,6 +101,37 @@ def test_how_weights_are_stored(tmp_path: Path, way: dict[str, Any]) -> None:
             given[value.name] = np.zeros((1, sizes[1].dim_value, 0, sizes[3].dim_value), np.float32)
     actual = answers(tmp_path / "out" / "model.onnx", **given)["logits"]
     np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_users_own_texts(tmp_path: Path) -> None:
+    """--verify-data: samples of other sizes are compared and counted; one that lacks an input is told what it lacks."""
+    tiny_models.make("bert", tmp_path / "in")
+    (tmp_path / "texts").mkdir()
+    for length in (4, 9):
+        ids = np.arange(3, 3 + length)[None]
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        np.savez(tmp_path / "texts" / f"{length}.npz", **given)
+
+    def convert(folder: Path, samples: str) -> Result:
+        target = f"{folder.parent}/out/"
+        return run_forked("-i", str(folder), "-o", target, "--verify-data", str(tmp_path / samples))
+
+    said = convert(tmp_path / "in", "texts")
+    assert said.code == 0, said.err
+    assert "repeated values, sample 4.npz, sample 9.npz" in said.err
+    assert "and with 2 samples of yours" in said.err
+    check("bert", tmp_path)
+    np.savez(tmp_path / "a.npz", input_ids=ids)
+    lacks = "a.npz has input_ids, the model takes input_ids, attention_mask, token_type_ids"
+    check_error(convert(tmp_path / "in", "a.npz"), 2, lacks)
+    tiny_models.make("t5", tmp_path / "several" / "in")
+    check_error(convert(tmp_path / "several" / "in", "a.npz"), 2, "--verify-data is for one graph")
+
+
+def test_images_of_bytes(tmp_path: Path) -> None:
+    """An image model is verified with the values of images that nobody scaled, too."""
+    tiny_models.make("vit", tmp_path / "in")
+    assert "with zeros, negative values, 0 to 255, large values" in convert_folder(tmp_path)
 
 
 def test_half_precision_on_request(tmp_path: Path) -> None:
