@@ -4246,7 +4246,7 @@ RENAMED_CLASSES = {
     **{f"torchvision.models.{name}": ("torch.nn.modules.container", "Sequential")
        for name in ("mobilenetv2.ConvBNReLU", "mobilenetv2.ConvBNActivation")},
 }  # fmt: skip
-# Settings that came with torch 1.5 to 1.12: set so, a layer computes what it did without them.
+# Settings that came with torch 1.5 to 1.12 and ultralytics 8.4: set so, a layer computes what it did without them.
 NEWER_SETTINGS: dict[str, dict[str, Any]] = {
     "torch.nn.modules.activation.GELU": {"approximate": "none"},
     "torch.nn.modules.activation.MultiheadAttention": {"batch_first": False},
@@ -4255,6 +4255,7 @@ NEWER_SETTINGS: dict[str, dict[str, Any]] = {
     "torch.nn.modules.transformer.TransformerDecoderLayer": {"norm_first": False},
     "torch.nn.modules.transformer.TransformerEncoder": {"enable_nested_tensor": False, "mask_check": False},
     "torch.nn.modules.transformer.TransformerEncoderLayer": {"norm_first": False},
+    "ultralytics.nn.modules.head.v10Detect": {"_end2end": True},  # what `end2end` of the class was
 }
 # Plain data: objects whose attributes the models read.
 DATA_CLASSES = full_names(
@@ -4406,7 +4407,7 @@ def allowed_class(module: str, name: str) -> type | types.FunctionType | None:
         return cls
     if not isinstance(cls, type) or is_special(cls):
         if named:
-            raise RefusedFileError(f"--allow-class {full_name}: it is no function or class of plain modules or data")
+            raise RefusedFileError(f"--allow-class {full_name}: it is not a class of plain modules or data, nor a function")
         return None
     if named or listed or issubclass(cls, enum.Enum):
         return cls

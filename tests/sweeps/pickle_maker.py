@@ -149,7 +149,7 @@ def ultralytics_models():
     for family in ("yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n"):
         for suffix, task in names.items() if family in ("yolov8n", "yolo11n", "yolo26n") else [("", "Detection")]:
             cls, file = getattr(tasks, task + "Model", None), family + suffix + ".yaml"
-            yield family + suffix, lambda cls=cls, file=file: cls(file, verbose=False), (1, 3, 64, 64)
+            yield family + suffix, lambda cls=cls, file=file: cls(file, verbose=False), (1, 3, 160, 160)
 
 
 def flat(value):

