@@ -940,18 +940,7 @@ def produce(job: Job, options: Options, run: Run) -> Produced:
         memory_bound(free_bytes(options, LATER_BYTES), what, advice, RUNS.start),
         time_limit(seconds if not has_own_code(options) else math.inf),
     ):
-        higher = options.opset is None and not job.parts
-        produced, failures = first_success(attempts, make, higher=higher)
-        if produced is None and (undecided := [error.produced for _, error in failures if error.produced]):
-            produced = undecided[0]
-            LOG.warn(f"{produced.attempt}: {fixed_decisions(job)}: compare the graph with your own data")
-        if produced is None and job.with_fixed_batch and not any(error.numbers for _, error in failures):
-            LOG.info(f"every exporter failed ({reasons_of(failures)}); once more with a batch that is not free")
-            again = functools.partial(make, job=job.with_fixed_batch())
-            produced, others = first_success(attempts, again, higher=higher)
-            if produced:
-                LOG.warn(f"the batch is fixed ({shape_text(produced.job.specs[0].dims)}): {reasons_of(failures)}")
-                failures = others
+        produced, failures = best_graph(attempts, make, job, higher=options.opset is None and not job.parts)
         if produced is None:
             raise every_attempt_failed(failures, make, job, options)
     for warning in produced.warnings:
@@ -962,6 +951,27 @@ def produce(job: Job, options: Options, run: Run) -> Produced:
     run.produced[job.file] = produced
     LOG.attempt = ""
     return produced
+
+
+def best_graph(
+    attempts: Sequence[Attempt], make: Callable[..., Produced], job: Job, *, higher: bool
+) -> tuple[Produced | None, list[tuple[Attempt, AttemptError]]]:
+    """The first attempt that passes; else one that passes but was not shown to follow what the model decides by values.
+
+    Where no graph has a free batch, and none has wrong numbers, one with the given batch. Both come with a warning.
+    """
+    produced, failures = first_success(attempts, make, higher=higher)
+    if produced is None and (undecided := [error.produced for _, error in failures if error.produced]):
+        produced = undecided[0]
+        LOG.warn(f"{produced.attempt}: {fixed_decisions(job)}: compare the graph with your own data")
+    elif produced is None and job.with_fixed_batch and not any(error.numbers for _, error in failures):
+        LOG.info(f"every exporter failed ({reasons_of(failures)}); once more with a batch that is not free")
+        again = functools.partial(make, job=job.with_fixed_batch())
+        produced, others = first_success(attempts, again, higher=higher)
+        if produced:
+            LOG.warn(f"the batch is fixed ({shape_text(produced.job.specs[0].dims)}): {reasons_of(failures)}")
+            failures = others
+    return produced, failures
 
 
 def first_success(
@@ -4286,7 +4296,9 @@ def allowed_class(module: str, name: str) -> type | types.FunctionType | None:
         return cls
     if not isinstance(cls, type) or is_special(cls):
         if named:
-            raise RefusedFileError(f"--allow-class {full_name}: it is not a class of plain modules or data, nor a function")
+            raise RefusedFileError(
+                f"--allow-class {full_name}: it is not a class of plain modules or data, nor a function"
+            )
         return None
     if named or listed or issubclass(cls, enum.Enum):
         return cls
