@@ -9199,7 +9199,7 @@ def become_worker(
     if os.getppid() != supervisor:  # it died before that
         os._exit(ExitStatus.BUG)
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
-    told = {WORKER_VARIABLE: run, STEP_VARIABLE: str(step), CRASHED_VARIABLE: json.dumps(crashed)}
+    told = {WORKER_VARIABLE: run, STEP_VARIABLE: str(step), CRASHED_VARIABLE: json.dumps(dict(crashed))}
     environment = {**os.environ, **told, "GLIBC_TUNABLES": tunables}
     os.execve(sys.executable, [sys.executable, "-P", __file__, *arguments], environment)  # noqa: S606
 
