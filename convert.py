@@ -1123,6 +1123,8 @@ def choose_mode(source: Source, loaded: Loaded, options: Options) -> str:
 
 def unwrap_checkpoint(loaded: Loaded, options: Options) -> Loaded:
     """The model or the weights inside a checkpoint; raises ConversionError where that is not clear."""
+    if not loaded.content and options.model_class:  # the state dict of a class without weights
+        return loaded
     with naming(options.input):
         found = find_weights(loaded.content, options.checkpoint_key)
         if isinstance(found.content, Mapping):
@@ -3265,8 +3267,6 @@ def find_weights(content: Any, key: str | None) -> Weights:
                 if not OTHER_STATE.search(str(name)) or (key is not None and key.startswith(f"{path}{name}")):
                     yield from entries(value[name], f"{path}.{name}" if path else str(name), depth + 1)
 
-    if not content:  # the state dict of a class without weights
-        return Weights({}, "")
     found = list(entries(content, "", 0))
     if key is not None:
         return entry_at(found, key, content)
@@ -3301,7 +3301,9 @@ def entry_at(found: Iterable[Weights], key: str, content: Any) -> Weights:
 
 def keys_of(content: Any) -> str:
     """The first keys of a checkpoint, for a message."""
-    return f"the keys {and_more(content.keys(), 8)}" if isinstance(content, Mapping) and content else "no keys"
+    return (
+        f"the keys {and_more(content.keys(), 8)}" if content else "no keys (pass --model-class if its class has none)"
+    )
 
 
 def resolve_model_class(name: str) -> Callable[..., nn.Module]:
@@ -4852,11 +4854,17 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001  (the C version cannot 
     def allowed(self, module: str, name: str) -> Any:
         """The class or function of that name if it may be a value or the class of one, else None."""
         full_name = f"{module}.{name}"
-        with contextlib.suppress(OutsideError):  # the user may allow it by name
-            if full_name in FUNCTIONS:
-                return getattr(import_library(module, named=full_name in USER_CLASSES), name)
-            return allowed_class(module, name)
-        return None
+        named = full_name in USER_CLASSES
+        try:
+            return (
+                getattr(import_library(module, named=named), name)
+                if full_name in FUNCTIONS
+                else allowed_class(module, name)
+            )
+        except OutsideError:
+            if named:
+                raise
+            return None  # the user may allow it by name
 
     @staticmethod
     def is_storage(module: str, name: str) -> bool:
@@ -5942,9 +5950,10 @@ class Saved:
             prefix, module, depth = waiting.pop()
             if isinstance(module.state.get("eps"), float):
                 eps[prefix.removesuffix(".")] = module.state["eps"]
-            fleeting, *groups = (module.state.get(f"_{key}", {}) for key in
-                                 ("non_persistent_buffers_set", "parameters", "buffers", "modules"))  # fmt: skip
-            for name, value in itertools.chain.from_iterable(dict(group).items() for group in groups):
+            groups = [module.state.get(f"_{key}") for key in ("parameters", "buffers", "modules")]
+            fleeting = module.state.get("_non_persistent_buffers_set")
+            fleeting = fleeting if isinstance(fleeting, set) else ()
+            for name, value in itertools.chain.from_iterable(g.items() for g in groups if isinstance(g, dict)):
                 if isinstance(value, Saved) and depth < MAX_MODULE_DEPTH:
                     waiting.append((f"{prefix}{name}.", value, depth + 1))
                 elif isinstance(value, torch.Tensor) and name not in fleeting:

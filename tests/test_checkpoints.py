@@ -210,9 +210,7 @@ def test_a_module_inside_is_a_model(tmp_path: Path) -> None:
     sample = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     expected = layer(torch.from_numpy(sample)).detach().numpy()
     np.testing.assert_allclose(onnx_outputs(tmp_path / "m.onnx", {"input": sample})["output"], expected, atol=1e-6)
-    check_error(
-        run_forked(*base, "--model-class", "resnet18"), 2, "--model-class is for weights", "a checkpoint with a model"
-    )
+    check_error(run_forked(*base, "--model-class", "resnet18"), 2, "the weights do not fit --model-class resnet18")
 
 
 def test_nothing_to_take(folder: Path, net: nn.Module, tmp_path: Path) -> None:

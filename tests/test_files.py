@@ -299,7 +299,7 @@ def test_a_class_without_weights(own: Any, tmp_path: Path) -> None:
     """Its state dict is empty, and the class is enough; without one the error says so."""
     torch.save(own.Doubled().state_dict(), tmp_path / "m.pt")
     command = ("-i", "m.pt", "-o", "m.onnx", "--input-shape", "1,4")
-    check_error(run_forked(*command, cwd=tmp_path), 2, "--model-class")
+    check_error(run_forked(*command, cwd=tmp_path), 3, "no weights found", "pass --model-class")
     result = run_forked(*command, "--model-class", "own_files:Doubled", cwd=tmp_path, env=environment(own))
     assert result.code == 0, result.err
     check_answers(tmp_path / "m.onnx", own.Doubled(), 3, 4)
