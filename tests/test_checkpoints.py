@@ -260,9 +260,7 @@ def test_sharded_weights(suffix: str, folder: Path, net: nn.Module, tmp_path: Pa
     index.write_text(
         json.dumps({"weight_map": {**content["weight_map"], "more.weight": f"model-00001-of-00002.{suffix}"}})
     )
-    check_error(
-        convert_checkpoint(folder, index, "--model-args", json.dumps(WIDTH)), 3, "lacks 1 tensors (more.weight)"
-    )
+    check_error(convert_checkpoint(folder, index, "--model-args", json.dumps(WIDTH)), 3, "lacks 1 tensor (more.weight)")
 
 
 @pytest.mark.parametrize(

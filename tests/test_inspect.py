@@ -140,7 +140,7 @@ def test_shards_that_are_pickles(tmp_path: Path) -> None:
     assert facts["parameters"] == elements(state)
     assert "problem" not in facts
     index.write_text(json.dumps({"weight_map": {**weight_map, "more": "pytorch_model-00001.bin"}}))
-    assert "lacks 1 tensors (more)" in inspected(index)["problem"]
+    assert "lacks 1 tensor (more)" in inspected(index)["problem"]
     torch.save({"extra": Payload()}, folder / "pytorch_model-00002.bin")
     index.write_text(json.dumps({"weight_map": weight_map}))
     facts = inspected(index, cwd=tmp_path)
