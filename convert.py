@@ -7574,7 +7574,10 @@ def plan_module(
     shapes = [
         (base, (max(2, batch),)),
         (small, (1, 4)),
-        (large, (3, 5)),
+        (
+            large,
+            tuple(size for size in (3, 5) if size != batch),
+        ),  # one that is neither the given nor 1, which broadcasts
         *((sizes, (batch,)) for sizes in uneven_sizes(base)),
     ]
     for seed, (sizes, batches) in enumerate(shapes):

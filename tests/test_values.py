@@ -154,6 +154,10 @@ class Rows(nn.Module):  # a list of as many entries as the batch that it is trac
     def forward(self, x):
         return torch.stack([row * (place + 1) for place, row in enumerate(x.unbind())]) + len(x.tolist())
 
+class Summed(nn.Module):  # a first input of one row is taken for any batch
+    def forward(self, x, a, b):
+        return torch.addbmm(x, a, b)
+
 class Lazy(nn.Module):
     def __init__(self):
         super().__init__()
@@ -427,6 +431,13 @@ def test_a_batch_that_tracing_fixes(classes: Path, tmp_path: Path) -> None:
     assert largest_difference(model, tmp_path / "model.onnx", torch.randn(3, 4)) < 1e-6
     result, _ = convert(classes, "Rows", tmp_path, "--input-shape", "3,4", "--dynamic-axes", "0")
     assert result.code in (5, 6), result.err
+
+
+def test_a_batch_that_only_broadcasts(classes: Path, tmp_path: Path) -> None:
+    """A batch of 1, or of what another axis has, is not free because of that."""
+    result, _ = convert(classes, "Summed", tmp_path, "--input-shape", "x:5,10", "a:5,5,5", "b:5,5,10")
+    assert result.code == 0, result.err
+    assert axes(tmp_path / "model.onnx")["x"] == [5, 10]
 
 
 def test_lazy_layers(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
