@@ -7574,10 +7574,7 @@ def plan_module(
     shapes = [
         (base, (max(2, batch),)),
         (small, (1, 4)),
-        (
-            large,
-            tuple(size for size in (3, 5) if size != batch),
-        ),  # one that is neither the given nor 1, which broadcasts
+        (large, tuple(size for size in (3, 5) if size != batch)),  # neither the given one nor 1, which broadcasts
         *((sizes, (batch,)) for sizes in uneven_sizes(base)),
     ]
     for seed, (sizes, batches) in enumerate(shapes):
