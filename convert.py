@@ -5921,7 +5921,7 @@ def vet_script_pickle(reader: Any, record: str) -> None:
 
 MAX_PICKLE_BYTES = 64 << 20  # the largest pickle of a known model is below 10 MB; tensors lie outside it
 MAX_MODULE_DEPTH = 400
-MAX_MODULES = 20_000  # of a model that is read for its weights alone, each as often as it is used
+MAX_USES = 20_000  # of a model that is read for its weights alone, each as often as it is used
 MAX_EXPANSION = 64 << 20  # bytes that an archive may hold beyond its size: TorchScript's code is 4 MB, packed to 1 MB
 
 
@@ -5944,7 +5944,7 @@ class Saved:
         found: dict[str, Any] = {}
         eps: dict[str, float] = {}
         waiting = [("", self, 0)]
-        for _ in range(MAX_MODULES):
+        for _ in range(MAX_USES):
             if not waiting:
                 return found, eps
             prefix, module, depth = waiting.pop()

@@ -218,7 +218,7 @@ def test_wrong_classes(models: Path, clean: Path) -> None:
     check_error(convert_in(clean, weights, *linear), 2, misfit)
     check_error(convert_in(clean, weights, "--mode", "pytorch"), 2, "pass --mode state_dict")
     check_error(convert_in(clean, models / "flat.pt", "--mode", "state_dict"), 2, "pass --mode pytorch")
-    check_error(convert_in(clean, models / "flat.pt", "--model-class", "resnet18"), 2, "--model-class is for weights")
+    check_error(convert_in(clean, models / "flat.pt", "--model-class", "resnet18"), 2, "do not fit --model-class")
     check_error(convert_in(clean, weights, "--checkpoint-key", "ema"), 2, "no weights there", "0.weight")
 
 

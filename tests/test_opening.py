@@ -474,10 +474,9 @@ def test_what_runs_keep_counts(tmp_path: Path) -> None:
 
     def action() -> int:
         start, kept = product.memory_bytes("VmData"), []
-        for _ in range(4):
-            with product.memory_bound(100 << 20, "running it", "stop", start):
-                kept.append(torch.ones(12 << 20, dtype=torch.uint8))
-                kept.append(torch.ones(36 << 20, dtype=torch.uint8))
+        for _ in range(8):  # more than the heap has of free memory
+            with product.memory_bound(400 << 20, "running it", "stop", start):
+                kept.append(torch.ones(200 << 20, dtype=torch.uint8))
         return len(kept)
 
     outcome = forked.in_child(action, tmp_path)

@@ -64,7 +64,7 @@ def build_many(count: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: build_many(10**6), "more than 1080 parameters, the weights 10"),
+        (lambda: build_many(10**6), "more than 1080 parameters, and its weights are 10 tensors"),
         (lambda: nn.Sequential(*(nn.Sequential(nn.ReLU()) for _ in range(10**6))), "more than 10400 modules"),
         (lambda: nn.Linear(2**20, 2**20), "of memory beside its weights"),
         (lambda: [0] * 10**10, "memory beside its weights"),
@@ -87,7 +87,7 @@ def test_bounded_build(tmp_path: Path, build: Any, words: str) -> None:
 
     outcome = forked.in_child(action, tmp_path)
     assert outcome.code == 3, outcome
-    assert outcome.kilobytes - forked.idle_memory() < 2_400_000, outcome  # of which 2 GB are the line above
+    assert outcome.kilobytes - forked.idle_memory() < 2_600_000, outcome  # of which 2 GB are the line above
 
 
 def test_an_error_inside_a_build_passes() -> None:

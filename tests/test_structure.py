@@ -81,3 +81,15 @@ def test_docstring_lists_the_rooms() -> None:
     block = re.findall(r"^    (\S.+)$", ast.get_docstring(TREE) or "", re.MULTILINE)
     listed = re.split(r" - | -$", " ".join(block))
     assert listed == [re.split(r"[:,] ", title)[0] for _, title in rooms()[2:]]
+
+
+def test_each_name_is_given_once() -> None:
+    """In one file a second constant of a name would silently replace the first for every room."""
+    names = []
+    for node in TREE.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    assert sorted(names) == sorted(set(names))
