@@ -4,11 +4,12 @@
 In:   a complete model (torch.save(model)), TorchScript (torch.jit.save), an exported program (torch.export.save), or
       weights (a state dict or safetensors file) of a model of torchvision or timm, or together with --model-class.
       Files are told apart by their content.
-Out:  one .onnx file (plus NAME.onnx.data from 2 GB on) that ONNX Runtime computes as PyTorch does, at shapes it was
-      not traced with, at the opset that was asked for; or one [ERROR] line, an exit code and nothing written.
+Out:  one .onnx file (plus NAME.onnx.data from 2 GB on) for which ONNX Runtime gives PyTorch's results, also at
+      shapes it was not traced with, at the opset that was asked for; or one [ERROR] line, an exit code and nothing
+      written.
 
 The file begins with the types, errors and the log, and then tells the story: main, convert, the three converters and
-produce(), in some 400 lines that can be read without the rest. Below it are the rooms that they call, in the order in
+produce(), in some 480 lines that can be read without the rest. Below it are the rooms that they call, in the order in
 which a model travels; calls go down the file only, so what several rooms need lies below them:
 
     arguments - inspect - Hugging Face folders - adapters - detect - folder - recognise - a model from weights -
@@ -26,8 +27,8 @@ from __future__ import annotations
 import os
 import signal
 
-# The kernel drops these for the first process of a container while nobody handles them, so entrypoint.sh blocks them
-# until there is a handler; from here on they wait, until there is a worker to end.
+# The kernel discards these signals for process 1 of a container while no handler is installed: entrypoint.sh blocks
+# them until there is a handler; from here on they wait, until there is a worker to end.
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 # Set for the worker: the run's name. A process id alone is no name: it is 1 in every container.
 WORKER_VARIABLE = "PT2ONNX_RUN"
@@ -81,7 +82,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, 
 
 
 class Lazy:
-    """Stands for the module `name`, called `alias` here, until something of it is needed; then that takes its place.
+    """Placeholder for the module `name`, bound to the global `alias`; the first use imports it and takes its place.
 
     The arguments and the input are looked at before anything heavy is imported: importing torch takes two seconds.
     """
@@ -121,7 +122,7 @@ DEFAULT_OPSET = 14
 MIN_OPSET = 7  # torch.onnx._constants.ONNX_MIN_OPSET
 TORCHSCRIPT_MAX_OPSET = 20  # torch.onnx._constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET
 DYNAMO_MIN_OPSET = 18  # below it the exporter writes 18 all the same
-LATER_OPSETS = (16, 18, 20)  # at which the TorchScript exporter has other translations: 16 has sums in ScatterElements
+LATER_OPSETS = (16, 18, 20)  # with other translations of the TorchScript exporter: from 16 on ScatterElements can sum
 MAX_OPSET = 25  # the newest one that onnxscript 0.7's version converter reaches
 THREAD_STACK = 10 << 20  # bytes, of each thread of torch's pool: glibc's 8 MB and a guard
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes of weights; protobuf itself ends at 2**31 - 1
@@ -237,7 +238,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def shown(value: object) -> str:
-    """A value from a file as messages show it: the text of containers, which may hold each other, has no bounds."""
+    """A value from a file as messages show it: containers may contain each other, so their text is unbounded."""
     if isinstance(value, (str, bytes, int, float, type(None))):
         return shorten(repr(value[:80] if isinstance(value, (str, bytes)) else value), 60)
     if isinstance(value, (list, tuple, dict, set, frozenset)):
@@ -268,6 +269,11 @@ def size_text(count: int) -> str:
     return f"{count / unit:.2f} {name}"
 
 
+def crash_text(name: str, step: str) -> str:
+    """What to say of a library that crashed with the signal `name` in a step of an attempt."""
+    return f"a library crashed ({name}) in the step {step!r}"
+
+
 def first_line(error: BaseException, limit: int = 300) -> str:
     """The first non-empty line of an exception, with its type where the text alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
@@ -279,7 +285,7 @@ def first_line(error: BaseException, limit: int = 300) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, in whatever type a library puts that."""
+    """Whether `error` says that memory ran out, whatever exception type a library uses."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -295,7 +301,7 @@ def raise_out_of_memory(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let what is raised about a file of a folder name the folder."""
+    """Put the path before errors about what the file or folder holds."""
     try:
         yield
     except (RefusedFileError, DamagedFileError) as error:
@@ -304,7 +310,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(status: int, what: str, advice: str) -> Iterator[None]:
-    """Let an exception of any kind, which unusual settings cause in a library, say `what` cannot be done.
+    """Turn any exception that unusual settings cause in a library into an error that says `what` cannot be done.
 
     What is told already passes, and so does the end of memory, which is not the settings' fault.
     """
@@ -330,7 +336,7 @@ class Log:
         self.seconds: dict[str, float] = {}  # that steps of each kind took: the kind is what precedes the colon
 
     def line(self, prefix: str, text: str) -> None:
-        """Write one line; `text` is made printable. Whether somebody listens is no matter of the conversion."""
+        """Write one line; `text` is made printable. A closed standard error does not fail the conversion."""
         with contextlib.suppress(OSError):
             if self.stream:  # None where standard error is closed
                 print(f"[{prefix}] {fit_screen(text)}", file=self.stream, flush=True)
@@ -358,10 +364,7 @@ class Log:
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[None]:
         """A step that may take long: a spinner on a terminal, a plain line elsewhere; the time is told at the end."""
-        start = time.monotonic()
-        if self.current is not None:
-            record = [line.encode(errors="replace")[:STEP_BYTES].ljust(STEP_BYTES) for line in (text, self.attempt)]
-            os.pwrite(self.current, b"".join(record), 0)
+        start = self.begin(text)
         if self.on_terminal():
             from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -375,6 +378,13 @@ class Log:
             yield
             self.spent(text, start)
 
+    def begin(self, text: str) -> float:
+        """Name the step for the supervisor; returns the time."""
+        if self.current is not None:
+            record = [line.encode(errors="replace")[:STEP_BYTES].ljust(STEP_BYTES) for line in (text, self.attempt)]
+            os.pwrite(self.current, b"".join(record), 0)
+        return time.monotonic()
+
     def spent(self, text: str, start: float) -> float:
         """Count the seconds since `start` for the step's kind, and return them."""
         seconds, kind = time.monotonic() - start, text.partition(":")[0]
@@ -384,7 +394,7 @@ class Log:
     @contextlib.contextmanager
     def copying(self, text: str, total: int) -> Iterator[None]:
         """A step that writes `total` bytes and calls `advance`; told at the end, and on a terminal shown as a bar."""
-        start = time.monotonic()
+        start = self.begin(text)
         with contextlib.ExitStack() as stack:
             if self.on_terminal():
                 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
@@ -455,7 +465,7 @@ class Options:
 
     input: Path
     output: Path = Path()  # the .onnx file
-    folder: Path = Path()  # the model's folder, which has the .onnx file in it or in one of its own
+    folder: Path = Path()  # the model's folder; the .onnx file lies in it or in a subfolder
     inspect: bool = False
     mode: str = "auto"
     input_shape: Sequence[InputShape] | None = None
@@ -494,7 +504,7 @@ class Run:
     staging: Path  # the folder that it works in, beside the output
     in_memory: bool = False  # load all weights, also those that could stay in their file until they are written
     streamed: bool = False  # some weights stayed in their file
-    crashed: Mapping[str, str] = field(default_factory=dict)  # attempts that ended an earlier worker, and how
+    crashed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # attempts that ended a worker: signal, step
     metadata: dict[str, str] = field(default_factory=dict)  # of every graph
     produced: dict[str, Produced] = field(default_factory=dict)  # the graphs that are done, by the names of their files
 
@@ -611,7 +621,7 @@ class Case(NamedTuple):
     label: str
     inputs: Arrays
     outputs: Arrays
-    decisions: Mapping[str, Sequence[str]] = {}  # what the model's code read off tensors, by source line
+    decisions: Mapping[str, Sequence[str]] = {}  # what the model's code read from tensors, by source line
     values: str = ""  # where the inputs come from, if they are not drawn as usual; the label has it in brackets
 
     def is_drawn_wide(self) -> bool:
@@ -724,7 +734,10 @@ class Produced(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, detect and convert; returns the exit code."""
+    """Parse, detect and convert; returns the exit code.
+
+    Runs twice: in the supervisor, which starts the worker and waits for it, and with WORKER_VARIABLE in that.
+    """
     for descriptor in range(3):  # a closed one would be taken by the next file that is opened
         with contextlib.suppress(OSError):
             os.fstat(descriptor)
@@ -783,7 +796,7 @@ def work(source: Source, options: Options, run: Run) -> int:
 def convert(source: Source, options: Options, run: Run) -> dict[str, Any]:
     """Convert `source` as `options` say; returns the report that --json prints. Raises ConversionError.
 
-    What fails with weights that stay in their file, in a model that does with them what only tensors in memory allow,
+    What fails with weights left in their file, where a model needs them in memory,
     is tried once more with all of them in memory.
     """
     start = time.monotonic()
@@ -965,7 +978,7 @@ def best_graph(
         produced = undecided[0]
         LOG.warn(f"{produced.attempt}: {fixed_decisions(job)}: compare the graph with your own data")
     elif produced is None and job.with_fixed_batch and not any(error.numbers for _, error in failures):
-        LOG.info(f"every exporter failed ({reasons_of(failures)}); once more with a batch that is not free")
+        LOG.info(f"every exporter failed ({reasons_of(failures)}); retrying with a fixed batch size")
         again = functools.partial(make, job=job.with_fixed_batch())
         produced, others = first_success(attempts, again, higher=higher)
         if produced:
@@ -978,7 +991,7 @@ def first_success(
     attempts: Sequence[Attempt], make: Callable[[Attempt], Produced], *, higher: bool = True
 ) -> tuple[Produced | None, list[tuple[Attempt, AttemptError]]]:
     """The first of `attempts` that passes, and why others failed; an operator that wants a `higher` opset gets it."""
-    waiting = list(attempts)
+    waiting, planned = list(attempts), set(attempts)
     failures: list[tuple[Attempt, AttemptError]] = []
     while waiting:
         attempt = waiting.pop(0)
@@ -987,11 +1000,15 @@ def first_success(
         except AttemptError as error:
             failures.append((attempt, error))
             LOG.info(f"{attempt}: {error}")
+            more: list[Attempt] = []
             if higher and error.needs is not None and error.needs > attempt.opset:
-                waiting.append(Attempt(attempt.exporter, error.needs))
-                waiting.sort(key=lambda waits: waits.opset)  # the lowest that passes
+                more = [Attempt(attempt.exporter, error.needs)]
             elif higher and error.exported and not error.note and attempt == Attempt("torchscript", DEFAULT_OPSET):
-                waiting += [Attempt("torchscript", opset) for opset in LATER_OPSETS]
+                more = [Attempt("torchscript", opset) for opset in LATER_OPSETS]
+            waiting += [other for other in more if other not in planned]
+            planned.update(more)
+            if more and error.needs is not None:
+                waiting.sort(key=lambda waits: waits.opset)  # the lowest that passes
     return None, failures
 
 
@@ -1004,7 +1021,7 @@ def make_graph(attempt: Attempt, job: Job, options: Options, run: Run) -> Produc
         error.produced = error.produced and error.produced._replace(warnings=warned)
         if not error.note or error.case is None or error.case is job.cases[0]:  # the traced sizes themselves
             raise
-        LOG.info(f"{attempt}: {error}; it is traced again with those inputs")
+        LOG.info(f"{attempt}: {error}; tracing again with those inputs")
         again = job._replace(traced=case_tensors(error.case, job))
         with (
             contextlib.suppress(AttemptError),  # the first one's reason is told
@@ -1019,7 +1036,8 @@ def make_graph_once(attempt: Attempt, job: Job, options: Options, run: Run) -> P
     """Export, finish, write, check and verify, in a folder of the graph's own; raises AttemptError."""
     LOG.attempt = f"{job.file}: {attempt}"
     if LOG.attempt in run.crashed:
-        raise AttemptError(run.crashed[LOG.attempt])
+        name, step = run.crashed[LOG.attempt]
+        raise AttemptError(crash_text(name, step), exported=step != "export")
     folder = run.staging / job.file.removesuffix(".onnx")
     path, work, note = folder / job.file, folder / "work", ""
     with WALL.up(unless="it is our own folder"):  # rmtree names files relative to open folders
@@ -1144,7 +1162,7 @@ def plan_loaded(model: nn.Module, loaded: Loaded, options: Options, run: Run) ->
     unusual = f"{options.input}: the attributes of the model in it are not what {cls.__name__} needs"
     advice = "save it again, or its state dict"
     if belongs(cls.__module__, ("timm", "torchvision")):
-        advice = "another version saved it, whose weights alone are used with --model-class and the model's name"
+        advice = "another version saved it: use its weights alone, with --model-class and the model's name"
     with (
         WALL.up(unless=has_own_code(options)),
         naming(options.input),
@@ -2125,7 +2143,7 @@ def check_options(options: Options) -> None:
     flags = "model-class checkpoint-key input-shape input-value dynamic-axes model-args allow-class"
     for flag in flags.split():
         if getattr(options, flag.replace("-", "_")):
-            raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json says it: leave it out")
+            raise UsageError(f"--{flag} is not for Hugging Face folders, whose config.json determines it: leave it out")
 
 
 def check_pair_options(options: Options) -> None:
@@ -4034,7 +4052,7 @@ def rewrite_exported_program(path: Path) -> io.BytesIO:
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"its program is damaged ({json_problem(error)})") from None
     except (TypeError, KeyError, AttributeError):
-        raise DamagedFileError("its program is damaged: it has not the parts that torch.export.save writes") from None
+        raise DamagedFileError("its program is damaged: it lacks parts that torch.export.save writes") from None
     if found:
         raise RefusedFileError(
             f"it holds {', '.join(sorted(found)[:8])}, which torch.export.load would run as code; "
@@ -5196,7 +5214,7 @@ def set_module_state(module: nn.Module, attributes: dict[str, Any]) -> None:
     cls = type(module)
     name = qualified_name(cls)
     if not attributes.keys() >= MODULE_STATE:
-        raise DamagedFileError(f"a {name} has not all of a module's own attributes; save it again")
+        raise DamagedFileError(f"a {name} lacks some of nn.Module's own attributes; save it again")
     for key in LOADING_HOOKS & attributes.keys():
         attributes[key] = ordered_dict()
     for key in CALLED_HOOKS & attributes.keys():
@@ -7441,7 +7459,7 @@ def settle_inputs(
         if not options.input_shape:
             LOG.info(f"input: {' '.join(map(str, guess.shapes))}, told by {guess.reason} (--input-shape overrides)")
         for name in sorted(domain.given):
-            LOG.warn(f"input {name}: its values are the same in every check, so nothing is shown for others")
+            LOG.warn(f"input {name}: its values are the same in every check, so other values are not verified")
         check_deterministic(reference, case, {}, GIVEN_SEED)
         return reference, case
     raise no_inputs_accepted(model, rejected, options)
@@ -8073,7 +8091,7 @@ def fixed_decisions(job: Job) -> str:
         for place in places
         if len({tuple(case.decisions.get(place, ())) for case in job.cases}) == 1
     )
-    what = f"{and_more(same, 3)} off a tensor for all {len(job.cases)} inputs tried, and tracing keeps that"
+    what = f"{and_more(same, 3)} from a tensor for all {len(job.cases)} inputs tried, and the trace keeps that value"
     return what if same else ""
 
 
@@ -8705,7 +8723,7 @@ def verify(path: Path, job: Job, options: Options) -> list[Difference]:
         except Exception as error:
             reason = f"ONNX Runtime fails for {case.label}: {first_line(error)}"
             if case.is_drawn_wide():
-                LOG.warn(f"{reason}; PyTorch answers, so keep such inputs from the graph")
+                LOG.warn(f"{reason}; PyTorch accepts them, so do not give such inputs to the graph")
                 continue
             raise AttemptError(reason, exported=True, case=case) from error
         found = judge(case, results, job, options)
@@ -9198,7 +9216,7 @@ def print_report(report: Mapping[str, Any], standard_output: int) -> None:
 
 
 def become_worker(
-    arguments: Sequence[str], run: str, crashed: Mapping[str, str], step: int, supervisor: int
+    arguments: Sequence[str], run: str, crashed: Mapping[str, Sequence[str]], step: int, supervisor: int
 ) -> NoReturn:
     """Replace this process, a child of `supervisor`, by one that runs the same command as a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
@@ -9221,7 +9239,9 @@ class Ended(NamedTuple):
     attempt: str
 
 
-def run_worker(arguments: Sequence[str], run: str, crashed: Mapping[str, str] = MappingProxyType({})) -> Ended:
+def run_worker(
+    arguments: Sequence[str], run: str, crashed: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Ended:
     """Run the worker in a child process; `crashed` are the attempts that it is to leave out.
 
     STOP_SIGNALS are blocked before and after, so that nothing is left half done: they wait until there is a worker to
@@ -9268,7 +9288,7 @@ def worker_error(number: int, step: str, options: Options) -> ConversionError:
         return InputError(f"{broken}; save the model again, or its state dict")
     known: dict[int, ConversionError] = {
         signal.SIGKILL: ConversionError(ExitStatus.RESOURCES, killed),
-        signal.SIGBUS: InputError(changed),  # what a mapped file does that has lost its end
+        signal.SIGBUS: InputError(changed),  # raised when a mapped file was truncated
         signal.SIGALRM: InputError(endless),  # time_limit
     }
     return known.get(number) or ConversionError(ExitStatus.BUG, crashed)
@@ -9304,15 +9324,13 @@ def supervise(arguments: Sequence[str], options: Options, name: str) -> int:
 
 def run_workers(arguments: Sequence[str], name: str, staging: Path) -> Ended:
     """Run the worker, and another one without the attempt that a library crashed in, until none crashes so."""
-    crashed: dict[str, str] = {}
+    crashed: dict[str, tuple[str, str]] = {}
     while True:
         ended = run_worker(arguments, name, crashed)
         if -ended.code not in CRASHES or not ended.attempt or ended.attempt in crashed:
             return ended
-        crashed[ended.attempt] = (
-            f"a library crashed ({signal.Signals(-ended.code).name}) while it did this: {ended.step.partition(':')[0]}"
-        )
-        LOG.info(f"{ended.attempt}: {crashed[ended.attempt]}; once more without this attempt")
+        crashed[ended.attempt] = (signal.Signals(-ended.code).name, ended.step.partition(":")[0])
+        LOG.info(f"{ended.attempt}: {crash_text(*crashed[ended.attempt])}; retrying without this attempt")
         empty_staging(staging)
 
 

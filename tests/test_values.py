@@ -416,7 +416,7 @@ def test_values_from_the_users_data(classes: Path, tmp_path: Path) -> None:
     result, model = convert(classes, "Chosen", tmp_path, "--verify-data", str(tmp_path / "data.npz"))
     assert result.code == 0, result.err
     assert any("input kind: its values are the same" in line for line in lines(result, "WARN")), result.err
-    assert any("value_models.py" in line and "reads 77 off" in line for line in lines(result, "WARN")), result.err
+    assert any("value_models.py" in line and "reads 77 from" in line for line in lines(result, "WARN")), result.err
     given = {"x": torch.randn(3, 4), "kind": torch.tensor([77])}
     found = onnx_outputs(tmp_path / "model.onnx", {name: value.numpy() for name, value in given.items()})
     np.testing.assert_allclose(next(iter(found.values())), model(**given).numpy(), rtol=1e-5)
