@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import os
 import resource
@@ -46,6 +47,7 @@ def in_child(action: Callable[[], int], folder: Path, seconds: float = 10) -> Ou
         if child == 0:
             code = 70
             try:
+                gc.freeze()  # a session that is garbage here would wait for threads that only the parent has
                 os.dup2(err.fileno(), 2)
                 os.dup2(os.open(os.devnull, os.O_RDWR), 1)
                 os.chdir(folder)
@@ -69,6 +71,7 @@ def run_forked(*arguments: str, cwd: Path | None = None, env: dict[str, str] | N
         if child == 0:
             code = 70
             try:
+                gc.freeze()  # a session that is garbage here would wait for threads that only the parent has
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))

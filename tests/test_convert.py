@@ -242,7 +242,7 @@ def test_two_inputs_by_name(package: dict[str, str], tmp_path: Path) -> None:
     source, target = tmp_path / "w.pth", tmp_path / "m.onnx"
     options = ("--model-class", "own.nets:TwoInputs")
     failed = run_forked("-i", str(source), "-o", str(target), *options, env=package)
-    check_error(failed, 2, "takes 2 inputs (pixels, ids); pass --input-shape pixels:SHAPE ids:SHAPE")
+    check_error(failed, 2, "takes 2 inputs (pixels, ids): pass --input-shape pixels:SHAPE ids:SHAPE")
     shapes = ("--input-shape", "ids:1,5:int64", "pixels:1,6", "--dynamic-axes", "ids:1=tokens")
     convert(source, target, *options, *shapes, env=package)
     assert axes(target)["ids"] == ["batch_size", "tokens"]

@@ -92,12 +92,18 @@ def torch_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, 
         register(name, symbolic, opset)
         taken.append((name, opset))
 
+    def take_back() -> None:
+        product.register_symbolics.cache_clear()
+        for name, opset in taken:
+            torch.onnx.unregister_custom_op_symbolic(name, opset)
+        taken.clear()
+
     monkeypatch.setattr(torch.onnx, "register_custom_op_symbolic", record)
     product.register_symbolics.cache_clear()
+    product.register_symbolics()
+    take_back()  # what tests before have registered, too
     yield taken
-    product.register_symbolics.cache_clear()
-    for name, opset in taken:
-        torch.onnx.unregister_custom_op_symbolic(name, opset)
+    take_back()
 
 
 X = torch.linspace(0.1, 1, 12).view(2, 6)
