@@ -3847,7 +3847,7 @@ def traced_inputs(path: Path) -> tuple[InputShape, ...]:
     examples = recorded.get("forward", []) if isinstance(recorded, dict) else []
     if not all(isinstance(example, torch.Tensor) for example in examples):
         return ()
-    return tuple(InputShape(tuple(x.shape), None, str(x.dtype).removeprefix("torch.")) for x in examples)
+    return tuple(InputShape(tuple(x.shape), None, dtype_name(x.dtype)) for x in examples)
 
 
 MAX_NAME = 2_000  # characters of a tensor's name, or of a checkpoint's entry; the longest known have some 200
@@ -4098,7 +4098,7 @@ def load_exported_program(source: Source, *, trust: bool) -> Loaded:
         examples = [(name, values[name]) for name in program.graph_signature.user_inputs]
         sizes = [[getattr(getattr(size, "node", size), "hint", size) for size in value.shape] for _, value in examples]
         shapes = tuple(
-            InputShape(tuple(map(int, dims)), None, str(value.dtype).removeprefix("torch."))
+            InputShape(tuple(map(int, dims)), None, dtype_name(value.dtype))
             for (_, value), dims in zip(examples, sizes, strict=True)
         )
         free = tuple({axis: str(n) for axis, n in enumerate(v.shape) if not isinstance(n, int)} for _, v in examples)
@@ -5558,7 +5558,7 @@ class Census(InertUnpickler):
         def note_storage(record_id: tuple[Any, ...]) -> Any:
             if record_id[:1] == ("storage",):
                 key, dtype, nbytes = parse_storage_id(record_id)
-                self.storages[key] = (str(dtype).removeprefix("torch."), nbytes // dtype.itemsize)
+                self.storages[key] = (dtype_name(dtype), nbytes // dtype.itemsize)
             return read_storage(record_id)
 
         super().__init__(file, size, note_storage)
@@ -7680,7 +7680,7 @@ def batch_is_explicit(options: Options) -> bool:
 def fixed_batch(options: Options, specs: Sequence[InputSpec]) -> Options:
     """The same options with a batch axis that is not free; the other free axes stay."""
     axes = [[DynamicAxis(axis, name, spec.name) for axis, name in spec.axes.items() if name != BATCH] for spec in specs]
-    shapes = [InputShape(spec.dims, spec.name, str(spec.dtype).removeprefix("torch.")) for spec in specs]
+    shapes = [InputShape(spec.dims, spec.name, dtype_name(spec.dtype)) for spec in specs]
     return replace(options, static=True, dynamic_axes=axes, input_shape=shapes)
 
 
@@ -8141,9 +8141,7 @@ def finish_graph(model: ir.Model, job: Job, metadata: Mapping[str, str]) -> ir.M
     strip_wrapper_names(graph)
     for spec, value in zip(job.specs, graph.inputs, strict=True):
         value.shape = ir.Shape([spec.axes.get(axis, size) for axis, size in enumerate(spec.dims)])
-    for node in list(graph.all_nodes()):
-        if node.op_type in ("AveragePool", "MaxPool") and node.attributes.get_int("ceil_mode", 0) == 1:
-            round_down(node, model)
+    round_pools_down(model)
     common.OutputFixPass()(model)  # a tensor that is returned twice is two outputs
     for value, name in zip(checked_outputs(graph, job), job.outputs, strict=True):
         value.name = name
@@ -8173,12 +8171,23 @@ def take_nodes(graph: ir.Graph) -> list[ir.Node]:
     return nodes
 
 
-def round_down(pool: ir.Node, model: ir.Model) -> None:
-    """Give a pooling that rounds its sizes up padding with which rounding down gives the same, where onnx miscounts.
+def round_pools_down(model: ir.Model) -> None:
+    """Let poolings that round their sizes up round them down instead, where onnx counts them wrongly.
 
     PyTorch and ONNX Runtime leave a window out that would begin in the padding; onnx's shape inference counts it
     (onnx/defs/nn/defs.cc, convPoolShapeInference), so that onnx.checker contradicts what is declared.
     """
+    shapes: dict[ir.Value, ir.Shape | None] = {}
+    for node in list(model.graph.all_nodes()):
+        if node.op_type in ("AveragePool", "MaxPool") and node.attributes.get_int("ceil_mode", 0) == 1:
+            shapes = shapes or inferred_shapes(model)
+            given = cast("ir.Value", node.inputs[0])
+            if round_down(node, shapes.get(given, given.shape)):
+                shapes = {}  # those of all that follows have changed
+
+
+def inferred_shapes(model: ir.Model) -> dict[ir.Value, ir.Shape | None]:
+    """What onnx infers of the shapes of all nodes' outputs; what the graph declares stays as it is."""
     from onnx_ir.passes import common
 
     values = [value for node in model.graph.all_nodes() for value in node.outputs]
@@ -8186,12 +8195,17 @@ def round_down(pool: ir.Node, model: ir.Model) -> None:
     for value in values:  # where one of them is contradicted, nothing is inferred
         value.shape = None
     common.ShapeInferencePass()(model)
-    known = cast("ir.Value", pool.inputs[0]).shape
+    inferred = {value: value.shape for value in values}
     for value, shape in zip(values, declared, strict=True):
         value.shape = shape
+    return inferred
+
+
+def round_down(pool: ir.Node, known: ir.Shape | None) -> bool:
+    """Give a pooling of an input of `known` shape padding with which rounding down is right; whether it was needed."""
     sizes = list(known)[2:] if known is not None else []
     if not all(isinstance(size, int) for size in sizes):
-        return
+        return False
     axes, wrong, counted = len(sizes), False, np.ones((1, 1), np.float64)
     kernel, pads = pool.attributes.get_ints("kernel_shape", ()), list(pool.attributes.get_ints("pads", (0,) * 2 * axes))
     strides, dilations = (pool.attributes.get_ints(name, (1,) * axes) for name in ("strides", "dilations"))
@@ -8204,7 +8218,7 @@ def round_down(pool: ir.Node, model: ir.Model) -> None:
         counted = counted[..., None] * np.minimum(window, end - starts) / window  # beyond its padding nothing counts
         pads[axes + axis] = max(0, int(starts[-1]) + window - size - pads[axis])
     if not wrong:
-        return
+        return False
     pool.attributes["pads"] = ir.AttrInt64s("pads", pads)
     pool.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 0)
     if pool.attributes.get_int("count_include_pad", 0) and (counted < 1).any():
@@ -8217,6 +8231,7 @@ def round_down(pool: ir.Node, model: ir.Model) -> None:
         ir.convenience.replace_all_uses_with(average, divided.outputs[0], replace_graph_outputs=True)
         divided.replace_input_with(0, average)
         graph.insert_after(pool, [constant, divided])
+    return True
 
 
 def restore_inputs(graph: ir.Graph, job: Job) -> None:
@@ -8529,7 +8544,7 @@ ROUNDING_STEPS = 8  # of the largest value's last digit: what is left of values 
 
 def tolerances(model: nn.Module) -> tuple[float, float]:
     """The relative and the absolute tolerance of the model's dtype."""
-    return TOLERANCES[str(float_dtype(model)).removeprefix("torch.")]
+    return TOLERANCES[dtype_name(float_dtype(model))]
 
 
 def compare(case: Case, name: str, actual: Any, job: Job, options: Options) -> Difference:
@@ -8792,7 +8807,7 @@ def compare_in_float64(
     if as_sets is not None:
         return as_sets
     dtype = float_dtype(job.model)
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     result, excused = [], []
     for item in found:
         if not item.problem:
@@ -9108,7 +9123,7 @@ def where_it_differs(path: Path, case: Case, job: Job, options: Options) -> str:
         watch = StepWatch(job.model, inputs)
         with torch_calls(watch.call):
             outputs = call_model(job.model, inputs, [spec.name for spec in job.specs])
-        dtype = str(float_dtype(job.model)).removeprefix("torch.")
+        dtype = dtype_name(float_dtype(job.model))
         right, near = find_in_graph(path, case, watch, dtype, options.device)
         step = first_difference(watch, right, near, watch.numbers(outputs))
     except Exception:  # also for want of memory
@@ -9282,7 +9297,7 @@ def worker_error(number: int, step: str, options: Options) -> ConversionError:
     limit = f"{options.run_timeout:g} s" if options.run_timeout else "a model of its size should"
     patience = f"if it is only slow, pass --run-timeout {10 * (options.run_timeout or 6):g}"
     endless = f"{options.input}: opening it or running the model took longer than {limit}; {patience}"
-    crashed = f"a library crashed ({name}) in the step {step!r}; run again with --verbose, and try another --exporter"
+    crashed = f"{crash_text(name, step)}; run again with --verbose, and try another --exporter"
     if number in CRASHES and (options.inspect or step.partition(":")[0] in INPUT_STEPS):
         broken = f"{options.input}: a library crashed ({name}) on what it holds ({step or 'inspect'})"
         return InputError(f"{broken}; save the model again, or its state dict")
