@@ -453,6 +453,11 @@ class InputShape(NamedTuple):
     name: str | None = None
     dtype: str | None = None
 
+    @property
+    def argument(self) -> str:
+        """The argument of forward that NAME, or NAME.KEY of a dict or list, belongs to; "" where there is no name."""
+        return (self.name or "").partition(".")[0]
+
     def __str__(self) -> str:
         return f"{self.name + ':' if self.name else ''}{','.join(map(str, self.dims))}" + (
             f":{self.dtype}" if self.dtype else ""
@@ -7323,9 +7328,9 @@ def propose_inputs(model: nn.Module, loaded: Loaded, known: Preprocessing, optio
     """The user's shapes, or what the model tells; raises UsageError where the number cannot be right."""
     names, required = forward_parameters(model)
     shapes = given_shapes(names, options)
-    missing = [name for name in names[:required] if name not in {str(shape.name).partition(".")[0] for shape in shapes}]
+    missing = [name for name in names[:required] if name not in {shape.argument for shape in shapes}]
     if options.input_shape or (shapes and not missing):
-        count = len({str(shape.name).partition(".")[0] if shape.name else index for index, shape in enumerate(shapes)})
+        count = len({shape.argument or index for index, shape in enumerate(shapes)})
         if not required <= count <= (len(names) or count):
             wanted = ", ".join(names[:required]) or "none"
             raise UsageError(f"--input-shape gives {plural(count, 'input')}, the model needs {required} ({wanted})")
@@ -7363,7 +7368,7 @@ def given_shapes(names: Sequence[str], options: Options) -> list[InputShape]:
             dtype = "int64" if all(isinstance(number, int) for number in numbers) else None
             shapes.append(InputShape((len(numbers),), name, dtype))
     order = {name: place for place, name in enumerate(names)}
-    return sorted(shapes, key=lambda shape: order.get(str(shape.name).partition(".")[0], -1)) if order else shapes
+    return sorted(shapes, key=lambda shape: order.get(shape.argument, -1)) if order else shapes
 
 
 def domains(specs: Sequence[InputSpec], options: Options, samples: Mapping[str, Arrays]) -> Iterator[Domain]:
@@ -7580,34 +7585,19 @@ def plan_module(
     And for several kinds of values, and the user's own `samples`.
     """
     reference, given = settle_inputs(model, loaded, known, options, samples)
-    fixed = functools.partial(plan_module, model, loaded, known, fixed_batch(options, reference.specs), samples)
     base = {name: spec.dims[axis] for spec in reference.specs for axis, name in spec.axes.items()}
-    small, large = dict(base), dict(base)
-    for turn, name in enumerate(name for name in base if name != BATCH):
-        for sizes, larger in ((small, False), (large, True)):
-            tries = other_sizes(base[name], larger=larger, turn=turn)
-            sizes[name] = accepted_size(reference, base, name, tries, given)
-    batch = base.get(BATCH, 1)
-    cases = []
-    shapes = [
-        (base, (max(2, batch),)),
-        (small, (1, 4)),
-        (large, tuple(size for size in (3, 5) if size != batch)),  # neither the given one nor 1, which broadcasts
-        *((sizes, (batch,)) for sizes in uneven_sizes(base)),
-    ]
-    for seed, (sizes, batches) in enumerate(shapes):
-        same = seed == GIVEN_SEED and sizes == base and batch in batches[:1]
-        case = given if same else accepted_case(reference, sizes, batches if BATCH in base else (1,), seed, given)
-        if case is None and seed >= FIRST_ODD_CASE:  # a model that wants multiples of something
-            continue
-        if case is None and BATCH in base and not batch_is_explicit(options):
-            LOG.warn(
-                f"the batch axis is fixed at {batch}: the model rejects other batch sizes, or returns other outputs"
-            )
-            return fixed()
-        if case is None:
-            raise UsageError(f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static")
-        cases.append(case)
+    fixed = None  # the same with no other batch, where nobody asked for one
+    if BATCH in base and not batch_is_explicit(options):
+        fixed = functools.partial(plan_module, model, loaded, known, fixed_batch(options, reference.specs), samples)
+    small, large = smaller_and_larger(reference, base, given)
+    try:
+        cases = size_cases(reference, base, small, large, given)
+    except UsageError:
+        if fixed is None:
+            raise
+        why = "the model rejects other batch sizes, or returns other outputs"
+        LOG.warn(f"the batch axis is fixed at {base[BATCH]}: {why}")
+        return fixed()
     check_outputs(given)
     for case in cases:
         check_finite(case)
@@ -7623,8 +7613,41 @@ def plan_module(
         traced,
         cases,
         options.output.name,
-        with_fixed_batch=fixed if BATCH in base and not batch_is_explicit(options) else None,
+        with_fixed_batch=fixed,
     )
+
+
+def smaller_and_larger(
+    reference: Reference, base: Mapping[str, int], given: Case
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Two other sizes for each free axis besides the batch; raises UsageError where the model accepts none."""
+    small, large = dict(base), dict(base)
+    for turn, name in enumerate(name for name in base if name != BATCH):
+        for sizes, larger in ((small, False), (large, True)):
+            tries = other_sizes(base[name], larger=larger, turn=turn)
+            sizes[name] = accepted_size(reference, base, name, tries, given)
+    return small, large
+
+
+def size_cases(
+    reference: Reference, base: Mapping[str, int], small: Mapping[str, int], large: Mapping[str, int], given: Case
+) -> list[Case]:
+    """PyTorch's answers at several sizes; raises UsageError where the model does not accept them."""
+    batch, cases = base.get(BATCH, 1), []
+    shapes: list[tuple[Mapping[str, int], tuple[int, ...]]] = [
+        (base, (max(2, batch),)),
+        (small, (1, 4)),
+        (large, tuple(size for size in (3, 5) if size != batch)),  # neither the given one nor 1, which broadcasts
+        *((sizes, (batch,)) for sizes in uneven_sizes(base)),
+    ]
+    for seed, (sizes, batches) in enumerate(shapes):
+        same = seed == GIVEN_SEED and sizes == base and batch in batches[:1]
+        case = given if same else accepted_case(reference, sizes, batches if BATCH in base else (1,), seed, given)
+        if case is not None:
+            cases.append(case)
+        elif seed < FIRST_ODD_CASE:  # the model may want multiples of something
+            raise UsageError(f"the model does not accept the sizes {sizes}; pass other --dynamic-axes, or --static")
+    return cases
 
 
 def value_cases(reference: Reference, sizes: Mapping[str, int], given: Case, *, watched: bool = True) -> list[Case]:
